@@ -1,0 +1,68 @@
+# `make help` lists the targets. Python does the work: .ci/install.py makes the environment, once per change of its inputs.
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+
+# `make test VENV=` uses $(PYTHON) as it is and installs nothing: for a machine whose Python already has torch.
+ifeq ($(strip $(VENV)),)
+PY := $(PYTHON)
+export PYTHONPATH := $(CURDIR)/kernels:$(CURDIR)
+INSTALL = @:
+else
+PY := $(VENV)/bin/python
+INSTALL = @command -v $(PYTHON) >/dev/null || { \
+	echo "install: no $(PYTHON) here; Python >= 3.10 is needed"; \
+	echo "  -> sudo apt install python3 python3-venv"; exit 1; }; \
+	$(PYTHON) .ci/install.py --venv $(VENV)
+endif
+
+# One thread per test process: the processes share the cores. Without pytest-xdist the tests run one after another.
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest \
+	$$($(PY) -c "import xdist" 2>/dev/null && echo "-n $(JOBS) --dist loadfile")
+# pytest answers 5 when it finds no test of the kind asked for; that is not a failure
+NONE_IS_FINE = || [ $$? -eq 5 ]
+CPP = $(shell git ls-files '*.cu' '*.cuh' '*.cpp' '*.h')
+
+.PHONY: help venv demo test test-full test-gpu check clean for-demo for-test for-check
+
+help:
+	@echo "make demo       create $(VENV), install, run the main job on real video, print where the results are"
+	@echo "make test       create $(VENV) if needed, install, run the tests (at most 10 minutes on 2 cores)"
+	@echo "make test-full  every test that needs no GPU (at most 40 minutes on 2 cores)"
+	@echo "make test-gpu   the tests that need an NVIDIA GPU"
+	@echo "make check      ruff, pyright, clang-format"
+	@echo "make venv       only create $(VENV) and install what all of these need"
+	@echo "make clean      remove build products and caches; $(VENV) and runs/ stay"
+	@echo
+	@echo "PYTHON=python3.12   the Python to create $(VENV) with (now: $(PYTHON))"
+	@echo "VENV=               use \$$(PYTHON) itself, install nothing: it already has torch and the test tools"
+	@echo "JOBS=2              test processes"
+	@echo "VIVIT_CUDA=0|1      install for a machine without / with an NVIDIA GPU, whatever is found here"
+	@echo "VIVIT_TORCH_INDEX=  another index of CPU builds of torch"
+
+venv: for-check
+
+for-demo for-test for-check:
+	$(INSTALL) $(@:for-%=%)
+
+demo: for-demo
+	$(PY) -m vivit demo
+
+test: for-test
+	$(PYTEST) $(NONE_IS_FINE)
+
+test-full: for-test
+	$(PYTEST) -m "not gpu" $(NONE_IS_FINE)
+
+test-gpu: for-test
+	$(PY) -m pytest -m gpu $(NONE_IS_FINE)
+
+check: for-check
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m pyright --pythonpath "$$($(PY) -c 'import sys; print(sys.executable)')"
+	$(if $(CPP),$(PY) -m clang_format --dry-run -Werror $(CPP))
+
+clean:
+	rm -rf build dist *.egg-info kernels/*.egg-info .pytest_cache .ruff_cache .benchmarks
+	find kernels vivit bench tests .ci -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
