@@ -1,0 +1,24 @@
+"""Fast attention and tubelet embedding for video transformers: the public names.
+
+    tubelet_embedding       clip (uint8 or float) -> tokens with bias, position and class row
+    factorized_attention    the first heads along time, the others within the frame, on the token grid in place
+    spatial_attention, temporal_attention           its two ends
+    joint_attention         every token to every token, in O(N) memory
+    rotary_tables           cos and sin of a three-axis rotary embedding, for rotary=
+
+`python -m vivit_kernels` shows what this install can run, and why not the rest.
+"""
+
+from ._attention.rotary import rotary_tables
+from .factorized_attention.api import factorized_attention, spatial_attention, temporal_attention
+from .joint_attention.api import joint_attention
+from .tubelet_embedding.api import tubelet_embedding
+
+__all__ = [
+    "factorized_attention",
+    "joint_attention",
+    "rotary_tables",
+    "spatial_attention",
+    "temporal_attention",
+    "tubelet_embedding",
+]

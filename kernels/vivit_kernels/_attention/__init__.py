@@ -1,0 +1,1 @@
+"""What factorized_attention and joint_attention share: checks, options, registration and the PyTorch core."""

@@ -1,0 +1,92 @@
+"""Registers an attention op with torch.library: schema, fake, autograd. One boundary per direction, for every backend.
+
+A packed `[..., 3, H, D]` projection enters as one tensor and its gradient leaves as one tensor: unbinding it outside
+would make autograd copy three gradients into a fourth tensor.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from .options import Options
+
+_LIBRARY = torch.library.Library("vivit_kernels", "FRAGMENT")
+_INPUTS = "Tensor q, Tensor? k, Tensor? v, Tensor? mask, Tensor? seed, Tensor? cos, Tensor? sin"
+_OPTIONS = "int temporal_heads, float scale, float softcap, float dropout_p, str backend"
+_MODULES = {"torch": "composed", "cpu": "cpu_kernels", "cuda": "cuda_kernels", "triton": "triton_kernels"}
+_SAVES_OUTPUT = {"torch": False}  # does backward read o and lse? Recomputing whole rows of scores needs neither
+
+
+def unpack(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v as views, from three tensors or one packed `[..., 3, H, D]`."""
+    if k is None or v is None:
+        q, k, v = q.unbind(-3)
+    return q, k, v
+
+
+def register(op: str, package: str) -> None:
+    """Defines `vivit_kernels::<op>_fwd` and `<op>_bwd`; launchers are `package`.<backend module>.launch_fwd and launch_bwd."""
+
+    def launcher(backend: str, name: str):
+        return getattr(importlib.import_module(f"{package}.{_MODULES[backend]}"), name)
+
+    def fwd(q, k, v, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, backend):
+        options = Options(scale, softcap, dropout_p, mask, seed, cos, sin)
+        return launcher(backend, "launch_fwd")(*unpack(q, k, v), temporal_heads, options)
+
+    def fwd_fake(q, k, v, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, backend):
+        q = unpack(q, k, v)[0]
+        lse = (q.shape[0], q.shape[-2], q.shape[1:-2].numel()) if _SAVES_OUTPUT[backend] else (0,)
+        return q.new_empty(q.shape), q.new_empty(lse, dtype=torch.float32)
+
+    def bwd(do, q, k, v, o, lse, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, backend):
+        options = Options(scale, softcap, dropout_p, mask, seed, cos, sin)
+        gradients = _empty_gradients(q, k, v)
+        views = gradients if k is not None else list(gradients[0].unbind(-3))
+        launcher(backend, "launch_bwd")(do, *unpack(q, k, v), o, lse, *views, temporal_heads, options)
+        return gradients
+
+    def bwd_fake(do, q, k, v, *_):
+        return _empty_gradients(q, k, v)
+
+    def setup_context(ctx, inputs, output):
+        *tensors, temporal_heads, scale, softcap, dropout_p, backend = inputs
+        ctx.options = temporal_heads, scale, softcap, dropout_p, backend
+        ctx.save_for_backward(*tensors, *(output if _SAVES_OUTPUT[backend] else (None, None)))
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx, do, _):
+        nothing = (None,) * 12
+        if do is None:
+            return nothing
+        q, k, v, mask, seed, cos, sin, o, lse = ctx.saved_tensors
+        gradients = getattr(torch.ops.vivit_kernels, f"{op}_bwd")(
+            do, q, k, v, o, lse, mask, seed, cos, sin, *ctx.options
+        )
+        return (*gradients, *nothing[len(gradients) :])
+
+    def no_double_backward(ctx, *_):
+        raise NotImplementedError(
+            f"{op}: double backward (a gradient of a gradient) is not implemented; got create_graph=True through it. "
+            "Use plain PyTorch attention where second derivatives are needed"
+        )
+
+    lib, name = _LIBRARY, f"vivit_kernels::{op}"
+    lib.define(f"{op}_fwd({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
+    lib.define(
+        f"{op}_bwd(Tensor do, Tensor q, Tensor? k, Tensor? v, Tensor? o, Tensor? lse, {_INPUTS.split(', ', 3)[3]}, {_OPTIONS}) -> Tensor[]"
+    )
+    lib.impl(f"{op}_fwd", fwd, "CompositeExplicitAutograd")
+    lib.impl(f"{op}_bwd", bwd, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{name}_fwd", fwd_fake, lib=lib)
+    torch.library.register_fake(f"{name}_bwd", bwd_fake, lib=lib)
+    torch.library.register_autograd(f"{name}_fwd", backward, setup_context=setup_context, lib=lib)
+    torch.library.register_autograd(f"{name}_bwd", no_double_backward, lib=lib)
+
+
+def _empty_gradients(q: Tensor, k: Tensor | None, v: Tensor | None) -> list[Tensor]:
+    """Contiguous gradients: one for a packed projection, else three."""
+    return [x.new_empty(x.shape) for x in (q, k, v) if x is not None]

@@ -1,0 +1,74 @@
+"""The public function joint_attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _dispatch
+from .._attention.options import Rotary, autocast, check_options, check_qkv
+from . import op  # noqa: F401  registers torch.ops.vivit_kernels.joint_attention_fwd
+from .support import SUPPORT
+
+
+def joint_attention(
+    q: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    rotary: Rotary | None = None,
+    softcap: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention of every query to every key of its clip, in O(N) memory: no N x N matrix is kept, forward or backward.
+
+    Equivalent to (without the options)
+
+        s = einsum("bqhd,bkhd->bhqk", q, k) * scale
+        o = einsum("bhqk,bkhd->bqhd", softmax(s, -1), v)
+
+    q: `[B, N_q, H, D]`; k, v: `[B, N_k, H, D]`, any strides but a unit last one; or q alone, packed `[B, N, 3, H, D]`
+        (q, k, v along the third dimension), read in place. fp16, bf16, fp32 or fp64. Differentiable in all three.
+    scale: multiplies q.k; default 1/sqrt(D).
+    key_mask: bool `[B, N_k]`, True may be attended. A query with no key left gives 0 and zero gradients.
+    dropout_p: probability of dropping a pair after softmax; kept pairs are scaled by 1/(1-p). `seed`, int64 `[2]`
+        (seed, offset) on q's device, decides which (see _philox.py); None draws it from PyTorch's generator.
+    rotary: (cos, sin), fp32 `[N, D/2]`, rotates q and k in channel pairs (i, i + D/2) first; not differentiated.
+    softcap: scores become softcap * tanh(score / softcap).
+    backend: "cuda", "triton", "cpu", "torch" or None for the first that can run the call; one asked for by name
+        never falls back. Under autocast the inputs take autocast's dtype.
+
+    Returns `[B, N_q, H, D]`, contiguous, in q's dtype. Raises ValueError for shapes, dtypes or options that do not fit,
+    NotImplementedError, with every reason, when no backend can run the call or a second derivative is asked for.
+    Source: Vaswani et al. 2017; ViViT (arXiv 2103.15691) section 3.3, model 1; RoFormer (2104.09864) for rotary.
+
+        o = joint_attention(qkv.view(B, N, 3, H, D))
+    """
+    q, k, v = autocast((q, k, v))
+    q_view, k_view, _ = check_qkv("joint_attention", "B N H D", q, k, v)
+    (B, N, H, D), N_k = q_view.shape, k_view.shape[1]
+    options = check_options(
+        "joint_attention", q_view, N, (N,), key_grid=(N_k,),
+        scale=scale, key_mask=key_mask, dropout_p=dropout_p, seed=seed, rotary=rotary, softcap=softcap,
+    )  # fmt: skip
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v))
+    call = _dispatch.Call("joint_attention", (B, N, H, D), q.dtype, q.device.type, needs_grad)
+    chosen = _dispatch.choose(call, SUPPORT, backend)
+    return torch.ops.vivit_kernels.joint_attention_fwd(
+        q,
+        k,
+        v,
+        options.mask,
+        options.seed,
+        options.cos,
+        options.sin,
+        0,
+        options.scale,
+        options.softcap,
+        options.dropout_p,
+        chosen,
+    )[0]
