@@ -22,9 +22,9 @@ from pathlib import Path
 def require_python(version, program, others=()):
     """Stop unless `version` is one this project runs on. No line up to the call below may be too new for an old one."""
     if tuple(version[:2]) < (3, 10):
-        hint = f"PYTHON={others[0]}" if others else "PYTHON=<Python 3.10 or newer>  (apt install python3 python3-venv)"
+        hint = others[0] if others else "<Python 3.10 or newer>    (sudo apt install python3 python3-venv)"
         found = ".".join(str(part) for part in version[:2])
-        sys.exit(f"install: Python >= 3.10 is needed, {program} is {found}.\n  -> make test {hint}")
+        sys.exit(f"install: Python >= 3.10 is needed, {program} is {found}.\n  -> run make again with PYTHON={hint}")
 
 
 newer_pythons = [name for name in (f"python3.{minor}" for minor in range(14, 9, -1)) if shutil.which(name)]
@@ -121,7 +121,7 @@ def run(command: list[str], **options) -> subprocess.CompletedProcess:
 
 
 def last_lines(text: str, count: int = 3) -> str:
-    lines = [line for line in text.splitlines() if line.startswith("ERROR")] or text.splitlines()
+    lines = [line for line in text.splitlines() if line.startswith(("ERROR", "WARNING: Retrying"))] or text.splitlines()
     return "\n".join("  " + line[:300] for line in lines[-count:]) or "  (no output)"
 
 
@@ -165,13 +165,16 @@ def resolve(pip: list[str], wanted: list[str]) -> dict:
         return json.loads(report.read_text())
 
 
-def install_cpu_torch(pip: list[str], constraints: list[str]) -> str:
+def cpu_torch() -> str:
+    """The requirement for the CPU build. The `+cpu` matters: no other index that pip may know can answer with CUDA."""
+    return (CI / "constraints-cpu.txt").read_text().split()[-1] + "+cpu"
+
+
+def install_cpu_torch(pip: list[str]) -> str:
     """Install torch alone from PyTorch's CPU index; '' or why it failed. Its dependencies come with everything else."""
     say(f"torch resolves to its CUDA build; trying the CPU build from {CPU_INDEX}")
-    # find-links is cleared: pip shows it for this one call, and the index must stand alone
-    environment = os.environ | {"PIP_FIND_LINKS": "", "PIP_EXTRA_INDEX_URL": "", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    command = [*pip, "install", "--no-deps", "--index-url", CPU_INDEX, "--timeout", "15", "--retries", "1"]
-    done = run([*command, *constraints, "torch"], env=environment, stderr=subprocess.PIPE)
+    command = [*pip, "install", "--no-deps", "--index-url", CPU_INDEX, "--timeout", "15", "--retries", "1", cpu_torch()]
+    done = run(command, stderr=subprocess.PIPE)
     return "" if done.returncode == 0 else last_lines(done.stderr)
 
 
@@ -198,7 +201,7 @@ def install(goal: str, venv: Path) -> None:
         say("resolving the packages first (half a minute or so, installs nothing)")
         found = cuda_packages(resolve(pip, wanted))
         if found:
-            why = install_cpu_torch(pip, constraints)
+            why = install_cpu_torch(pip)
             found = found if why else cuda_packages(resolve(pip, wanted))
             if found:
                 raise Stop(cuda_message(found, version, goal, why or "  what it serves brings CUDA packages too"))
