@@ -1,0 +1,210 @@
+"""The install script's decisions, and what the wheel holds."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+spec = importlib.util.spec_from_file_location("install", ROOT / ".ci" / "install.py")
+assert spec and spec.loader
+install = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(install)
+
+PIP = [sys.executable, "-m", "pip"]
+
+
+def report(*packages: str) -> dict:
+    pairs = (package.split("==") for package in packages)
+    return {"version": "1", "install": [{"metadata": {"name": name, "version": version}} for name, version in pairs]}
+
+
+def make_wheel(folder: Path, name: str, version: str, requires: tuple[str, ...] = ()) -> None:
+    """A wheel with nothing in it but its requirements."""
+    info = f"{name}-{version}.dist-info"
+    lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+    lines += [f"Requires-Dist: {requirement}" for requirement in requires]
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{info}/METADATA", "\n".join(lines) + "\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+@pytest.fixture
+def only_folder(monkeypatch, tmp_path):
+    """pip options by which nothing but the wheels in tmp_path can be found, whatever this machine's pip is set to."""
+    for name in list(os.environ):
+        if name.startswith("PIP_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    return ["--no-index", "--find-links", str(tmp_path), "--ignore-installed"]
+
+
+@pytest.mark.parametrize(
+    "packages, found",
+    [
+        (["torch==2.13.0+cpu", "numpy==2.4.6", "sympy==1.14.0"], []),
+        (["torch==2.13.0", "filelock==4.2.11"], []),  # what macOS and a CPU mirror without local versions give
+        (["torch==2.13.0", "nvidia-cublas==13.1.1.3", "triton==3.7.1"], ["nvidia-cublas==13.1.1.3"]),
+        (["torch==2.13.0", "Nvidia_NCCL.cu13==2.29.7"], ["nvidia-nccl-cu13==2.29.7"]),
+        (["cuda-toolkit==13.0.3.0", "cuda-bindings==13.4.4"], ["cuda-toolkit==13.0.3.0", "cuda-bindings==13.4.4"]),
+        (["torch==2.13.0+cu130"], ["torch==2.13.0+cu130"]),
+        ([], []),  # everything is there already
+    ],
+)
+def test_cuda_is_found_in_a_report(packages, found):
+    assert install.cuda_packages(report(*packages)) == found
+
+
+def test_cuda_is_found_in_what_pip_reports(tmp_path, only_folder):
+    """pip itself resolves a torch that requires CUDA packages, from a folder of empty wheels; nothing is installed."""
+    make_wheel(tmp_path, "torch", "2.13.0", ("nvidia-cublas; platform_system != 'Nowhere'",))
+    make_wheel(tmp_path, "nvidia_cublas", "13.1.1.3")
+    assert install.cuda_packages(install.resolve(PIP, [*only_folder, "torch==2.13.0"])) == ["nvidia-cublas==13.1.1.3"]
+    make_wheel(tmp_path, "torch", "2.13.0+cpu")  # pip prefers it: a local version counts as newer
+    assert install.cuda_packages(install.resolve(PIP, [*only_folder, "torch==2.13.0"])) == []
+
+
+def test_a_resolution_that_fails_stops_with_pips_reason(only_folder):
+    with pytest.raises(install.Stop, match=r"No matching distribution found for torch==2\.13\.0"):
+        install.resolve(PIP, [*only_folder, "torch==2.13.0"])
+
+
+def test_the_stop_message_says_what_to_run():
+    found = [f"nvidia-{i}==1.0" for i in range(18)]
+    text = install.cuda_message(found, "3.12.3", "demo", "  ERROR: no answer")
+    assert "Python 3.12.3" in text and "18 packages" in text and "nvidia-2==1.0, ..." in text and "no answer" in text
+    assert install.CPU_INDEX in text
+    for remedy in ("VIVIT_TORCH_INDEX=", "PIP_FIND_LINKS=", "make demo VENV= PYTHON=", "VIVIT_CUDA=1 make demo"):
+        assert remedy in text
+
+
+def test_old_pythons_are_refused():
+    install.require_python((3, 10, 0), "python3")
+    with pytest.raises(SystemExit, match=r"Python >= 3.10 is needed, python3 is 3.9.\n.*PYTHON=python3.12"):
+        install.require_python((3, 9, 18), "python3", ["python3.12", "python3.11"])
+    with pytest.raises(SystemExit, match="apt install python3"):
+        install.require_python((3, 8), "python3")
+
+
+def test_a_missing_venv_module_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(install.importlib.util, "find_spec", lambda name: None if name == "ensurepip" else object())
+    with pytest.raises(install.Stop, match=r"no module 'ensurepip'(.|\n)*apt install python3-venv"):
+        install.make_venv(tmp_path / "venv")
+    assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.parametrize(
+    "text, version",
+    [("pip 23.2.1 from somewhere (python 3.11)", (23, 2, 1)), ("pip 25.0 from x", (25, 0)), ("", (0,))],
+)
+def test_versions_are_read(text, version):
+    assert install.version_of(text) == version
+
+
+@pytest.mark.parametrize("forced, expected", [("0", False), ("1", True)])
+def test_the_gpu_can_be_decided_by_hand(monkeypatch, forced, expected):
+    monkeypatch.setenv("VIVIT_CUDA", forced)
+    assert install.has_gpu() is expected
+
+
+def test_the_record_depends_on_everything_an_install_depends_on():
+    one = install.fingerprint("test", "3.11.7", False)
+    assert one == install.fingerprint("test", "3.11.7", False)
+    others = [("demo", "3.11.7", False), ("test", "3.12.1", False), ("test", "3.11.7", True)]
+    assert len({one, *(install.fingerprint(*other) for other in others)}) == 4
+    for name in install.INPUTS:
+        assert (ROOT / name).is_file(), f"{name} is gone; .ci/install.py would fail"
+
+
+def test_a_second_call_installs_nothing(monkeypatch, tmp_path, capsys):
+    commands = []
+    real_run = install.run
+
+    def run(command, **options):
+        if command[1:3] != ["-m", "pip"]:
+            return real_run(command, **options)
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, "pip 26.3 from here", "")
+
+    monkeypatch.setattr(install, "run", run)
+    monkeypatch.setattr(install, "make_venv", lambda venv: Path(sys.executable))
+    monkeypatch.setattr(install, "resolve", lambda pip, wanted: report("torch==2.13.0+cpu"))
+    monkeypatch.setenv("VIVIT_CUDA", "0")
+    install.install("test", tmp_path)
+    assert [command for command in commands if ".[test]" in command and ".ci/constraints-cpu.txt" in command]
+    commands.clear()
+    install.install("test", tmp_path)
+    install.install("demo", tmp_path)  # the smaller one came with it
+    assert not commands
+    assert capsys.readouterr().out.count("is up to date") == 2
+
+
+def test_cuda_without_a_gpu_stops_before_anything_is_installed(monkeypatch, tmp_path):
+    commands = []
+
+    def run(command, **options):
+        commands.append(command)
+        failed = "--index-url" in command
+        return subprocess.CompletedProcess(
+            command, int(failed), "pip 26.3", "ERROR: cannot be reached" if failed else ""
+        )
+
+    monkeypatch.setattr(install, "make_venv", lambda venv: Path(sys.executable))
+    monkeypatch.setattr(install, "require_python", lambda *arguments: None)
+    monkeypatch.setattr(install, "run", run)
+    monkeypatch.setattr(install, "resolve", lambda pip, wanted: report("torch==2.13.0", "nvidia-cublas==13.1.1.3"))
+    monkeypatch.setenv("VIVIT_CUDA", "0")
+    with pytest.raises(install.Stop, match=r"no NVIDIA GPU here(.|\n)*cannot be reached"):
+        install.install("test", tmp_path)
+    asked = [command for command in commands if "install" in command]
+    assert len(asked) == 1 and asked[0][-1].endswith("+cpu") and "--no-deps" in asked[0]
+    assert not (tmp_path / install.RECORD).exists()
+
+
+def test_with_a_gpu_torch_is_left_free(monkeypatch, tmp_path):
+    commands = []
+
+    def run(command, **options):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, "3.12.1" if command[1] == "-c" else "pip 26.3", "")
+
+    monkeypatch.setattr(install, "make_venv", lambda venv: Path(sys.executable))
+    monkeypatch.setattr(install, "run", run)
+    monkeypatch.setenv("VIVIT_CUDA", "1")
+    install.install("demo", tmp_path)
+    assert ".ci/constraints-cpu.txt" not in commands[-1] and ".ci/constraints.txt" in commands[-1]
+    assert json.loads((tmp_path / install.RECORD).read_text()).keys() == {"demo"}
+
+
+def test_the_wheel_holds_both_packages_and_nothing_else(tmp_path):
+    """Built from a copy, so that no build folder appears in the checkout."""
+    source = tmp_path / "source"
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
+    for name in ("kernels", "vivit", "tests", "bench"):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=ignore)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    command = [*PIP, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("vivit_kernels-*-py3-none-any.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    held = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    present = {name for name in ("kernels/vivit_kernels", "vivit") if (ROOT / name / "__init__.py").exists()}
+    assert held == {Path(name).name for name in present}
+    for package in present:
+        inside = {str(Path(package).name / path.relative_to(ROOT / package)) for path in (ROOT / package).rglob("*.py")}
+        assert inside <= set(names), "a folder without __init__.py is left out of the wheel"
+    assert [name for name in names if name.endswith("entry_points.txt")] and [n for n in names if n.endswith("LICENSE")]
