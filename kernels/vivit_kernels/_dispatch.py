@@ -48,18 +48,22 @@ def choose(call: Call, support: Mapping[str, Predicate], backend: str | None = N
     for name in candidates:
         if name in support and not support[name](call):
             return name
-    refusals = {name: support[name](call) if name in support else [_absent(call.op, name)] for name in candidates}
-    raise NotImplementedError(explain(call, refusals, backend))
+    raise NotImplementedError(explain(call, refusals(call, support, candidates), backend))
+
+
+def refusals(call: Call, support: Mapping[str, Predicate], candidates: tuple[str, ...]) -> dict[str, list[Refusal]]:
+    """Every candidate's refusals of the call, in order; an empty list means that it runs."""
+    return {name: support[name](call) if name in support else [_absent(call.op, name)] for name in candidates}
 
 
 def _absent(op: str, backend: str) -> Refusal:
     return Refusal(f"this release has no {backend} kernel for {op}", "use backend='torch', or leave backend out")
 
 
-def explain(call: Call, refusals: Mapping[str, list[Refusal]], backend: str | None) -> str:
+def explain(call: Call, refused: Mapping[str, list[Refusal]], backend: str | None) -> str:
     head = f"backend {backend!r} cannot run this call." if backend else "no allowed backend can run this call."
     lines = [f"{call.op}: {head}", f"  call    {call}"]
-    for name, reasons in refusals.items():
+    for name, reasons in refused.items():
         for i, refusal in enumerate(reasons):
             lines += [f"  {name if i == 0 else '':<8}{refusal.reason}", f"          -> {refusal.remedy}"]
     if backend is None and _environment.RESTRICTED:

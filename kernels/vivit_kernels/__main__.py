@@ -1,0 +1,56 @@
+"""`python -m vivit_kernels`: what this install can run, what it cannot, and why."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from . import _environment
+from ._dispatch import Call, refusals
+from .factorized_attention.support import SUPPORT as FACTORIZED
+from .joint_attention.support import SUPPORT as JOINT
+from .tubelet_embedding.support import SUPPORT as TUBELET
+
+# One ordinary call per op: ViViT-B/16x2, one clip.
+SHAPES = {
+    "tubelet_embedding": (TUBELET, (1, 3, 32, 224, 224)),
+    "factorized_attention": (FACTORIZED, (1, 16, 196, 12, 64)),
+    "joint_attention": (JOINT, (1, 3137, 12, 64)),
+}
+
+
+def device_lines() -> list[str]:
+    lines = [f"cpu     {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"]
+    if not torch.cuda.is_available():
+        why = "PyTorch was built without CUDA" if torch.version.cuda is None else "no GPU or driver is visible"
+        return [*lines, f"cuda    none: {why}"]
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        lines.append(f"cuda:{i}  {torch.cuda.get_device_name(i)}, compute capability {major}.{minor}")
+    return lines
+
+
+def backend_lines(device: str, dtype: torch.dtype) -> list[str]:
+    lines = []
+    for op, (support, shape) in SHAPES.items():
+        call = Call(op, shape, dtype, device, needs_grad=True)
+        lines.append(f"{op}  {call}")
+        for backend, reasons in refusals(call, support, _environment.allowed_backends()).items():
+            lines.append(f"  {backend:<8}{'runs' if not reasons else reasons[0].reason}")
+            lines += [f"          -> {reason.remedy}" for reason in reasons]
+    return lines
+
+
+def main() -> None:
+    triton = "installed" if _environment.HAS_TRITON else "not installed"
+    print(f"vivit_kernels on Python {platform.python_version()}, torch {torch.__version__}, triton {triton}\n")
+    print("\n".join(device_lines()) + "\n")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print("\n".join(backend_lines(device, torch.bfloat16)))
+    restriction = ",".join(_environment.RESTRICTED) or "not set (tried in order: " + ", ".join(_environment.BACKENDS) + ")"
+    print(f"\n{_environment.VARIABLE}: {restriction}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""The error budget: one rule, and the only file where a tolerance is written.
+
+    exact   the reference in float64 on the same (already quantised) inputs
+    eager   the reference in the dtype under test
+    actual  the result under test
+
+`actual` passes when it is finite and both its maximum and its RMS error against `exact` stay within FACTOR times eager's own
+error plus one rounding of the result: eps(dtype)/2 of the tensor's largest value, eps(dtype)/4 of its RMS (a result that
+eager happens to hit exactly must still be allowed to round). The RMS half is not optional: a maximum alone lets through a
+scale that is wrong by 2 % or a few keys too many, because one unlucky element of eager is already as far off.
+
+In float64 there is no better reference: results of another summation order agree to FLOAT64_EPS_MULTIPLE eps of the scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FACTOR = 2.0
+GRADIENT_FACTOR = 3.0  # a gradient is a longer chain of roundings, and the order of its sums is free
+MAX_EPS_SHARE, RMS_EPS_SHARE = 0.5, 0.25
+FLOAT64_EPS_MULTIPLE = 64.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Errors and their budgets; `share` is the part of the budget used, 1 is the limit."""
+
+    finite: bool
+    max_error: float
+    max_budget: float
+    rms_error: float
+    rms_budget: float
+
+    @property
+    def share(self) -> float:
+        if not self.finite:
+            return float("inf")
+        return max(_ratio(self.max_error, self.max_budget), _ratio(self.rms_error, self.rms_budget))
+
+    @property
+    def ok(self) -> bool:
+        return self.share <= 1.0
+
+    def __str__(self) -> str:
+        state = "within budget" if self.ok else "OUT OF BUDGET"
+        return (
+            f"{state}: finite={self.finite}, max error {self.max_error:.3g} of {self.max_budget:.3g}, "
+            f"rms error {self.rms_error:.3g} of {self.rms_budget:.3g}"
+        )
+
+
+def _ratio(error: float, budget: float) -> float:
+    if budget > 0:
+        return error / budget
+    return 0.0 if error == 0 else float("inf")
+
+
+def _errors(x: Tensor, exact: Tensor) -> tuple[float, float]:
+    if x.numel() == 0:
+        return 0.0, 0.0
+    difference = (x.to(torch.float64) - exact).abs()
+    return difference.max().item(), difference.square().mean().sqrt().item()
+
+
+def judge(actual: Tensor, exact: Tensor, eager: Tensor, *, gradient: bool = False, scale: float | None = None) -> Verdict:
+    """Holds `actual` to the budget. scale: where the exact result is zero by mathematics (the gradient of a key bias,
+    dq with a single key), the size of the terms that cancel; else the tensor's own is taken."""
+    if exact.dtype != torch.float64:
+        raise ValueError(f"judge: exact must be float64, got {exact.dtype}: run the reference on inputs.double()")
+    if not actual.shape == exact.shape == eager.shape:
+        raise ValueError(f"judge: shapes differ: {tuple(actual.shape)}, {tuple(exact.shape)}, {tuple(eager.shape)}")
+    finite = bool(torch.isfinite(actual).all())
+    max_error, rms_error = _errors(actual, exact)
+    eager_max, eager_rms = _errors(eager, exact)
+    exact_max, exact_rms = _errors(torch.zeros_like(exact), exact)
+    factor = GRADIENT_FACTOR if gradient else FACTOR
+    shares = (FLOAT64_EPS_MULTIPLE,) * 2 if actual.dtype == torch.float64 else (MAX_EPS_SHARE, RMS_EPS_SHARE)
+    sizes = (exact_max, exact_rms) if scale is None else (max(scale, exact_max), max(scale, exact_rms))
+    max_slack, rms_slack = (torch.finfo(actual.dtype).eps * share * size for share, size in zip(shares, sizes, strict=True))
+    return Verdict(finite, max_error, factor * eager_max + max_slack, rms_error, factor * eager_rms + rms_slack)

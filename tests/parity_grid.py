@@ -1,0 +1,110 @@
+"""The parity grid: which combinations are run, how their inputs are made, and how one is judged against float64."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from vivit_kernels import rotary_tables
+from vivit_kernels.numerics import judge
+
+HEAD_SIZES = [8, 12, 32, 40, 64, 72, 80, 96, 128, 160]
+
+
+def pairwise(axes: dict[str, list], seed: int = 0) -> list[dict]:
+    """A short list of combinations in which every pair of values of two axes occurs (greedy, repeatable)."""
+    names, rng = list(axes), random.Random(seed)
+    missing = {(a, x, b, y) for a, b in itertools.combinations(names, 2) for x in range(len(axes[a])) for y in range(len(axes[b]))}
+    cases = []
+    while missing:
+        best, covered = None, set()
+        for _ in range(60):
+            a, x, b, y = rng.choice(sorted(missing))
+            pick = {name: rng.randrange(len(axes[name])) for name in names} | {a: x, b: y}
+            hits = {m for m in missing if pick[m[0]] == m[1] and pick[m[2]] == m[3]}
+            if len(hits) > len(covered):
+                best, covered = pick, hits
+        missing -= covered
+        cases.append({name: axes[name][i] for name, i in best.items()})
+    return cases
+
+
+def crossed(axes: dict[str, list], names: list[str]) -> list[dict]:
+    """Every product of the named axes; the other axes cycle through their values, each at its own pace."""
+    cases = [dict(zip(names, values, strict=True)) for values in itertools.product(*(axes[name] for name in names))]
+    others = [name for name in axes if name not in names]
+    rng = random.Random(0)
+    return [case | {name: rng.choice(axes[name]) for name in others} for case in cases]
+
+
+def _name(case: dict) -> str:
+    return "-".join(f"{key}={value}".replace("torch.", "").replace(" ", "") for key, value in case.items())
+
+
+def grid(axes: dict[str, list], cross: list[str]) -> list:
+    """pytest parameters: a pairwise cover of all axes in every run, every product of `cross` in `make test-full`."""
+    cover = [pytest.param(case, id=_name(case)) for case in pairwise(axes)]
+    return cover + [pytest.param(case, id="full-" + _name(case), marks=pytest.mark.full) for case in crossed(axes, cross)]
+
+
+def make_inputs(kind: str, shape: tuple, device) -> torch.Tensor:
+    x = torch.randn(shape, device=device)
+    if kind == "large":
+        return x * 8
+    if kind == "constant":
+        return x[:, :1].expand(shape) + 0.0
+    if kind == "dominant":  # one key far above all others
+        x[:, shape[1] // 2] *= 6
+    return x
+
+
+def lay_out(q, k, v, layout: str) -> list:
+    if layout == "packed" and q.shape == k.shape:
+        return [torch.stack([q, k, v], -3)]
+    if layout == "heads_first":
+        return [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    if layout == "sliced":  # rows within a wider buffer of NaN: what lies around the tensor must not be read
+        return [torch.full((*x.shape[:-1], x.shape[-1] + 8), float("nan"), device=x.device)[..., : x.shape[-1]].copy_(x) for x in (q, k, v)]
+    return [q, k, v]
+
+
+def make_options(case: dict, grid: tuple, key_grid: tuple, device) -> dict:
+    """Keyword arguments of an attention op for a case; grid is (B, N) or (B, T, S)."""
+    options = {"dropout_p": case["dropout_p"], "seed": torch.tensor([2**40 + 7, 3], device=device) if case["dropout_p"] else None}
+    if case["mask"]:
+        options["key_mask"] = torch.rand(key_grid, device=device) < 0.7
+        options["key_mask"][..., 0] = True
+        if case["mask"] == "a clip has none":
+            options["key_mask"][0] = False
+    if case["extra"] == "softcap":
+        options["softcap"] = 5.0
+    if case["extra"] == "scale":
+        options["scale"] = 0.3
+    if case["extra"] == "rotary" and grid == key_grid:
+        tables = rotary_tables(grid[1], *grid[2:], *(1,) * (4 - len(grid)), case["D"], device=device)
+        options["rotary"] = tuple(table.reshape(*grid[1:], -1) for table in tables)
+    return options
+
+
+def run(function, tensors: list, do: torch.Tensor, dtype: torch.dtype) -> list:
+    """[output, *gradients] of `function(*tensors)` with the floating tensors in `dtype`."""
+    leaves = [x.detach().to(dtype).requires_grad_() if x.is_floating_point() else x for x in tensors]
+    out = function(*leaves)
+    wanted = [x for x in leaves if x.requires_grad]
+    return [out, *torch.autograd.grad(out, wanted, do.to(out.dtype))]
+
+
+def check(actual_fn, reference_fn, tensors: list, do: torch.Tensor, dtype: torch.dtype, names: list[str], scales=None) -> None:
+    """Output and gradients of `actual_fn` against `reference_fn` in float64, under the one error budget."""
+    quantised = [x.to(dtype) if x.is_floating_point() else x for x in tensors]
+    do = do.to(dtype)
+    exact = run(reference_fn, quantised, do, torch.float64)
+    eager = run(reference_fn, quantised, do, dtype)
+    actual = run(actual_fn, quantised, do, dtype)
+    for i, name in enumerate(names):
+        assert actual[i].dtype == dtype
+        verdict = judge(actual[i], exact[i], eager[i], gradient=i > 0, scale=(scales or {}).get(name))
+        assert verdict.ok, f"{name}: {verdict}"

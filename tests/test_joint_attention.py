@@ -1,0 +1,61 @@
+"""joint_attention against its reference in float64: output and gradients, over the parity grid."""
+
+import pytest
+import torch
+from parity_grid import HEAD_SIZES, check, grid, lay_out, make_inputs, make_options
+
+from vivit_kernels import joint_attention
+from vivit_kernels._attention.options import check_options
+from vivit_kernels.joint_attention import reference
+
+AXES = {
+    "dtype": [torch.float32, torch.bfloat16, torch.float16, torch.float64],
+    "N": [1, 2, 17, 64, 65, 197],
+    "N_k": ["same", 33],
+    "D": HEAD_SIZES,
+    "layout": ["packed", "separate", "heads_first", "sliced"],
+    "inputs": ["normal", "large", "constant", "dominant"],
+    "mask": [None, "some", "a clip has none"],
+    "dropout_p": [0.0, 0.3],
+    "extra": [None, "softcap", "rotary", "scale"],
+}
+CROSS = ["dtype", "N", "layout", "mask", "dropout_p", "extra"]
+
+
+@pytest.mark.parametrize("case", grid(AXES, CROSS))
+def test_parity(case, device):
+    B, H, N, D = 2, 3, case["N"], case["D"]
+    N_k = N if case["N_k"] == "same" else case["N_k"]
+    q = make_inputs(case["inputs"], (B, N, H, D), device)
+    k, v = (make_inputs(case["inputs"], (B, N_k, H, D), device) for _ in range(2))
+    options = make_options(case, (B, N), (B, N_k), device)
+    do = torch.randn(B, N, H, D, device=device)
+    tensors = lay_out(q, k, v, case["layout"])
+
+    def defined(q, k=None, v=None):
+        q, k, v = q.unbind(2) if k is None else (q, k, v)
+        given = {"scale": None, "key_mask": None, "rotary": None, "softcap": None} | options
+        return reference.joint_attention(q, k, v, check_options("joint_attention", q, N, (N,), key_grid=(N_k,), **given))
+
+    names = ["o", "dqkv"] if len(tensors) == 1 else ["o", "dq", "dk", "dv"]
+    # dq and dk cancel where all scores of a row are equal (one key, constant rows): their scale is that of dP * k * scale
+    size = float(do.norm(dim=-1).max() * v.norm(dim=-1).max() * max(k.abs().max(), q.abs().max()) * options.get("scale", D**-0.5))
+    scales = {"dq": size, "dk": size} if N_k == 1 or case["inputs"] == "constant" else None
+    check(lambda *x: joint_attention(*x, backend="torch", **options), defined, tensors, do, case["dtype"], names, scales)
+
+
+def test_the_reference_is_scaled_dot_product_attention():
+    q, k, v = (torch.randn(2, 19, 3, 16, dtype=torch.float64) for _ in range(3))
+    ours = reference.joint_attention(q, k, v, check_options("joint_attention", q, 19, (19,), scale=None, key_mask=None, dropout_p=0.0, seed=None, rotary=None, softcap=None))  # fmt: skip
+    theirs = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_no_square_matrix_is_kept():
+    """Bytes saved for backward grow with N, not with N^2: the packed projection alone is kept."""
+    saved = []
+    qkv = torch.randn(1, 512, 3, 2, 16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x), x)[1], lambda x: x):
+        joint_attention(qkv, dropout_p=0.5)
+    assert {x.data_ptr() for x in saved if x.is_floating_point()} == {qkv.data_ptr()}
+    assert max(x.numel() for x in saved) == qkv.numel()
