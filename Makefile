@@ -61,7 +61,7 @@ check: for-check
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m pyright --pythonpath "$$($(PY) -c 'import sys; print(sys.executable)')"
-	$(if $(CPP),$(PY) -m clang_format --dry-run -Werror $(CPP))
+	$(if $(CPP),$(if $(VENV),$(VENV)/bin/)clang-format --dry-run -Werror $(CPP))
 
 clean:
 	rm -rf build dist *.egg-info kernels/*.egg-info .pytest_cache .ruff_cache .benchmarks
