@@ -226,6 +226,7 @@ class ViViT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+        for module in self.modules():  # after all Linears: a module comes before the Linears in it
             if isinstance(module, Attention):  # three E x E projections in one weight: the fan is that of each
                 for weight in module.qkv.weight.chunk(3):
                     nn.init.xavier_uniform_(weight)
