@@ -7,7 +7,7 @@ outputs), and exp, tanh and rsqrt count 0. Per element that gives LayerNorm 7 (a
 per row), 1 for each bias, residual, position and for scaling q.
 
 XLA adds these up in float32, one instruction at a time, which at 1e12 rounds each sum to 65536. `Count.xla_flops` adds
-the same numbers in the same order and so equals all 22 entries of tests/fixtures/flops_params.json to the last bit;
+the same numbers in the same order and so equals every entry of tests/fixtures/flops_params.json to the last bit;
 `Count.flops` is the exact sum (at most 4e-6 away).
 """
 
@@ -30,7 +30,7 @@ class Operation(NamedTuple):
 
 @dataclass(frozen=True)
 class Count:
-    """One clip, forward. macs: of convolutions and matrix products; flops: with elementwise work; xla_flops: XLA's sum."""
+    """One clip, forward. macs: of convolutions and matrix products; flops: all; xla_flops: all, in XLA's float32."""
 
     macs: int
     flops: int
