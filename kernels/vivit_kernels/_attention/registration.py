@@ -7,9 +7,11 @@ would make autograd copy three gradients into a fourth tensor.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .options import Options
 
@@ -27,8 +29,12 @@ def unpack(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tenso
     return q, k, v
 
 
-def register(op: str, package: str) -> None:
-    """Defines `vivit_kernels::<op>_fwd` and `<op>_bwd`; launchers are `package`.<backend module>.launch_fwd and launch_bwd."""
+def register(op: str, package: str, flops: Callable[[tuple, tuple, int], int]) -> None:
+    """Defines `vivit_kernels::<op>_fwd` and `<op>_bwd`; launchers are `package`.<backend module>.launch_fwd and launch_bwd.
+
+    flops: of the two products of one forward, from the shapes of q and k (unpacked) and temporal_heads; backward, which
+    recomputes the scores, has five products. PyTorch's FlopCounterMode uses it.
+    """
 
     def launcher(backend: str, name: str):
         return getattr(importlib.import_module(f"{package}.{_MODULES[backend]}"), name)
@@ -85,6 +91,20 @@ def register(op: str, package: str) -> None:
     torch.library.register_fake(f"{name}_bwd", bwd_fake, lib=lib)
     torch.library.register_autograd(f"{name}_fwd", backward, setup_context=setup_context, lib=lib)
     torch.library.register_autograd(f"{name}_bwd", no_double_backward, lib=lib)
+    _register_flops(op, flops)
+
+
+def _register_flops(op: str, flops: Callable[[tuple, tuple, int], int]) -> None:
+    def unpacked(q: tuple, k: tuple | None) -> tuple[tuple, tuple]:
+        return (q, k) if k is not None else ((*q[:-3], *q[-2:]),) * 2
+
+    @register_flop_formula(getattr(torch.ops.vivit_kernels, f"{op}_fwd"))
+    def forward_flops(q, k, v, mask, seed, cos, sin, temporal_heads, *_, **__) -> int:
+        return flops(*unpacked(q, k), temporal_heads)
+
+    @register_flop_formula(getattr(torch.ops.vivit_kernels, f"{op}_bwd"))
+    def backward_flops(do, q, k, v, o, lse, mask, seed, cos, sin, temporal_heads, *_, **__) -> int:
+        return 5 * flops(*unpacked(q, k), temporal_heads) // 2
 
 
 def _empty_gradients(q: Tensor, k: Tensor | None, v: Tensor | None) -> list[Tensor]:

@@ -2,4 +2,10 @@
 
 from .._attention.registration import register
 
-register("joint_attention", __package__ or "")
+
+def _flops(q: tuple, k: tuple, _: int) -> int:
+    B, N, H, D = q
+    return 4 * B * H * N * k[1] * D
+
+
+register("joint_attention", __package__ or "", _flops)

@@ -6,6 +6,7 @@ import importlib
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 _LIBRARY = torch.library.Library("vivit_kernels", "FRAGMENT")
 _NAME = "vivit_kernels::tubelet_embedding"
@@ -69,3 +70,21 @@ torch.library.register_fake(f"{_NAME}_fwd", _fwd_fake, lib=_LIBRARY)
 torch.library.register_fake(f"{_NAME}_bwd", _bwd_fake, lib=_LIBRARY)
 torch.library.register_autograd(f"{_NAME}_fwd", _backward, setup_context=_setup_context, lib=_LIBRARY)
 torch.library.register_autograd(f"{_NAME}_bwd", _no_double_backward, lib=_LIBRARY)
+
+
+def _products(video: tuple, weight: tuple) -> int:
+    """FLOPs of one product of all tubelets with the weight."""
+    tokens = video[0]
+    for i in range(3):
+        tokens *= video[2 + i] // weight[2 + i]
+    return 2 * tokens * weight[0] * weight[1] * weight[2] * weight[3] * weight[4]
+
+
+@register_flop_formula(torch.ops.vivit_kernels.tubelet_embedding_fwd)
+def _fwd_flops(video, weight, *_, **__) -> int:
+    return _products(video, weight)
+
+
+@register_flop_formula(torch.ops.vivit_kernels.tubelet_embedding_bwd)
+def _bwd_flops(dout, video, weight, bias, position, class_token, per_frame, scale, shift, needs, *_, **__) -> int:
+    return _products(video, weight) * (needs[0] + needs[1])
