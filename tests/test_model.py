@@ -100,7 +100,7 @@ def test_scenic_activations(name):
         if key in data:
             assert_same(found.reshape(data[key].shape), data[key], F32_BUDGET, key)
             compared += 1
-    assert compared >= 4
+    assert compared >= 3
 
 
 @pytest.mark.parametrize("name", [name for name in SCENIC if "logits_train_droplayer1" in parity.arrays(name)])
