@@ -13,6 +13,7 @@ import numpy as np
 import parity
 import pytest
 import torch
+from flax_files import chunked, flax_bytes, nested
 from parity import F32_BUDGET, F64_BUDGET, assert_same
 from safetensors.torch import load_file, save_file
 
@@ -133,6 +134,7 @@ def strange(tmp_path):
     (tmp_path / "text").write_text("<html>Not found</html>")
     (tmp_path / "pickle").write_bytes(pickle.dumps({"a": Evil(tmp_path / "ran")}))
     torch.save({"a": Evil(tmp_path / "ran")}, tmp_path / "evil.bin")
+    torch.save({"a": Evil(tmp_path / "ran")}, tmp_path / "old evil.bin", _use_new_zipfile_serialization=False)
     torch.save({"a": torch.zeros(2)}, tmp_path / "cut.bin")
     (tmp_path / "cut.bin").write_bytes((tmp_path / "cut.bin").read_bytes()[:300])
     np.savez(tmp_path / "objects.npz", a=np.array([Evil(tmp_path / "ran")], dtype=object))
@@ -141,7 +143,7 @@ def strange(tmp_path):
     assert not (tmp_path / "ran").exists(), "a weight file was executed"
 
 
-STRANGE = ["cut", "header only", "empty", "text", "pickle", "evil.bin", "cut.bin", "objects.npz"]
+STRANGE = ["cut", "header only", "empty", "text", "pickle", "evil.bin", "old evil.bin", "cut.bin", "objects.npz"]
 
 
 @pytest.mark.parametrize("name", [*STRANGE, "other.safetensors"])
@@ -228,44 +230,6 @@ def test_scenic_variants(scenic):
     assert first.shape == (1, 4) and second.shape == (1, 3)
 
 
-# -- flax's msgpack, written as its specification says
-
-
-def array_bytes(x: np.ndarray) -> bytes:
-    return msgpack.packb((x.shape, x.dtype.name, x.tobytes()), use_bin_type=True)
-
-
-def flax_default(x):
-    if isinstance(x, np.ndarray):
-        return msgpack.ExtType(1, array_bytes(x))
-    if isinstance(x, np.generic):
-        return msgpack.ExtType(3, array_bytes(np.asarray(x)))
-    if isinstance(x, complex):
-        return msgpack.ExtType(2, msgpack.packb((x.real, x.imag)))
-    raise TypeError(type(x))
-
-
-def flax_bytes(tree) -> bytes:
-    return msgpack.packb(tree, default=flax_default, strict_types=True)
-
-
-def nested(flat: dict) -> dict:
-    tree: dict = {}
-    for path, x in flat.items():
-        *folders, leaf = path.split("/")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[leaf] = x
-    return tree
-
-
-def chunked(x: np.ndarray, size: int) -> dict:
-    pieces = [x.reshape(-1)[i : i + size] for i in range(0, x.size, size)]
-    numbered = [{str(i): y for i, y in enumerate(items)} for items in (x.shape, pieces)]
-    return {"__msgpack_chunked_array__": True, "shape": numbered[0], "chunks": numbered[1]}
-
-
 @pytest.mark.parametrize("where", ["optimizer", "params", "params/params"])
 def test_read_scenic(tmp_path, scenic, where):
     params, config = scenic
@@ -341,7 +305,7 @@ def test_the_two_names_of_hugging_face():
 
 @pytest.mark.parametrize("names", ["hub", "v5"])
 @pytest.mark.parametrize("prefixed", [True, False])
-@pytest.mark.parametrize("form", ["dict", "safetensors", "bin", "shards"])
+@pytest.mark.parametrize("form", ["dict", "safetensors", "bin", "old bin", "shards"])
 def test_load_hf_takes_every_name_and_file(tmp_path, names, prefixed, form):
     model = small()
     state = W.hf_state_dict(model.state_dict(), model.config, names)
@@ -350,9 +314,9 @@ def test_load_hf_takes_every_name_and_file(tmp_path, names, prefixed, form):
     if form == "safetensors":
         source = tmp_path
         save_file(state, tmp_path / "model.safetensors")
-    if form == "bin":
+    if form.endswith("bin"):
         source = tmp_path / "pytorch_model.bin"
-        torch.save(state, source)
+        torch.save(state, source, _use_new_zipfile_serialization=form == "bin")
     if form == "shards":
         source = tmp_path
         places = {k: f"model-{i % 2}.safetensors" for i, k in enumerate(state)}

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 _CHUNKED = "__msgpack_chunked_array__"
+_TORCH_BEFORE_1_6 = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # torch's magic number, itself a pickle
 
 
 def kind_of(path: Path) -> str:
@@ -31,7 +32,7 @@ def kind_of(path: Path) -> str:
         what = "is a folder" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"weights: {path} {what}; give the path of a weight file")
     with open(path, "rb") as file:
-        head = file.read(9)
+        head = file.read(16)
     if head[:2] == b"PK":
         try:
             with zipfile.ZipFile(path) as archive:
@@ -39,8 +40,10 @@ def kind_of(path: Path) -> str:
         except zipfile.BadZipFile as error:
             raise _broken(path, "a truncated zip archive (.npz or torch .bin)", error) from error
         return "npz" if any(name.endswith(".npy") for name in names) else "torch"
-    if head[4:] == b"\0\0\0\0{":  # the header's length, 64 bits, then JSON
+    if head[4:9] == b"\0\0\0\0{":  # the header's length, 64 bits, then JSON
         return "safetensors"
+    if head.startswith(_TORCH_BEFORE_1_6):
+        return "torch"
     return "pickle" if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") else "other"
 
 
@@ -95,11 +98,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return read_safetensors(path)[0]
     if kind == "torch":
         return read_torch(path)
-    if kind == "pickle":  # torch's format before 1.6 begins as one too; weights_only reads that safely
-        try:
-            return read_torch(path)
-        except ValueError:
-            raise refuse_pickle(path) from None
+    if kind == "pickle":
+        raise refuse_pickle(path)
     raise _broken(path, f"neither safetensors nor a torch file, but {'.npz' if kind == 'npz' else 'something else'}")
 
 

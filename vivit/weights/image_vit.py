@@ -45,7 +45,7 @@ def init_from_image_vit(
 
     flat_params: as `read_image_vit` gives, Scenic's names.
     kernel: "central" puts the image's patch kernel at index f//2 of the tubelet's frames and 0 elsewhere; "inflate"
-        puts kernel/f at every frame (section 3.4, equations 8 and 9).
+        puts kernel/f at every frame.
     position: "tile" repeats the grid over time, "resize" interpolates it in space (bilinear, corners aligned),
         "resize_tile" does both. Tables of equal shape are copied whole. The class row is kept where both have one.
     temporal_attention: model 3's second attention: "copy" of the image's, or "zero_out", the same with a zero output
