@@ -108,3 +108,17 @@ def error(found: Any, reference: Any) -> float:
 def assert_same(found: Any, reference: Any, budget: float, what: str = "") -> None:
     worst = error(found.detach() if isinstance(found, Tensor) else found, reference)
     assert worst <= budget, f"{what}: {worst:.3g} apart, {budget:.3g} allowed"
+
+
+def small(**changes) -> ViViT:
+    """A small model in eval mode whose every parameter is random: a zero head or class token would hide mistakes."""
+    sizes = dict(frames=6, height=16, width=12, tubelet=(2, 8, 4), embedding=32, depth=2, heads=2, mlp=48, classes=5)
+    model = ViViT(ViViTConfig(**{**sizes, **changes}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    return model.eval()
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
