@@ -1,0 +1,285 @@
+"""Clips for training and evaluation: a folder per class, or a list file; uint8 `[F, Y, X, C]`, never normalised here.
+
+What a clip holds depends on (seed, epoch, index) alone: a resumed run sees the same clips with any number of workers.
+The rule for bad files: in training the next readable file of the list takes the place of one that gives no frames; in
+evaluation it is left out of the result. Frames that cannot be decoded repeat the last good one, short videos go on from
+their first frame. All of it is counted in `Problems` and reported at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .sampling import central_start, frame_indices, random_crop, random_start, test_crops, test_starts
+from .video import EXTENSIONS, Video, VideoError, open_video
+
+
+class DataError(Exception):
+    """Data that cannot be used, with what to do about it; shown without a traceback."""
+
+
+class Sample(NamedTuple):
+    video: Tensor | None  # uint8 [V, F, Y, X, C]: V views; None: the file gives no frames
+    label: int
+    problems: list[tuple[str, str]]  # (file, what was wrong)
+
+
+class Batch(NamedTuple):
+    video: Tensor  # uint8 [B, V, F, Y, X, C]
+    label: Tensor  # [B]
+    problems: list[tuple[str, str]]
+
+
+class Dataset(Protocol):
+    """`dataset[epoch, index]` is a training clip, `dataset[None, index]` what is evaluated."""
+
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, key: tuple[int | None, int]) -> Sample: ...
+
+
+@dataclass
+class Problems:
+    """What was wrong with which file, each counted once."""
+
+    files: dict[str, str] = field(default_factory=dict)
+
+    def add(self, problems: list[tuple[str, str]]) -> None:
+        for path, what in problems:
+            self.files.setdefault(path, what)
+
+    def __str__(self) -> str:
+        if not self.files:
+            return ""
+        lines = [f"  {what}" if path in what else f"  {path}: {what}" for path, what in list(self.files.items())[:10]]
+        more = [f"  ... and {len(self.files) - 10} more"] if len(self.files) > 10 else []
+        return "\n".join([f"{len(self.files)} file(s) had problems:", *lines, *more])
+
+
+@dataclass(frozen=True)
+class ClipSpec:
+    """Shape of a clip and how it is cut from a video."""
+
+    frames: int
+    height: int
+    width: int
+    stride: int = 2
+    short_side: int = 256
+    flip: bool = True
+    views: tuple[int, int] = (1, 1)  # evaluation: (clips along time, crops)
+    decoder: str = "pyav"
+
+
+class VideoClips:
+    """Clips of a list of (file, label)."""
+
+    def __init__(self, items: list[tuple[Path, int]], classes: tuple[str, ...], spec: ClipSpec, seed: int = 0):
+        if not items:
+            raise DataError("no videos to take clips from")
+        self.items, self.classes, self.spec, self.seed = items, classes, spec, seed
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, key: tuple[int | None, int]) -> Sample:
+        epoch, index = key
+        problems: list[tuple[str, str]] = []
+        for attempt in range(1 if epoch is None else len(self)):
+            path, label = self.items[(index + attempt) % len(self)]
+            try:
+                views = self._views(path, epoch, index, problems)
+            except VideoError as error:
+                problems.append((str(path), str(error)))
+                continue
+            return Sample(torch.from_numpy(np.ascontiguousarray(views)), label, problems)
+        return Sample(None, self.items[index][1], problems)
+
+    def _views(self, path: Path, epoch: int | None, index: int, problems: list[tuple[str, str]]) -> np.ndarray:
+        spec, video = self.spec, open_video(path, self.spec.decoder)
+        try:
+            if epoch is None:
+                views = evaluation_views(video, spec)
+            else:
+                rng = np.random.default_rng((self.seed, epoch, index))
+                views = training_clip(video, spec, rng)[None]
+            if video.damaged:
+                problems.append((str(path), "frames that could not be decoded were replaced by their neighbours"))
+            return views
+        finally:
+            video.close()
+
+
+def training_clip(video: Video, spec: ClipSpec, rng: np.random.Generator) -> np.ndarray:
+    """`[F, Y, X, C]`: random start, random crop, mirrored half of the time."""
+    start = random_start(video.frames, spec.frames, spec.stride, rng)
+    crop = random_crop((video.height, video.width), (spec.height, spec.width), spec.short_side, spec.flip, rng)
+    indices = frame_indices(start, spec.frames, spec.stride, video.frames)
+    clip = video.read(indices, crop.rows, crop.columns)
+    clip = clip[:, crop.top : crop.top + spec.height, crop.left : crop.left + spec.width]
+    return clip[:, :, ::-1] if crop.flip else clip
+
+
+def evaluation_views(video: Video, spec: ClipSpec) -> np.ndarray:
+    """`[V, F, Y, X, C]`: clips at equal distances, of each the centre or three crops; crop-major as in Scenic."""
+    clips, crops = spec.views
+    starts = test_starts(video.frames, spec.frames, spec.stride, clips) if clips > 1 else [_central(video, spec)]
+    boxes = test_crops((video.height, video.width), (spec.height, spec.width), spec.short_side, crops)
+    read = [
+        video.read(frame_indices(start, spec.frames, spec.stride, video.frames), boxes[0].rows, boxes[0].columns)
+        for start in starts
+    ]
+    return np.stack(
+        [clip[:, b.top : b.top + spec.height, b.left : b.left + spec.width] for b in boxes for clip in read]
+    )
+
+
+def _central(video: Video, spec: ClipSpec) -> int:
+    return central_start(video.frames, spec.frames, spec.stride)
+
+
+# ---- what is in a data set ----
+
+
+def read_folder(root: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
+    """A folder per class, `root/<class>/**/<video>`: (file, label) and the class names, both sorted."""
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    items = [
+        (path, label)
+        for label, folder in enumerate(folders)
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in EXTENSIONS and path.is_file()
+    ]
+    if not items:
+        raise DataError(
+            f"{root}: no videos in it. Expected a folder per class, {root.name}/<class>/<video>, "
+            f"videos ending in {', '.join(sorted(EXTENSIONS))}"
+        )
+    return items, tuple(folder.name for folder in folders)
+
+
+def read_list(file: Path, classes: tuple[str, ...] = ()) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
+    """A list file, `path label` per line: paths relative to the file, may hold spaces; `#` begins a comment line.
+
+    Labels are names, or numbers 0, 1, ... `classes` fixes the names: those of training, for a validation list.
+    """
+    rows: list[tuple[Path, str]] = []
+    for number, line in enumerate(file.read_text(errors="replace").splitlines(), 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        path, _, label = line.rpartition(" ") if " " in line else line.rpartition("\t")
+        if not path:
+            raise DataError(f"{file}:{number}: {line!r} is not `path label`")
+        if classes and label not in classes:
+            raise DataError(f"{file}:{number}: label {label!r} is none of the classes {', '.join(classes[:20])}")
+        rows.append((file.parent / path.strip(), label))
+    if not rows:
+        raise DataError(f"{file}: no `path label` line in it")
+    if not classes:
+        names = {label for _, label in rows}
+        numbers = all(name.isdigit() for name in names)
+        classes = tuple(map(str, range(max(map(int, names)) + 1))) if numbers else tuple(sorted(names))
+    index = {name: i for i, name in enumerate(classes)}
+    return [(path, index[str(int(label)) if label not in index else label]) for path, label in rows], classes
+
+
+def read_items(path: str | Path, classes: tuple[str, ...] = ()) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
+    path = Path(path)
+    if path.is_dir():
+        items, found = read_folder(path)
+        unknown = [name for name in found if classes and name not in classes]
+        if unknown:
+            raise DataError(f"{path}: class {unknown[0]!r} was not trained; the classes are {', '.join(classes[:20])}")
+        index = {name: i for i, name in enumerate(classes or found)}
+        return [(file, index[found[label]]) for file, label in items], classes or found
+    if path.is_file():
+        return read_list(path, classes)
+    raise DataError(f"{path}: no such folder (one sub-folder per class) or list file (`path label` per line)")
+
+
+def split(items: list[tuple[Path, int]], fraction: float) -> tuple[list[tuple[Path, int]], list[tuple[Path, int]]]:
+    """(training, validation): of each class, the `fraction` whose file names hash lowest; at least one if it has two.
+
+    By name, so that a file stays on its side when others are added.
+    """
+    held: set[Path] = set()
+    for label in {label for _, label in items}:
+        files = sorted((p for p, l in items if l == label), key=lambda p: hashlib.sha256(p.name.encode()).digest())
+        held.update(files[: max(1, round(fraction * len(files))) if len(files) > 1 else 0])
+    return [i for i in items if i[0] not in held], [i for i in items if i[0] in held]
+
+
+def find_splits(root: str | Path, fraction: float):
+    """Items of training and validation, and the classes: sub-folders or lists train and val of `root`, else a split."""
+    root = Path(root)
+    for first, second in (("train", "val"), ("train", "test"), ("train.txt", "val.txt"), ("train.txt", "test.txt")):
+        if (root / first).exists() and (root / second).exists():
+            training, classes = read_items(root / first)
+            return training, read_items(root / second, classes)[0], classes
+    items, classes = read_items(root)
+    return *split(items, fraction), classes
+
+
+# ---- batches ----
+
+
+class Order:
+    """The keys (epoch, index) of every batch from step `first` on; a permutation per epoch, drawn from the seed."""
+
+    def __init__(self, count: int, batch: int, epochs: int, seed: int, first: int = 0):
+        self.count, self.batch, self.epochs, self.seed, self.first = count, min(batch, count), epochs, seed, first
+        self.steps_per_epoch = max(count // batch, 1)
+
+    def __len__(self) -> int:
+        return self.epochs * self.steps_per_epoch - self.first
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.first, self.epochs * self.steps_per_epoch):
+            epoch, within = divmod(step, self.steps_per_epoch)
+            if within == 0 or step == self.first:
+                order = np.random.default_rng((self.seed, epoch)).permutation(self.count)
+            yield [(epoch, int(i)) for i in order[within * self.batch : (within + 1) * self.batch]]
+
+
+def collate(samples: list[Sample]) -> Batch:
+    problems = [problem for sample in samples for problem in sample.problems]
+    good = [sample for sample in samples if sample.video is not None]
+    video = torch.stack([s.video for s in good if s.video is not None]) if good else torch.empty(0)
+    return Batch(video, torch.tensor([s.label for s in good], dtype=torch.long), problems)
+
+
+def training_batches(dataset: Dataset, order: Order, workers: int) -> DataLoader:
+    return DataLoader(
+        dataset,  # pyright: ignore[reportArgumentType]  # anything with __getitem__ serves
+        batch_sampler=order,  # pyright: ignore[reportArgumentType]
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=_one_thread,
+        generator=torch.Generator(),  # its own: iterating must not move the model's random numbers
+    )
+
+
+def evaluation_batches(dataset: Dataset, batch: int, workers: int) -> DataLoader:
+    keys = [(None, i) for i in range(len(dataset))]
+    return DataLoader(
+        dataset,  # pyright: ignore[reportArgumentType]
+        batch_sampler=[keys[i : i + batch] for i in range(0, len(keys), batch)],  # pyright: ignore[reportArgumentType]
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=_one_thread,
+        generator=torch.Generator(),
+    )
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,211 @@
+"""A training run in one small TOML file: what the model is, where the clips come from, how it is trained.
+
+`load("demo")` reads vivit/configs/demo.toml, `load("my.toml")` a file. A wrong key or value is a ValueError that names
+it and the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .config import ViViTConfig, from_dict, nearest
+from .data import ClipSpec
+from .video import DECODERS
+
+CONFIGS = Path(__file__).parent / "configs"
+OPTIMIZERS = ("sgd", "adamw")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """path: a folder per class or a list file; with train and val (folders, or train.txt and val.txt) inside, those.
+
+    Otherwise val, another such path, is held out, or without it `val_fraction` of each class's files.
+    """
+
+    path: str = ""
+    val: str = ""
+    val_fraction: float = 0.2
+    stride: int = 2
+    short_side: int = 256
+    flip: bool = True
+    views: tuple[int, int] = (1, 1)  # evaluation: clips along time, crops (1 or 3); logits are averaged
+    decoder: str = "pyav"
+    workers: int = 2
+
+    def __post_init__(self):
+        check_types(self, "data")
+        _check(self.stride >= 1, "data.stride", self.stride, "must be at least 1")
+        _check(self.short_side >= 1, "data.short_side", self.short_side, "must be at least 1")
+        _check(self.workers >= 0, "data.workers", self.workers, "must be 0 (no processes) or more")
+        _check(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "must lie between 0 and 1")
+        good = len(self.views) == 2 and self.views[0] >= 1 and self.views[1] in (1, 3)
+        _check(good, "data.views", self.views, "must be [clips, crops]: crops is 1 or 3")
+        _choice("data.decoder", self.decoder, DECODERS)
+
+    def spec(self, model: ViViTConfig) -> ClipSpec:
+        values = {key: getattr(self, key) for key in ("stride", "short_side", "flip", "views", "decoder")}
+        return ClipSpec(model.frames, model.height, model.width, **values)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """sgd: heavy-ball momentum, no weight decay unless given (the paper's). adamw: for training from scratch."""
+
+    name: str = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.0
+    warmup_epochs: float = 2.5
+    clip_norm: float = 1.0  # global norm; 0 does not clip
+
+    def __post_init__(self):
+        check_types(self, "optimizer")
+        _choice("optimizer.name", self.name, OPTIMIZERS)
+        _check(self.lr > 0, "optimizer.lr", self.lr, "must be positive")
+        for key in ("weight_decay", "warmup_epochs", "clip_norm", "momentum"):
+            _check(getattr(self, key) >= 0, f"optimizer.{key}", getattr(self, key), "must not be negative")
+        _check(len(self.betas) == 2, "optimizer.betas", self.betas, "must be two numbers")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    model: ViViTConfig = field(default_factory=ViViTConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    epochs: int = 30
+    batch: int = 64
+    label_smoothing: float = 0.0
+    autocast: bool = False  # bf16
+    seed: int = 0
+    threads: int = 0  # 0: PyTorch's choice. A curve repeats bit for bit with the same number of threads
+    device: str = "auto"  # auto: a GPU where there is one
+    checkpoint_every: int = 200  # steps, besides the end of an epoch
+    evaluate_every: int = 1  # epochs; the last one always
+
+    def __post_init__(self):
+        check_types(self, "")
+        for key in ("epochs", "batch", "checkpoint_every", "evaluate_every"):
+            _check(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
+        for key in ("seed", "threads"):
+            _check(getattr(self, key) >= 0, key, getattr(self, key), "must not be negative")
+        _check(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "must be in [0, 1)")
+        _check(len(self.model.head_sizes) == 1, "model.classes", self.model.classes, "must be one number to train here")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def _check(good: bool, key: str, value: Any, rule: str) -> None:
+    if not good:
+        raise ValueError(f"{key}={value!r} {rule}")
+
+
+def _choice(key: str, value: str, allowed) -> None:
+    _check(value in allowed, key, value, f"is not known; {nearest(value, allowed)}")
+
+
+def check_types(config: Any, prefix: str) -> None:
+    """Every field holds its annotated type; whole numbers serve as floats."""
+    hints = typing.get_type_hints(type(config))
+    for f in dataclasses.fields(config):
+        wanted, value = hints[f.name], getattr(config, f.name)
+        kind = typing.get_origin(wanted) or wanted
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if kind is float and number:
+            continue
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", tuple: "a list"}
+            key = f"{prefix}.{f.name}" if prefix else f.name
+            raise ValueError(f"{key}={value!r} must be {names.get(kind, kind.__name__)}")
+
+
+# ---- reading ----
+
+_TABLES = {"model": ViViTConfig, "data": DataConfig, "optimizer": OptimizerConfig}
+
+
+def toml():
+    if sys.version_info >= (3, 11):
+        import tomllib
+
+        return tomllib
+    try:
+        import tomli
+    except ImportError as error:
+        raise ModuleNotFoundError("Python 3.10 reads TOML with tomli\n  -> pip install tomli", name="tomli") from error
+    return tomli
+
+
+def parse(values: dict[str, Any], where: str) -> TrainConfig:
+    """A TrainConfig from nested plain values."""
+    values = dict(values)
+    names = [f.name for f in dataclasses.fields(TrainConfig)]
+    for key in values:
+        if key not in names:
+            raise ValueError(f"{where}: unknown key {key!r}; {nearest(key, names)}")
+    try:
+        for table, cls in _TABLES.items():
+            inner = values.get(table, {})
+            if not isinstance(inner, dict):
+                raise ValueError(f"{table} must be a table, [{table}] with its keys below")
+            if table == "model" and "preset" in inner:
+                inner = _preset(dict(inner), f"{where} [model]")
+            values[table] = inner if isinstance(inner, ViViTConfig) else from_dict(cls, inner, f"{where} [{table}]")
+        return from_dict(TrainConfig, values, where)
+    except (ValueError, TypeError) as error:
+        message = str(error)
+        raise ValueError(message if message.startswith(where) else f"{where}: {message}") from error
+
+
+def _preset(values: dict[str, Any], where: str) -> ViViTConfig:
+    name = values.pop("preset")
+    names = [f.name for f in dataclasses.fields(ViViTConfig)]
+    for key in values:
+        if key not in names:
+            raise ValueError(f"{where}: unknown key {key!r}; {nearest(key, [*names, 'preset'])}")
+    return ViViTConfig.preset(str(name), **values)
+
+
+def find(name: str) -> Path:
+    """A file, or the name of one that comes with the package."""
+    if Path(name).is_file():
+        return Path(name)
+    shipped = {path.stem: path for path in sorted(CONFIGS.glob("*.toml"))}
+    if name in shipped:
+        return shipped[name]
+    raise ValueError(f"CONFIG {name!r}: no such file, and no config of that name; {nearest(name, shipped)}")
+
+
+def load(name: str, changes: typing.Iterable[str] = ()) -> TrainConfig:
+    """`changes` are `key=value` with dotted keys and TOML values: `optimizer.lr=0.05`, `model.pool=mean`."""
+    path = find(name)
+    try:
+        values = toml().loads(path.read_text())
+    except (toml().TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a TOML file: {error}") from error
+    for change in changes:
+        _apply(values, change)
+    return parse(values, str(path))
+
+
+def _apply(values: dict[str, Any], change: str) -> None:
+    key, equals, text = change.partition("=")
+    if not equals or not key:
+        raise ValueError(f"--set {change!r}: give it as key=value, for example optimizer.lr=0.05")
+    try:
+        value = toml().loads(f"x = {text}")["x"]
+    except toml().TOMLDecodeError:
+        value = text  # text without quotes
+    *tables, last = key.split(".")
+    for table in tables:
+        if not isinstance(values.setdefault(table, {}), dict):
+            raise ValueError(f"--set {change!r}: {table!r} is a value, not a table")
+        values = values[table]
+    values[last] = value

@@ -1,0 +1,259 @@
+"""The training loop: warm-up and cosine, clipping, a JSON-lines log, and checkpoints from which a run goes on exactly.
+
+A run lives in one folder: log.jsonl, checkpoint.pt (training state), model.safetensors (weights and configuration, for
+users), classes.json. With the same number of threads on the CPU, a run that was killed at any step and resumed has the
+same loss curve, bit for bit, as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import checkpoint
+from .data import Dataset, Order, Problems, training_batches
+from .evaluate import evaluate
+from .model import ViViT
+from .progress import Bar, memory_gib
+from .recipe import OptimizerConfig, TrainConfig
+
+
+class TrainingError(Exception):
+    """The run cannot go on, with what to try."""
+
+
+class Interrupted(Exception):
+    """Stopped by a signal after saving; `code` is the exit status."""
+
+    def __init__(self, number: int, step: int, out: Path):
+        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}; state saved in {out}")
+        self.code = 128 + number
+
+
+def learning_rate(step: int, base: float, warmup: int, total: int) -> float:
+    """base * min(1, s/W) * (1 + cos(pi * max(0, s-W) / (total-W))) / 2 for steps s = 0 .. total-1 (Scenic)."""
+    rise = min(1.0, step / warmup) if warmup else 1.0
+    return base * rise * 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(total - warmup, 1)))
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Heavy-ball SGD (m = momentum*m + g, w -= lr*m), or AdamW that decays matrices only."""
+    decayed = [p for p in model.parameters() if p.dim() > 1 and p.shape[0] > 1]
+    others = [p for p in model.parameters() if not (p.dim() > 1 and p.shape[0] > 1)]  # biases, norms, positions
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+
+
+def device_of(config: TrainConfig) -> torch.device:
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise TrainingError(f"device={name!r}: PyTorch sees no GPU here\n  -> device = 'cpu', or 'auto'")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise TrainingError(f"device={name!r} is not known: auto, cpu or cuda") from error
+
+
+class Log:
+    """One JSON object per line, flushed; on resume, lines after the checkpoint's step are cut off."""
+
+    def __init__(self, path: Path, upto: int):
+        kept = []
+        if upto and path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    break  # half a line: killed while writing it
+                if record["step"] <= upto:
+                    kept.append(line)
+        temporary = path.with_suffix(".part")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, path)
+        self.file = open(path, "a")  # noqa: SIM115  # lives as long as the run
+
+    def write(self, **record: Any) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+
+@contextmanager
+def signals() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM are noted, so that the step in hand ends and is saved; a second one stops at once."""
+    caught: list[int] = []
+
+    def note(number, _frame):
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: nothing to catch
+        before = {}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Run:
+    """Model, optimizer and position of one training run."""
+
+    def __init__(self, config: TrainConfig, dataset: Dataset, out: Path, resume: bool = False):
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.config, self.dataset, self.out, self.device = config, dataset, out, device_of(config)
+        self.steps_per_epoch = Order(len(dataset), config.batch, config.epochs, config.seed).steps_per_epoch
+        self.total = config.epochs * self.steps_per_epoch
+        self.warmup = int(config.optimizer.warmup_epochs * self.steps_per_epoch)
+        out.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(config.seed)
+        self.model = ViViT(config.model).to(self.device)
+        self.optimizer = make_optimizer(self.model, config.optimizer)
+        self.step, self.problems = 0, Problems()
+        saved = out / "checkpoint.pt"
+        if resume and saved.exists():
+            self._restore(checkpoint.load(saved), saved)
+        elif saved.exists():
+            raise TrainingError(f"{out} holds a run already\n  -> --resume to go on with it, or another --out")
+        self.log = Log(out / "log.jsonl", self.step)
+        _write_json(out / "classes.json", list(dataset.classes))
+
+    def _restore(self, state: dict[str, Any], path: Path) -> None:
+        now, then = self._identity(), json.loads(state["config"])
+        if now != then:
+            changed = [k for k in now if now[k] != then.get(k)] or sorted(set(then) - set(now))
+            key = changed[0]
+            raise TrainingError(
+                f"{path} was trained with other settings: {key} was {then.get(key)}, is {now.get(key)}"
+                "\n  -> resume with the config it was started with, or train into another --out"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        self.problems.add([tuple(pair) for pair in state["problems"]])
+        checkpoint.set_random_state(state["random"])
+
+    def _identity(self) -> dict[str, Any]:
+        """What the curve depends on; workers, threads and device may change between parts of a run."""
+        values = json.loads(json.dumps(self.config.to_dict()))
+        for key in ("threads", "device", "checkpoint_every", "evaluate_every"):
+            values.pop(key)
+        values["data"].pop("workers")
+        tables = [(k, v) for k, v in values.items() if isinstance(v, dict)]
+        flat = {f"{table}.{key}": value for table, inner in tables for key, value in inner.items()}
+        flat |= {k: v for k, v in values.items() if not isinstance(v, dict)}
+        return flat | {"number of training videos": len(self.dataset), "classes": list(self.dataset.classes)}
+
+    def save(self) -> None:
+        state = {
+            "config": json.dumps(self._identity()),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": checkpoint.random_state(),
+            "step": self.step,
+            "problems": [list(pair) for pair in self.problems.files.items()],
+        }
+        checkpoint.save(state, self.out / "checkpoint.pt")
+
+    def train_step(self, video: Tensor, label: Tensor) -> tuple[float, float, float]:
+        """(loss, learning rate, gradient norm before clipping)."""
+        config, opt = self.config, self.config.optimizer
+        rate = learning_rate(self.step, opt.lr, self.warmup, self.total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.autocast):
+            logits = self.model(video, layout="BFYXC")
+        loss = F.cross_entropy(logits.float(), label, label_smoothing=config.label_smoothing)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), opt.clip_norm or math.inf)
+        value, size = loss.item(), norm.item()
+        if not (math.isfinite(value) and math.isfinite(size)):
+            what = f"the loss is {value}" if not math.isfinite(value) else f"the gradient norm is {size}"
+            raise TrainingError(
+                f"step {self.step}: {what} at learning rate {rate:.3g}; nothing was updated, the checkpoint is good"
+                "\n  -> a lower optimizer.lr, a longer optimizer.warmup_epochs, or optimizer.clip_norm = 1"
+            )
+        self.optimizer.step()
+        return value, rate, size
+
+    def fit(self, validation: Dataset | None = None, quiet: bool = False, name: str = "train") -> dict[str, Any]:
+        """Trains from the current step to the end; returns the last evaluation's numbers."""
+        config, workers = self.config, self.config.data.workers
+        order = Order(len(self.dataset), config.batch, config.epochs, config.seed, first=self.step)
+        result: dict[str, Any] = {}
+        begun = time.monotonic()
+        with signals() as caught, Bar(name, self.total, start=self.step, quiet=quiet) as bar:
+            if self.step < self.total:
+                self.model.train()
+                for batch in training_batches(self.dataset, order, workers):
+                    self.problems.add(batch.problems)
+                    if not len(batch.label):
+                        raise TrainingError(f"none of the videos can be read\n{self.problems}")
+                    self._one(batch.video[:, 0], batch.label, bar)
+                    result = self._after_step(validation, bar) or result
+                    if caught:
+                        self.save()
+                        raise Interrupted(caught[0], self.step, self.out)
+            if not result and validation is not None:
+                result = evaluate(self.model, validation, config.batch, self.device, config.autocast, workers).numbers()
+            self.save()
+        self._export()
+        if str(self.problems):
+            bar.say(str(self.problems))
+        return {**result, "seconds": round(time.monotonic() - begun, 1)}
+
+    def _one(self, video: Tensor, label: Tensor, bar: Bar) -> None:
+        loss, rate, norm = self.train_step(video.to(self.device), label.to(self.device))
+        self.step += 1
+        epoch = (self.step - 1) // self.steps_per_epoch
+        bar.advance(len(label), note=f"epoch {epoch + 1} loss {loss:.3f}")
+        self.log.write(
+            step=self.step, epoch=epoch, loss=loss, lr=rate, grad_norm=norm, clips_per_s=round(bar.rate(), 1)
+        )
+
+    def _after_step(self, validation: Dataset | None, bar: Bar) -> dict[str, Any]:
+        """Evaluates at the end of some epochs, saves then and every `checkpoint_every` steps."""
+        config, result = self.config, {}
+        epochs, within = divmod(self.step, self.steps_per_epoch)
+        ends = within == 0 and (epochs % config.evaluate_every == 0 or epochs == config.epochs)
+        if ends and validation is not None:
+            found = evaluate(self.model, validation, config.batch, self.device, config.autocast, config.data.workers)
+            self.model.train()
+            self.problems.add(list(found.problems.files.items()))
+            result = found.numbers()
+            kind, gib = memory_gib()
+            self.log.write(step=self.step, epoch=epochs - 1, **result, **{f"{kind.lower()}_gib": round(gib, 2)})
+            bar.say(f"epoch {epochs}: validation top-1 {result['val_top1']:.1%} of {result['val_clips']} clips")
+        if within == 0 or self.step % config.checkpoint_every == 0:
+            self.save()
+        return result
+
+    def _export(self) -> None:
+        from . import weights
+
+        weights.save(self.model, self.out / "model.safetensors")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)

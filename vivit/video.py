@@ -1,0 +1,194 @@
+"""Video files behind one small interface: `open_video(path)` -> frames, fps, size, `read(indices, rows, columns)`.
+
+PyAV installs everywhere and carries its own FFmpeg; torchcodec fills the same interface where it is installed.
+Frames are uint8 `[F, Y, X, 3]`, red, green, blue; normalisation belongs to the model.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+EXTENSIONS = frozenset(
+    (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".webm", ".wmv")
+)
+DECODERS = ("pyav", "torchcodec")
+
+
+class VideoError(Exception):
+    """A file that gives no frames: corrupt, empty, not a video. Loaders skip and report it."""
+
+
+class Video(Protocol):
+    """One opened video. `frames` can be indexed; `damaged` counts those that read() had to replace by a neighbour."""
+
+    frames: int
+    fps: float
+    height: int
+    width: int
+    damaged: int
+
+    def read(self, indices: Sequence[int] | np.ndarray, height: int, width: int) -> np.ndarray:
+        """uint8 `[F, height, width, 3]`: the frames at `indices` (any order, repeats allowed), resized."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def open_video(path: str | Path, decoder: str = "pyav") -> Video:
+    """Raises VideoError, with the reason, for a file without a readable video stream."""
+    path = Path(path)
+    if decoder not in DECODERS:
+        raise ValueError(f"open_video: decoder {decoder!r} is not known; it is one of {', '.join(DECODERS)}")
+    try:
+        if path.stat().st_size == 0:
+            raise VideoError(f"{path}: the file is empty")
+    except OSError as error:
+        raise VideoError(f"{path}: {error.strerror or error}") from error
+    return PyAVVideo(path) if decoder == "pyav" else TorchCodecVideo(path)
+
+
+def _module(name: str, package: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"reading video needs {package}, which is not installed here ({error})\n  -> pip install {extra}", name=name
+        ) from error
+
+
+def pyav() -> Any:
+    av = _module("av", "PyAV", '"vivit-kernels[video]"')
+    av.logging.set_level(None)  # FFmpeg writes to stderr what is also raised
+    return av
+
+
+@functools.lru_cache(maxsize=1024)
+def _timestamps(path: Path, size: int, modified: int) -> tuple[tuple[int, ...], bool]:
+    """Sorted timestamps of all packets, read without decoding (what the header promises is often wrong).
+
+    True beside them when they are decoding times: a format without presentation times, such as AVI.
+    """
+    with pyav().open(str(path)) as container:
+        packets = [(p.pts, p.dts) for p in container.demux(container.streams.video[0]) if p.size]
+    by_dts = any(pts is None for pts, _ in packets)
+    times = {dts if by_dts else pts for pts, dts in packets}
+    return tuple(sorted(t for t in times if t is not None)), by_dts
+
+
+class PyAVVideo:
+    """Seeks to the keyframe before what is wanted and decodes from there; swscale resizes."""
+
+    def __init__(self, path: Path):
+        self.path, self.damaged = path, 0
+        av = pyav()
+        self._errors = (av.error.FFmpegError, OSError, ValueError, EOFError, MemoryError)
+        try:
+            self._container = av.open(str(path))
+        except self._errors as error:
+            raise VideoError(f"{path}: {_reason(error)}") from error
+        try:
+            if not self._container.streams.video:
+                raise VideoError(f"{path}: no video stream in it")
+            self._stream = self._container.streams.video[0]
+            self._stream.thread_type = "AUTO"
+            stat = os.stat(path)
+            self._times, self._by_dts = _timestamps(path, stat.st_size, stat.st_mtime_ns)
+        except self._errors as error:
+            self.close()
+            raise VideoError(f"{path}: {_reason(error)}") from error
+        except VideoError:
+            self.close()
+            raise
+        self.frames = len(self._times)
+        self.fps = float(self._stream.average_rate or self._stream.guessed_rate or 25)
+        self.height, self.width = self._stream.height or 0, self._stream.width or 0
+        if not self.frames or not self.height or not self.width:
+            self.close()
+            raise VideoError(f"{path}: no frames in it")
+
+    def read(self, indices: Sequence[int] | np.ndarray, height: int, width: int) -> np.ndarray:
+        wanted = [int(i) for i in indices]
+        if not wanted or min(wanted) < 0 or max(wanted) >= self.frames:
+            raise IndexError(f"read: indices {wanted} of a video of {self.frames} frames")
+        found: dict[int, np.ndarray] = {}
+        missing = set(wanted)
+        position = {time: i for i, time in enumerate(self._times)}
+        for frame in self._decoded_from(min(wanted)):
+            time = frame.dts if self._by_dts else frame.pts
+            index = position.get(time, -1)
+            if index in missing:
+                small = frame.reformat(width, height, format="rgb24", interpolation="AREA")
+                found[index] = small.to_ndarray()
+                missing.discard(index)
+            if not missing or index > max(missing):
+                break
+        if not found:
+            raise VideoError(f"{self.path}: none of the frames {min(wanted)} to {max(wanted)} could be decoded")
+        self.damaged += len(missing)
+        known = np.array(sorted(found))
+        return np.stack([found[int(known[max(np.searchsorted(known, i, "right") - 1, 0)])] for i in wanted])
+
+    def every(self, step: int, height: int, width: int) -> Iterator[np.ndarray]:
+        """Frames 0, step, 2*step, ... in order, decoding the file once: for reading a whole film."""
+        for index, frame in enumerate(self._decoded_from(0)):
+            if index % step == 0:
+                yield frame.reformat(width, height, format="rgb24", interpolation="AREA").to_ndarray()
+
+    def _decoded_from(self, first: int) -> Iterator[Any]:
+        """Frames from the keyframe before `first` to the end; a packet that cannot be decoded is passed over."""
+        try:
+            self._container.seek(self._times[first], stream=self._stream, backward=True)
+        except self._errors:
+            self._container.seek(0)
+        try:
+            for packet in self._container.demux(self._stream):
+                try:
+                    yield from packet.decode()
+                except self._errors:
+                    continue
+        except self._errors:
+            return  # the file ends here: read() repeats the last frame it got
+
+    def close(self) -> None:
+        self._container.close()
+
+
+class TorchCodecVideo:
+    """The same through torchcodec, which needs the system's FFmpeg."""
+
+    def __init__(self, path: Path):
+        decoders = _module("torchcodec.decoders", "torchcodec", "torchcodec (one built for this torch)")
+        self.path, self.damaged = path, 0
+        try:
+            self._decoder = decoders.VideoDecoder(str(path))
+        except (RuntimeError, ValueError) as error:
+            raise VideoError(f"{path}: {_reason(error)}") from error
+        data = self._decoder.metadata
+        self.frames, self.fps = int(data.num_frames or 0), float(data.average_fps or 25)
+        self.height, self.width = int(data.height or 0), int(data.width or 0)
+        if not self.frames:
+            raise VideoError(f"{path}: no frames in it")
+
+    def read(self, indices: Sequence[int] | np.ndarray, height: int, width: int) -> np.ndarray:
+        import torch
+
+        try:
+            frames = self._decoder.get_frames_at([int(i) for i in indices]).data  # [F, 3, Y, X]
+        except (RuntimeError, ValueError) as error:
+            raise VideoError(f"{self.path}: {_reason(error)}") from error
+        small = torch.nn.functional.interpolate(frames, (height, width), mode="bilinear", antialias=True)
+        return small.permute(0, 2, 3, 1).contiguous().numpy()
+
+    def close(self) -> None:
+        del self._decoder
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
