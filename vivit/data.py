@@ -42,8 +42,8 @@ class Batch(NamedTuple):
 class Dataset(Protocol):
     """`dataset[epoch, index]` is a training clip, `dataset[None, index]` what is evaluated."""
 
-    classes: tuple[str, ...]
-
+    @property
+    def classes(self) -> tuple[str, ...]: ...
     def __len__(self) -> int: ...
     def __getitem__(self, key: tuple[int | None, int]) -> Sample: ...
 

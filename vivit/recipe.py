@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import ViViTConfig, from_dict, nearest
-from .data import ClipSpec
+from .data import ClipSpec, DataError, VideoClips, find_splits, read_items
 from .video import DECODERS
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -126,6 +126,23 @@ def check_types(config: Any, prefix: str) -> None:
             raise ValueError(f"{key}={value!r} must be {names.get(kind, kind.__name__)}")
 
 
+def datasets(config: TrainConfig) -> tuple[VideoClips, VideoClips | None, TrainConfig]:
+    """(training, validation or None, the config with the data's number of classes)."""
+    if not config.data.path:
+        raise DataError(
+            "no videos named\n  -> --data FOLDER (a folder per class) or --data LIST, or data.path in CONFIG"
+        )
+    if config.data.val:
+        training, classes = read_items(config.data.path)
+        held, _ = read_items(config.data.val, classes)
+    else:
+        training, held, classes = find_splits(config.data.path, config.data.val_fraction)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, classes=len(classes)))
+    spec = config.data.spec(config.model)
+    validation = VideoClips(held, classes, spec, config.seed) if held else None
+    return VideoClips(training, classes, spec, config.seed), validation, config
+
+
 # ---- reading ----
 
 _TABLES = {"model": ViViTConfig, "data": DataConfig, "optimizer": OptimizerConfig}
@@ -137,7 +154,7 @@ def toml():
 
         return tomllib
     try:
-        import tomli
+        import tomli  # pyright: ignore[reportMissingImports]  # only Python 3.10 has it
     except ImportError as error:
         raise ModuleNotFoundError("Python 3.10 reads TOML with tomli\n  -> pip install tomli", name="tomli") from error
     return tomli

@@ -85,8 +85,8 @@ def _step(attention: Attention, qkv: Tensor, row: Tensor) -> Tensor:
     if Ht < H:  # within the frame
         out += (H - Ht) / H * _mean_over_heads(q[..., Ht:, :], k[..., Ht:, :], row)
     if Ht:  # along time, at a position
-        over_time = (x[..., :Ht, :].transpose(1, 2) for x in (q, k))  # [B, S, T, Ht, D]
-        out += Ht / H * _mean_over_heads(*over_time, row.transpose(1, 2)).transpose(1, 2)
+        q_time, k_time = q[..., :Ht, :].transpose(1, 2), k[..., :Ht, :].transpose(1, 2)  # [B, S, T, Ht, D]
+        out += Ht / H * _mean_over_heads(q_time, k_time, row.transpose(1, 2)).transpose(1, 2)
     return out
 
 

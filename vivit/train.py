@@ -1,8 +1,8 @@
 """The training loop: warm-up and cosine, clipping, a JSON-lines log, and checkpoints from which a run goes on exactly.
 
 A run lives in one folder: log.jsonl, checkpoint.pt (training state), model.safetensors (weights and configuration, for
-users), classes.json. With the same number of threads on the CPU, a run that was killed at any step and resumed has the
-same loss curve, bit for bit, as one that was not.
+users), run.json (classes, sampling). With the same number of threads on the CPU, a run that was killed at any step and
+resumed has the same loss curve, bit for bit, as one that was not.
 """
 
 from __future__ import annotations
@@ -134,7 +134,9 @@ class Run:
         elif saved.exists():
             raise TrainingError(f"{out} holds a run already\n  -> --resume to go on with it, or another --out")
         self.log = Log(out / "log.jsonl", self.step)
-        _write_json(out / "classes.json", list(dataset.classes))
+        kept = config.to_dict()["data"]
+        about = {key: kept[key] for key in ("stride", "short_side", "views", "decoder")}
+        write_json(out / "run.json", {"classes": list(dataset.classes), "data": about})
 
     def _restore(self, state: dict[str, Any], path: Path) -> None:
         now, then = self._identity(), json.loads(state["config"])
@@ -169,6 +171,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "random": checkpoint.random_state(),
             "step": self.step,
+            "finished": self.step == self.total,
             "problems": [list(pair) for pair in self.problems.files.items()],
         }
         checkpoint.save(state, self.out / "checkpoint.pt")
@@ -253,7 +256,7 @@ class Run:
         weights.save(self.model, self.out / "model.safetensors")
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     temporary = path.with_suffix(".part")
     temporary.write_text(json.dumps(value, indent=1) + "\n")
     os.replace(temporary, path)

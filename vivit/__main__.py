@@ -1,0 +1,231 @@
+"""`python -m vivit`: train CONFIG, evaluate, predict VIDEO, info, demo."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import recipe
+from .config import nearest
+from .data import ClipSpec, DataError, Problems, VideoClips, read_items
+from .video import VideoError
+
+CREDIT_EPILOG = "`make demo` runs `python -m vivit demo`. Configs that come with the package: "
+
+
+def parser() -> argparse.ArgumentParser:
+    shipped = ", ".join(sorted(path.stem for path in recipe.CONFIGS.glob("*.toml")))
+    top = argparse.ArgumentParser(prog="vivit", description=__doc__, epilog=CREDIT_EPILOG + shipped)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train on a folder per class or a list file")
+    train.add_argument("config", metavar="CONFIG", help=f"a TOML file, or one of: {shipped}")
+    train.add_argument("--data", help="videos: a folder per class, or a list file with `path label` lines")
+    train.add_argument("--out", default="", help="folder of the run (runs/<config>)")
+    train.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly")
+    train.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting: optimizer.lr=0.05"
+    )
+
+    evaluate = commands.add_parser("evaluate", help="top-1, top-5 and the confusion matrix of a trained run")
+    evaluate.add_argument("--run", default="runs/demo", help="folder of the run (%(default)s)")
+    evaluate.add_argument("--data", required=True, help="videos: a folder per class, or a list file")
+    evaluate.add_argument("--views", default="", help="clips x crops, for example 4x3; logits are averaged")
+    evaluate.add_argument("--batch", type=int, default=8)
+    evaluate.add_argument("--workers", type=int, default=2)
+    evaluate.add_argument("--bf16", action="store_true", help="bf16 autocast")
+
+    predict = commands.add_parser("predict", help="the most probable classes of one video, and a picture why")
+    predict.add_argument("video", metavar="VIDEO")
+    predict.add_argument("--run", default="runs/demo", help="folder of the run (%(default)s)")
+    predict.add_argument("--views", default="", help="clips x crops, for example 4x3")
+    predict.add_argument("-k", type=int, default=5, help="how many classes (%(default)s)")
+    predict.add_argument("--png", default="", help="write frames, attention roll-out and probabilities here")
+    predict.add_argument("--credit", default="", help="a line below the picture")
+
+    info = commands.add_parser("info", help="shapes, parameters and FLOPs of a config or a run")
+    info.add_argument(
+        "config", metavar="CONFIG", nargs="?", default="demo", help="a TOML file, a name or a run's folder"
+    )
+    info.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+
+    demo = commands.add_parser("demo", help="train, test and predict on a real film, in minutes")
+    demo.add_argument("--data", default="", help="instead of the film: videos, a folder per class")
+    demo.add_argument("--video", default="", help="instead of Big Buck Bunny: a film of two minutes or longer")
+    demo.add_argument("--out", default="runs/demo", help="where results go (%(default)s)")
+    demo.add_argument("--no-baseline", action="store_true", help="leave the per-frame baseline out")
+    demo.add_argument(
+        "--baseline-epochs", type=float, default=None, help="the baseline's epochs, as a share of the model's"
+    )
+    demo.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    return top
+
+
+def command_train(args: argparse.Namespace) -> int:
+    from .train import Run
+
+    config = recipe.load(args.config, args.set)
+    if args.data:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=args.data))
+    training, validation, config = recipe.datasets(config)
+    out = Path(args.out or f"runs/{Path(args.config).stem}")
+    run = Run(config, training, out, args.resume)
+    held = len(validation) if validation else 0
+    parameters = sum(p.numel() for p in run.model.parameters())
+    print(
+        f"{len(training)} videos of {len(training.classes)} classes, {held} held out; "
+        f"{run.total} steps from {run.step}, {parameters:,} parameters on {run.device}",
+        flush=True,
+    )
+    result = run.fit(validation)
+    print(" ".join(f"{key}={value:.4g}" for key, value in result.items()))
+    print(f"{out}: model.safetensors, run.json, log.jsonl, checkpoint.pt")
+    return 0
+
+
+def _trained(folder: str, views: str) -> tuple[Any, tuple[str, ...], ClipSpec]:
+    """Model, classes and sampling of a run's folder."""
+    from . import weights
+
+    root = Path(folder)
+    if not (root / "model.safetensors").exists():
+        raise DataError(f"{root}: no finished run in it (model.safetensors)\n  -> python -m vivit train, or make demo")
+    about = json.loads((root / "run.json").read_text())
+    model = weights.load(root / "model.safetensors")
+    data = recipe.DataConfig(**{**about["data"], "views": _views(views) or tuple(about["data"]["views"])})
+    return model, tuple(about["classes"]), data.spec(model.config)
+
+
+def _views(text: str) -> tuple[int, int] | None:
+    if not text:
+        return None
+    clips, _, crops = text.partition("x")
+    if not (clips.isdigit() and crops.isdigit()):
+        raise ValueError(f"--views {text!r}: give clips x crops, for example 4x3")
+    return int(clips), int(crops)
+
+
+def command_evaluate(args: argparse.Namespace) -> int:
+    import torch
+
+    from .evaluate import evaluate
+
+    model, classes, spec = _trained(args.run, args.views)
+    items, _ = read_items(args.data, classes)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    result = evaluate(
+        model, VideoClips(items, classes, spec), args.batch, device, args.bf16, args.workers, show="evaluate"
+    )
+    _report(result.problems)
+    if not result.clips:
+        raise DataError(f"{args.data}: none of its {len(items)} videos can be read")
+    numbers = result.numbers()
+    print(f"top-1 {numbers['val_top1']:.1%}  top-5 {numbers['val_top5']:.1%}  of {result.clips} videos")
+    print(result.table())
+    return 0
+
+
+def _report(problems: Problems) -> None:
+    if problems.files:
+        print(problems, file=sys.stderr)
+
+
+def command_predict(args: argparse.Namespace) -> int:
+    from .evaluate import predict
+
+    model, classes, spec = _trained(args.run, args.views)
+    found = predict(model, args.video, classes, spec, args.k)
+    width = max(len(name) for name, _ in found.top)
+    for name, probability in found.top:
+        print(f"{name.ljust(width)}  {probability:6.1%}")
+    if args.png:
+        from .picture import prediction
+
+        print(prediction(model, found, args.png, args.credit))
+    return 0
+
+
+def command_info(args: argparse.Namespace) -> int:
+    import torch
+
+    from .model import ViViT
+
+    if (Path(args.config) / "model.safetensors").exists():
+        config = _trained(args.config, "")[0].config
+    else:
+        config = recipe.load(args.config, args.set).model
+    with torch.device("meta"):
+        model = ViViT(config)
+    names = {name for name, _ in model.named_children()}
+    print(f"attention    {config.attention}, pool {config.pool}")
+    print(f"clip         F={config.frames} Y={config.height} X={config.width} C={config.channels}, uint8 or float")
+    print(f"tubelet      {config.tubelet}, {config.tokenization}")
+    print(
+        f"tokens       T={config.T} S={config.S}, {config.T * config.S} in all"
+        + (", and the class token" if config.has_class_token else "")
+    )
+    print(f"layers       {config.depth}, temporal encoder {config.temporal_depth if 'temporal' in names else 0}")
+    print(f"width        E={config.embedding} H={config.heads} D={config.embedding // config.heads} mlp={config.mlp}")
+    print(f"classes      {config.classes}")
+    print(f"parameters   {sum(p.numel() for p in model.parameters()):,}")
+    try:
+        from .flops import count
+    except ImportError:
+        return 0
+    work = count(config)
+    print(
+        f"work         {work.paper_gflops:,.3f} GFLOPs a clip as the paper counts, "
+        f"{work.macs / 1e9:,.3f} G multiply-adds"
+    )
+    return 0
+
+
+def command_demo(args: argparse.Namespace) -> int:
+    from . import demo
+
+    config = recipe.load("demo", args.set)
+    metrics = demo.run(
+        config,
+        Path(args.out),
+        args.data,
+        args.video,
+        baseline=not args.no_baseline,
+        baseline_epochs=demo.BASELINE_EPOCHS if args.baseline_epochs is None else args.baseline_epochs,
+    )
+    print(demo.report(metrics, Path(args.out)))
+    missed = "margin" in metrics and not (args.data or args.video) and metrics["margin"] < metrics["margin_wanted"]
+    return 1 if missed else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit status; a mistake of the user is one message on stderr and status 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    commands = {name.removeprefix("command_"): f for name, f in globals().items() if name.startswith("command_")}
+    if argv and not argv[0].startswith("-") and argv[0] not in commands:
+        print(f"vivit: unknown command {argv[0]!r}; {nearest(argv[0], commands)}", file=sys.stderr)
+        return 2
+    args = parser().parse_args(argv)
+    try:
+        from .train import Interrupted, TrainingError
+    except ImportError as error:
+        print(f"vivit: {error}", file=sys.stderr)
+        return 2
+    try:
+        return commands[args.command](args)
+    except Interrupted as stop:
+        print(f"vivit {args.command}: {stop}\n  -> the same command with --resume goes on", file=sys.stderr)
+        return stop.code
+    except KeyboardInterrupt:
+        print(f"vivit {args.command}: stopped", file=sys.stderr)
+        return 130
+    except (DataError, VideoError, TrainingError, ValueError, ModuleNotFoundError, OSError) as error:
+        print(f"vivit {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
