@@ -38,7 +38,8 @@ class Bar:
 
     def __init__(self, what: str, total: int | None, start: int = 0, unit: str = "clips", quiet: bool = False):
         self.what, self.total, self.unit, self.quiet = what, total, unit, quiet
-        self.done, self.count, self.begun, self.last_line = start, 0, time.monotonic(), time.monotonic()
+        self.start, self.done, self.count = start, start, 0
+        self.begun = self.last_line = time.monotonic()
         self.recent: list[tuple[float, int]] = [(self.begun, 0)]
         self.rich = None
         if Console is not None and not quiet and sys.stderr.isatty():
@@ -83,9 +84,8 @@ class Bar:
         elif not self.quiet and (now - self.last_line > 10 or self.done == self.total):
             self.last_line = now
             total = f"/{self.total}" if self.total else ""
-            left = (
-                (self.total - self.done) * (now - self.begun) / max(self.count / max(clips, 1), 1) if self.total else 0
-            )
+            each = (now - self.begun) / max(self.done - self.start, 1)
+            left = ((self.total or self.done) - self.done) * each
             print(f"{self.what} {self.done}{total}  {rate}  {note}  {left:.0f} s left", file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
