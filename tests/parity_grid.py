@@ -17,7 +17,12 @@ HEAD_SIZES = [8, 12, 32, 40, 64, 72, 80, 96, 128, 160]
 def pairwise(axes: dict[str, list], seed: int = 0) -> list[dict]:
     """A short list of combinations in which every pair of values of two axes occurs (greedy, repeatable)."""
     names, rng = list(axes), random.Random(seed)
-    missing = {(a, x, b, y) for a, b in itertools.combinations(names, 2) for x in range(len(axes[a])) for y in range(len(axes[b]))}
+    missing = {
+        (a, x, b, y)
+        for a, b in itertools.combinations(names, 2)
+        for x in range(len(axes[a]))
+        for y in range(len(axes[b]))
+    }
     cases = []
     while missing:
         best, covered = None, set()
@@ -47,18 +52,26 @@ def _name(case: dict) -> str:
 def grid(axes: dict[str, list], cross: list[str]) -> list:
     """pytest parameters: a pairwise cover of all axes in every run, every product of `cross` in `make test-full`."""
     cover = [pytest.param(case, id=_name(case)) for case in pairwise(axes)]
-    return cover + [pytest.param(case, id="full-" + _name(case), marks=pytest.mark.full) for case in crossed(axes, cross)]
+    return cover + [
+        pytest.param(case, id="full-" + _name(case), marks=pytest.mark.full) for case in crossed(axes, cross)
+    ]
 
 
-def make_inputs(kind: str, shape: tuple, device) -> torch.Tensor:
-    x = torch.randn(shape, device=device)
-    if kind == "large":
-        return x * 8
+def make_inputs(kind: str, q_shape: tuple, k_shape: tuple, device) -> list[torch.Tensor]:
+    """q, k, v that are hard on a softmax: large scores, equal rows, one key far above all others."""
+    q, k, v = (torch.randn(shape, device=device) for shape in (q_shape, k_shape, k_shape))
     if kind == "constant":
-        return x[:, :1].expand(shape) + 0.0
-    if kind == "dominant":  # one key far above all others
-        x[:, shape[1] // 2] *= 6
-    return x
+        q, k, v = (x[:, :1].expand(x.shape) + 0.0 for x in (q, k, v))
+    if kind == "dominant":
+        k[:, k_shape[1] // 2] *= 6
+    return [q * 4, k * 4, v] if kind == "large" else [q, k, v]
+
+
+def gradient_scales(q, k, v, do, scale: float) -> dict[str, float]:
+    """The size of the terms of dq and dk, dP * k * scale, which cancel where the scores of a row hardly matter: a single
+    key, equal rows, one key with all the probability."""
+    size = float(do.norm(dim=-1).max() * v.norm(dim=-1).max() * max(k.abs().max(), q.abs().max()) * scale)
+    return {"dq": size, "dk": size}
 
 
 def lay_out(q, k, v, layout: str) -> list:
@@ -67,13 +80,19 @@ def lay_out(q, k, v, layout: str) -> list:
     if layout == "heads_first":
         return [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
     if layout == "sliced":  # rows within a wider buffer of NaN: what lies around the tensor must not be read
-        return [torch.full((*x.shape[:-1], x.shape[-1] + 8), float("nan"), device=x.device)[..., : x.shape[-1]].copy_(x) for x in (q, k, v)]
+        return [
+            torch.full((*x.shape[:-1], x.shape[-1] + 8), float("nan"), device=x.device)[..., : x.shape[-1]].copy_(x)
+            for x in (q, k, v)
+        ]
     return [q, k, v]
 
 
 def make_options(case: dict, grid: tuple, key_grid: tuple, device) -> dict:
     """Keyword arguments of an attention op for a case; grid is (B, N) or (B, T, S)."""
-    options = {"dropout_p": case["dropout_p"], "seed": torch.tensor([2**40 + 7, 3], device=device) if case["dropout_p"] else None}
+    options = {
+        "dropout_p": case["dropout_p"],
+        "seed": torch.tensor([2**40 + 7, 3], device=device) if case["dropout_p"] else None,
+    }
     if case["mask"]:
         options["key_mask"] = torch.rand(key_grid, device=device) < 0.7
         options["key_mask"][..., 0] = True
@@ -97,7 +116,9 @@ def run(function, tensors: list, do: torch.Tensor, dtype: torch.dtype) -> list:
     return [out, *torch.autograd.grad(out, wanted, do.to(out.dtype))]
 
 
-def check(actual_fn, reference_fn, tensors: list, do: torch.Tensor, dtype: torch.dtype, names: list[str], scales=None) -> None:
+def check(
+    actual_fn, reference_fn, tensors: list, do: torch.Tensor, dtype: torch.dtype, names: list[str], scales=None
+) -> None:
     """Output and gradients of `actual_fn` against `reference_fn` in float64, under the one error budget."""
     quantised = [x.to(dtype) if x.is_floating_point() else x for x in tensors]
     do = do.to(dtype)

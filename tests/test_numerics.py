@@ -62,7 +62,14 @@ def plant_nan(o, tensors):
 
 @pytest.mark.parametrize(
     "plant",
-    [plant_wrong_row, plant_dropped_key_block, plant_unmasked_tail, plant_wrong_scale, plant_output_off_by_two_percent, plant_nan],
+    [
+        plant_wrong_row,
+        plant_dropped_key_block,
+        plant_unmasked_tail,
+        plant_wrong_scale,
+        plant_output_off_by_two_percent,
+        plant_nan,
+    ],
 )
 def test_planted_errors_fail(problem, plant):
     _, tensors, exact, eager = problem

@@ -44,7 +44,12 @@ def test_restriction_is_obeyed_and_named(monkeypatch):
 def test_restriction_by_environment_variable():
     def run(value):
         code = "import torch, vivit_kernels as k; print(k.joint_attention(torch.ones(1, 2, 3, 1, 8)).sum().item())"
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment | {"VIVIT_KERNELS_BACKENDS": value})
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env=environment | {"VIVIT_KERNELS_BACKENDS": value},
+        )
 
     import os
 

@@ -24,25 +24,49 @@ def test_opcheck_attention(packed, dropout_p, dtype):
     seed = torch.tensor([5, 0]) if dropout_p else None
     mask = torch.ones(2, 12, dtype=torch.bool)
     options = (0.25, 3.0, dropout_p, "torch")
-    joint = [*leaves((2, 12, 3, 2, 8), dtype=dtype), None, None] if packed else leaves(*[(2, 12, 2, 8)] * 3, dtype=dtype)
+    joint = (
+        [*leaves((2, 12, 3, 2, 8), dtype=dtype), None, None] if packed else leaves(*[(2, 12, 2, 8)] * 3, dtype=dtype)
+    )
     torch.library.opcheck(ops.joint_attention_fwd.default, (*joint, mask, seed, None, None, 0, *options))
-    factorized = [*leaves((2, 3, 4, 3, 2, 8), dtype=dtype), None, None] if packed else leaves(*[(2, 3, 4, 2, 8)] * 3, dtype=dtype)
+    factorized = (
+        [*leaves((2, 3, 4, 3, 2, 8), dtype=dtype), None, None]
+        if packed
+        else leaves(*[(2, 3, 4, 2, 8)] * 3, dtype=dtype)
+    )
     torch.library.opcheck(ops.factorized_attention_fwd.default, (*factorized, mask, seed, None, None, 1, *options))
 
 
 @pytest.mark.parametrize("video", ["uint8", "float"])
 @pytest.mark.parametrize("per_frame", [True, False])
 def test_opcheck_tubelet_embedding(video, per_frame):
-    pixels = torch.randint(0, 256, (2, 3, 4, 8, 9), dtype=torch.uint8) if video == "uint8" else torch.randn(2, 3, 4, 8, 9, requires_grad=True)
+    pixels = (
+        torch.randint(0, 256, (2, 3, 4, 8, 9), dtype=torch.uint8)
+        if video == "uint8"
+        else torch.randn(2, 3, 4, 8, 9, requires_grad=True)
+    )
     weight, bias, position, token = leaves((6, 3, 2, 4, 4), (6,), (1, (4 if per_frame else 8) + 1, 6), (1, 1, 6))
     torch.library.opcheck(
-        ops.tubelet_embedding_fwd.default, (pixels, weight, bias, position, token, per_frame, [0.1] * 3, [-0.5] * 3, "torch")
+        ops.tubelet_embedding_fwd.default,
+        (pixels, weight, bias, position, token, per_frame, [0.1] * 3, [-0.5] * 3, "torch"),
     )
 
 
 def small(attention="factorized_encoder", **changes):
     depth = {"temporal_depth": 1} if attention == "factorized_encoder" else {}
-    config = ViViTConfig(frames=4, height=16, width=16, tubelet=(2, 8, 8), embedding=32, depth=2, heads=4, mlp=48, classes=5, attention=attention, **depth, **changes)
+    config = ViViTConfig(
+        frames=4,
+        height=16,
+        width=16,
+        tubelet=(2, 8, 8),
+        embedding=32,
+        depth=2,
+        heads=4,
+        mlp=48,
+        classes=5,
+        attention=attention,
+        **depth,
+        **changes,
+    )
     model = ViViT(config)
     torch.nn.init.normal_(model.head.weight)
     return model
@@ -103,10 +127,13 @@ def test_autocast_gives_its_dtype():
 def test_gradcheck():
     q, k, v = leaves(*[(1, 2, 3, 2, 4)] * 3, dtype=torch.float64)
     seed = torch.tensor([1, 0])
-    assert torch.autograd.gradcheck(lambda *x: factorized_attention(*x, temporal_heads=1, softcap=2.0, dropout_p=0.3, seed=seed), (q, k, v))
+    assert torch.autograd.gradcheck(
+        lambda *x: factorized_attention(*x, temporal_heads=1, softcap=2.0, dropout_p=0.3, seed=seed), (q, k, v)
+    )
     assert torch.autograd.gradcheck(lambda *x: joint_attention(*x), [x.flatten(1, 2) for x in (q, k, v)])
     assert torch.autograd.gradcheck(
-        lambda *x: tubelet_embedding(*x, mean=0.3, std=[0.2, 0.5]), leaves((1, 2, 2, 4, 5), (3, 2, 1, 2, 2), (3,), (1, 9, 3), (1, 1, 3), dtype=torch.float64)
+        lambda *x: tubelet_embedding(*x, mean=0.3, std=[0.2, 0.5]),
+        leaves((1, 2, 2, 4, 5), (3, 2, 1, 2, 2), (3,), (1, 9, 3), (1, 1, 3), dtype=torch.float64),
     )
 
 
@@ -116,7 +143,9 @@ def test_gradients_of_any_stride_and_of_a_batch_of_none(op):
     qkv = torch.randn(shape, requires_grad=True)
     o = op(qkv)
     do = torch.randn(*o.shape[:-1], 2 * o.shape[-1])[..., ::2]
-    torch.testing.assert_close(torch.autograd.grad(op(qkv), qkv, do), torch.autograd.grad(op(qkv), qkv, do.contiguous()))
+    torch.testing.assert_close(
+        torch.autograd.grad(op(qkv), qkv, do), torch.autograd.grad(op(qkv), qkv, do.contiguous())
+    )
     torch.autograd.grad(op(qkv).sum(), qkv)  # an expanded scalar
     assert op(qkv[:0]).shape == o[:0].shape
 
@@ -135,7 +164,11 @@ def test_philox_is_philox():
     known = [
         ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
         ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-        ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0), (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
     ]
     for counter, (k0, k1), words in known:
         seed = (k1 << 32) | k0

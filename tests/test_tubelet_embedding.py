@@ -55,7 +55,11 @@ def test_parity(case, device):
     sizes = [n // t for n, t in zip(case["size"][2:], case["tubelet"], strict=True)]
     per, parameters = make_parameters(case, sizes, device)
     present = [x is not None for x in parameters]
-    mean, std = {None: (None, None), "common": (0.45, 0.3), "per channel": ([0.4, 0.5, 0.3, 0.6][:C], [0.2, 0.3, 0.25, 0.4][:C])}[case["normalise"]]
+    mean, std = {
+        None: (None, None),
+        "common": (0.45, 0.3),
+        "per channel": ([0.4, 0.5, 0.3, 0.6][:C], [0.2, 0.3, 0.25, 0.4][:C]),
+    }[case["normalise"]]
 
     def fill(values):
         values = iter(values)
@@ -63,7 +67,9 @@ def test_parity(case, device):
 
     def actual(*x):
         pixels, x = (x[0], x[1:]) if video.is_floating_point() else (video, x)
-        return tubelet_embedding(pixels, *fill(x), class_token_per=per, mean=mean, std=std, layout=case["layout"], backend="torch")
+        return tubelet_embedding(
+            pixels, *fill(x), class_token_per=per, mean=mean, std=std, layout=case["layout"], backend="torch"
+        )
 
     def defined(*x):
         pixels, x = (x[0], x[1:]) if video.is_floating_point() else (video, x)
@@ -74,7 +80,11 @@ def test_parity(case, device):
     names = ["tokens"] + (["dvideo"] if video.is_floating_point() else [])
     names += [n for n, there in zip(["dweight", "dbias", "dposition", "dclass"], present, strict=True) if there]
     rows = sizes[1] * sizes[2]
-    shape = (case["size"][0], *((sizes[0], rows + present[3]) if per == "frame" else (sizes[0] * rows + present[3],)), 24)
+    shape = (
+        case["size"][0],
+        *((sizes[0], rows + present[3]) if per == "frame" else (sizes[0] * rows + present[3],)),
+        24,
+    )
     check(actual, defined, tensors, torch.randn(shape, device=device), case["dtype"], names)
 
 

@@ -21,7 +21,9 @@ SHAPES = {
 
 
 def device_lines() -> list[str]:
-    lines = [f"cpu     {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"]
+    lines = [
+        f"cpu     {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    ]
     if not torch.cuda.is_available():
         why = "PyTorch was built without CUDA" if torch.version.cuda is None else "no GPU or driver is visible"
         return [*lines, f"cuda    none: {why}"]
@@ -48,7 +50,9 @@ def main() -> None:
     print("\n".join(device_lines()) + "\n")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print("\n".join(backend_lines(device, torch.bfloat16)))
-    restriction = ",".join(_environment.RESTRICTED) or "not set (tried in order: " + ", ".join(_environment.BACKENDS) + ")"
+    restriction = (
+        ",".join(_environment.RESTRICTED) or "not set (tried in order: " + ", ".join(_environment.BACKENDS) + ")"
+    )
     print(f"\n{_environment.VARIABLE}: {restriction}")
 
 

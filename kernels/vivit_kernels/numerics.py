@@ -4,8 +4,8 @@
     eager   the reference in the dtype under test
     actual  the result under test
 
-`actual` passes when it is finite and both its maximum and its RMS error against `exact` stay within FACTOR times eager's own
-error plus one rounding of the result: eps(dtype)/2 of the tensor's largest value, eps(dtype)/4 of its RMS (a result that
+`actual` passes when it is finite, its RMS error against `exact` is within 2 (gradients 3) times eager's own and its maximum
+error within 3 (gradients 4) times, plus one rounding of the result: eps(dtype)/2 of the tensor's largest value, eps(dtype)/4 of its RMS (a result that
 eager happens to hit exactly must still be allowed to round). The RMS half is not optional: a maximum alone lets through a
 scale that is wrong by 2 % or a few keys too many, because one unlucky element of eager is already as far off.
 
@@ -19,10 +19,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FACTOR = 2.0
-GRADIENT_FACTOR = 3.0  # a gradient is a longer chain of roundings, and the order of its sums is free
+RMS_FACTOR, GRADIENT_RMS_FACTOR = 2.0, 3.0  # a gradient is a longer chain of roundings, the order of its sums is free
+MAX_FACTOR, GRADIENT_MAX_FACTOR = (
+    3.0,
+    4.0,
+)  # a maximum is one unlucky element: two right results differ by 2 now and then
 MAX_EPS_SHARE, RMS_EPS_SHARE = 0.5, 0.25
-FLOAT64_EPS_MULTIPLE = 64.0
+FLOAT64_EPS_MULTIPLE = 512.0  # exp magnifies the rounding of a score by its size, hundreds on the hardest inputs
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,9 @@ def _errors(x: Tensor, exact: Tensor) -> tuple[float, float]:
     return difference.max().item(), difference.square().mean().sqrt().item()
 
 
-def judge(actual: Tensor, exact: Tensor, eager: Tensor, *, gradient: bool = False, scale: float | None = None) -> Verdict:
+def judge(
+    actual: Tensor, exact: Tensor, eager: Tensor, *, gradient: bool = False, scale: float | None = None
+) -> Verdict:
     """Holds `actual` to the budget. scale: where the exact result is zero by mathematics (the gradient of a key bias,
     dq with a single key), the size of the terms that cancel; else the tensor's own is taken."""
     if exact.dtype != torch.float64:
@@ -77,8 +82,10 @@ def judge(actual: Tensor, exact: Tensor, eager: Tensor, *, gradient: bool = Fals
     max_error, rms_error = _errors(actual, exact)
     eager_max, eager_rms = _errors(eager, exact)
     exact_max, exact_rms = _errors(torch.zeros_like(exact), exact)
-    factor = GRADIENT_FACTOR if gradient else FACTOR
+    max_factor, rms_factor = (GRADIENT_MAX_FACTOR, GRADIENT_RMS_FACTOR) if gradient else (MAX_FACTOR, RMS_FACTOR)
     shares = (FLOAT64_EPS_MULTIPLE,) * 2 if actual.dtype == torch.float64 else (MAX_EPS_SHARE, RMS_EPS_SHARE)
     sizes = (exact_max, exact_rms) if scale is None else (max(scale, exact_max), max(scale, exact_rms))
-    max_slack, rms_slack = (torch.finfo(actual.dtype).eps * share * size for share, size in zip(shares, sizes, strict=True))
-    return Verdict(finite, max_error, factor * eager_max + max_slack, rms_error, factor * eager_rms + rms_slack)
+    max_slack, rms_slack = (
+        torch.finfo(actual.dtype).eps * share * size for share, size in zip(shares, sizes, strict=True)
+    )
+    return Verdict(finite, max_error, max_factor * eager_max + max_slack, rms_error, rms_factor * eager_rms + rms_slack)

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from . import sdpa
 from .options import Options
 
 _LIBRARY = torch.library.Library("vivit_kernels", "FRAGMENT")
 _INPUTS = "Tensor q, Tensor? k, Tensor? v, Tensor? mask, Tensor? seed, Tensor? cos, Tensor? sin"
 _OPTIONS = "int temporal_heads, float scale, float softcap, float dropout_p, str backend"
 _MODULES = {"torch": "composed", "cpu": "cpu_kernels", "cuda": "cuda_kernels", "triton": "triton_kernels"}
-_SAVES_OUTPUT = {"torch": False}  # does backward read o and lse? Recomputing whole rows of scores needs neither
+_KEEPS_OUTPUT = {"torch": sdpa.keeps_output}  # does backward, over so many keys, read the forward's o and lse?
 
 
 def unpack(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,24 +30,34 @@ def unpack(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tenso
     return q, k, v
 
 
-def register(op: str, package: str, flops: Callable[[tuple, tuple, int], int]) -> None:
+def register(op: str, package: str, flops: Callable[..., int], key_lengths: Callable[..., tuple]) -> None:
     """Defines `vivit_kernels::<op>_fwd` and `<op>_bwd`; launchers are `package`.<backend module>.launch_fwd and launch_bwd.
 
     flops: of the two products of one forward, from the shapes of q and k (unpacked) and temporal_heads; backward, which
-    recomputes the scores, has five products. PyTorch's FlopCounterMode uses it.
+    recomputes the scores, has five products. PyTorch's FlopCounterMode uses it. key_lengths: of the sequences that one
+    call attends over, from the same three.
     """
 
     def launcher(backend: str, name: str):
         return getattr(importlib.import_module(f"{package}.{_MODULES[backend]}"), name)
 
+    def keeps_output(q, k, v, seed, softcap, temporal_heads, backend) -> bool:
+        q, k, _ = unpack(q, k, v)
+        return any(
+            _KEEPS_OUTPUT[backend](q.device, keys, seed, softcap)
+            for keys in key_lengths(q.shape, k.shape, temporal_heads)
+        )
+
     def fwd(q, k, v, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, backend):
         options = Options(scale, softcap, dropout_p, mask, seed, cos, sin)
-        return launcher(backend, "launch_fwd")(*unpack(q, k, v), temporal_heads, options)
+        o, lse = launcher(backend, "launch_fwd")(*unpack(q, k, v), temporal_heads, options)
+        return o, lse if keeps_output(q, k, v, seed, softcap, temporal_heads, backend) else lse.new_empty(0)
 
     def fwd_fake(q, k, v, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, backend):
+        kept = keeps_output(q, k, v, seed, softcap, temporal_heads, backend)
         q = unpack(q, k, v)[0]
-        lse = (q.shape[0], q.shape[-2], q.shape[1:-2].numel()) if _SAVES_OUTPUT[backend] else (0,)
-        return q.new_empty(q.shape), q.new_empty(lse, dtype=torch.float32)
+        lse = (q.shape[0], q.shape[-2], q.shape[1:-2].numel()) if kept else (0,)
+        return q.new_empty(q.shape), q.new_empty(lse, dtype=torch.promote_types(q.dtype, torch.float32))
 
     def bwd(do, q, k, v, o, lse, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, backend):
         options = Options(scale, softcap, dropout_p, mask, seed, cos, sin)
@@ -61,7 +72,8 @@ def register(op: str, package: str, flops: Callable[[tuple, tuple, int], int]) -
     def setup_context(ctx, inputs, output):
         *tensors, temporal_heads, scale, softcap, dropout_p, backend = inputs
         ctx.options = temporal_heads, scale, softcap, dropout_p, backend
-        ctx.save_for_backward(*tensors, *(output if _SAVES_OUTPUT[backend] else (None, None)))
+        kept = keeps_output(*tensors[:3], tensors[4], softcap, temporal_heads, backend)
+        ctx.save_for_backward(*tensors, *(output if kept else (None, None)))
         ctx.set_materialize_grads(False)
 
     def backward(ctx, do, _):
@@ -94,7 +106,7 @@ def register(op: str, package: str, flops: Callable[[tuple, tuple, int], int]) -
     _register_flops(op, flops)
 
 
-def _register_flops(op: str, flops: Callable[[tuple, tuple, int], int]) -> None:
+def _register_flops(op: str, flops: Callable[..., int]) -> None:
     def unpacked(q: tuple, k: tuple | None) -> tuple[tuple, tuple]:
         return (q, k) if k is not None else ((*q[:-3], *q[-2:]),) * 2
 

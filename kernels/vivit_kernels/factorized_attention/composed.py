@@ -1,58 +1,72 @@
-"""Backend `torch` of factorized_attention: frames and positions one slice at a time, on strided views of the grid."""
+"""Backend `torch` of factorized_attention: groups of sequences are strided views of the grid.
+
+The frames of all clips are one group. The positions are a group per clip, because their stride and the clips' do not
+merge: looping over clips was 1.7 to 2.2 times faster than permuting into copies first (16 frames of 196 tokens, 12 heads
+of 64, float32 and bfloat16, 2 cores).
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .._attention.blockwise import attend, attend_backward
+from .._attention import groups
 from .._attention.options import Options
 from .._attention.rotary import rotate
 
 
-def _sequences(shape, temporal_heads: int, options: Options, device):
-    """Yields (slice of a `[B, T, S, H, D]` grid as `[G, N, D]`, key mask, dropout rows) for every group of sequences.
+def _views(B: int, H: int, temporal_heads: int):
+    """Yields (function from a grid `[B, T, S, H, ...]` to a group `[G, H', N, ...]`, the same for per-token `[B, T, S]`)."""
+    for b in range(B if temporal_heads else 0):
+        yield (
+            lambda x, b=b: x[b, :, :, :temporal_heads].transpose(0, 1).transpose(1, 2),
+            lambda m, b=b: m[b].t(),
+        )  # [S, H', T, ...]
+    if temporal_heads < H:
+        yield (
+            lambda x: x[:, :, :, temporal_heads:].flatten(0, 1).transpose(1, 2),
+            lambda m: m.flatten(0, 1),
+        )  # [B*T, H', S, ...]
 
-    Spatial heads: G = heads of one frame. Temporal heads: G = positions of one head of one clip.
-    """
-    B, T, S, H, _ = shape
-    rows = None if options.seed is None else torch.arange(B * H * T * S, device=device).view(B, H, T, S)
+
+def _groups(q: Tensor, k: Tensor, v: Tensor, temporal_heads: int, options: Options):
+    """Yields (group, function to the same view of another grid)."""
+    B, T, S, H, _ = q.shape
+    q, k = _rotated(q, options), _rotated(k, options)
     mask = None if options.mask is None else options.mask.view(B, T, S)
-    for b in range(B):
-        for h in range(temporal_heads):
-            yield (
-                lambda x, b=b, h=h: x[b, :, :, h].transpose(0, 1),  # [S, T, D]
-                None if mask is None else mask[b].t()[:, None, :],
-                None if rows is None else rows[b, h].t(),
-            )
-        for t in range(T if temporal_heads < H else 0):
-            yield (
-                lambda x, b=b, t=t: x[b, t, :, temporal_heads:].transpose(0, 1),  # [H, S, D]
-                None if mask is None else mask[b, t],
-                None if rows is None else rows[b, temporal_heads:, t],
-            )
+    rows = None
+    if options.seed is not None:
+        rows = torch.arange(B * H * T * S, device=q.device).view(B, H, T, S).permute(0, 2, 3, 1)  # [B, T, S, H]
+    for view, per_token in _views(B, H, temporal_heads):
+        group_rows = None if rows is None else view(rows)
+        yield groups.Group(view(q), view(k), view(v), None if mask is None else per_token(mask), group_rows), view
+
+
+def _rotated(x: Tensor, options: Options, direction: int = 1) -> Tensor:
+    if options.cos is None or options.sin is None:
+        return x
+    T, S = x.shape[1:3]
+    return rotate(x, options.cos.view(T, S, -1), direction * options.sin.view(T, S, -1))
 
 
 def launch_fwd(q: Tensor, k: Tensor, v: Tensor, temporal_heads: int, options: Options) -> tuple[Tensor, Tensor]:
+    """q, k, v `[B, T, S, H, D]` -> o like q, lse `[B, H, T*S]`."""
+    B, T, S, H, _ = q.shape
     o = q.new_empty(q.shape)
-    q, k = _rotated(q, k, options)
-    for view, mask, rows in _sequences(q.shape, temporal_heads, options, q.device):
-        attend(view(q), view(k), view(v), view(o), mask, rows, options)
-    return o, q.new_empty(0, dtype=torch.float32)
+    lse = q.new_empty((B, T, S, H), dtype=torch.promote_types(q.dtype, torch.float32))
+    for group, view in _groups(q, k, v, temporal_heads, options):
+        groups.forward(group, view(o), view(lse), options)
+    return o, lse.flatten(1, 2).transpose(1, 2).contiguous()
 
 
 def launch_bwd(do, q, k, v, o, lse, dq, dk, dv, temporal_heads: int, options: Options) -> None:
-    q, k = _rotated(q, k, options)
-    for view, mask, rows in _sequences(q.shape, temporal_heads, options, q.device):
-        attend_backward(*(view(x) for x in (do, q, k, v, dq, dk, dv)), mask, rows, options)
-    if options.cos is not None and options.sin is not None:
-        dq_rotated, dk_rotated = _rotated(dq, dk, options._replace(sin=-options.sin))
-        dq.copy_(dq_rotated)
-        dk.copy_(dk_rotated)
-
-
-def _rotated(q: Tensor, k: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    if options.cos is None or options.sin is None:
-        return q, k
-    tables = options.cos.view(*q.shape[1:3], -1), options.sin.view(*q.shape[1:3], -1)
-    return rotate(q, *tables), rotate(k, *tables)
+    """Writes dq, dk, dv."""
+    kept = (
+        (None, None) if o is None else (o, lse.transpose(1, 2).unflatten(1, tuple(q.shape[1:3])))
+    )  # lse as [B, T, S, H]
+    for group, view in _groups(q, k, v, temporal_heads, options):
+        o_part, lse_part = (None if x is None else view(x) for x in kept)
+        groups.backward(group, view(do), o_part, lse_part, view(dq), view(dk), view(dv), options)
+    if options.sin is not None:
+        for gradient in (dq, dk):
+            gradient.copy_(_rotated(gradient, options, -1))

@@ -1,38 +1,42 @@
-"""Backend `torch` of joint_attention: blocks of whole score rows, a clip at a time."""
+"""Backend `torch` of joint_attention: a clip's heads are a group of sequences as they lie."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .._attention.blockwise import attend, attend_backward
+from .._attention import groups
 from .._attention.options import Options
 from .._attention.rotary import rotate
 
 
-def _clips(q: Tensor, options: Options):
-    """Per clip: its index, key mask and dropout rows."""
+def _heads_first(*grids: Tensor) -> list[Tensor]:
+    return [x.transpose(1, 2) for x in grids]  # [B, N, H, ...] -> [B, H, N, ...]
+
+
+def _group(q: Tensor, k: Tensor, v: Tensor, options: Options) -> groups.Group:
     B, N, H, _ = q.shape
-    for b in range(B):
-        mask = None if options.mask is None else options.mask[b]
-        rows = None if options.seed is None else torch.arange(b * H * N, (b + 1) * H * N, device=q.device).view(H, N)
-        yield b, mask, rows
+    if options.cos is not None and options.sin is not None:
+        q, k = rotate(q, options.cos, options.sin), rotate(k, options.cos, options.sin)
+    rows = None if options.seed is None else torch.arange(B * H * N, device=q.device).view(B, H, N)
+    return groups.Group(*_heads_first(q, k, v), options.mask, rows)
 
 
 def launch_fwd(q: Tensor, k: Tensor, v: Tensor, _: int, options: Options) -> tuple[Tensor, Tensor]:
+    """q `[B, N_q, H, D]`, k and v `[B, N_k, H, D]` -> o like q, lse `[B, H, N_q]`."""
     o = q.new_empty(q.shape)
-    if options.cos is not None and options.sin is not None:
-        q, k = rotate(q, options.cos, options.sin), rotate(k, options.cos, options.sin)
-    for b, mask, rows in _clips(q, options):
-        attend(*(x[b].transpose(0, 1) for x in (q, k, v, o)), mask, rows, options)
-    return o, q.new_empty(0, dtype=torch.float32)
+    B, N, H, _ = q.shape
+    lse = q.new_empty((B, H, N), dtype=torch.promote_types(q.dtype, torch.float32))
+    groups.forward(_group(q, k, v, options), *_heads_first(o), lse, options)
+    return o, lse
 
 
 def launch_bwd(do, q, k, v, o, lse, dq, dk, dv, _: int, options: Options) -> None:
+    """Writes dq, dk, dv."""
+    group = _group(q, k, v, options)
+    groups.backward(
+        group, *_heads_first(do), None if o is None else o.transpose(1, 2), lse, *_heads_first(dq, dk, dv), options
+    )
     if options.cos is not None and options.sin is not None:
-        q, k = rotate(q, options.cos, options.sin), rotate(k, options.cos, options.sin)
-    for b, mask, rows in _clips(q, options):
-        attend_backward(*(x[b].transpose(0, 1) for x in (do, q, k, v, dq, dk, dv)), mask, rows, options)
-    if options.cos is not None and options.sin is not None:
-        dq.copy_(rotate(dq, options.cos, -options.sin))
-        dk.copy_(rotate(dk, options.cos, -options.sin))
+        for gradient in (dq, dk):
+            gradient.copy_(rotate(gradient, options.cos, -options.sin))
