@@ -79,9 +79,9 @@ def prediction(
                 axes.set_title(label, fontsize=8.5, color=INK, pad=4)
             if column == 0:
                 axes.set_ylabel(("the clip", "attention roll-out")[row], fontsize=9.5)
-    half = len(shown) // 2
-    _over_time(figure.add_subplot(grid[2, : max(half, 1)]), map_TYX.sum((1, 2)))
-    _probabilities(figure.add_subplot(grid[2, max(half + 1, 1) :]), found.top, truth)
+    below = grid[2, :].subgridspec(1, 2, wspace=0.36)
+    _over_time(figure.add_subplot(below[0]), map_TYX.sum((1, 2)))
+    _probabilities(figure.add_subplot(below[1]), found.top, truth)
     name, probability = found.top[0]
     figure.text(0.07, 0.945, f"{name}: {probability:.1%}", fontsize=16, fontweight="bold", color=INK)
     figure.text(0.07, 0.915, f"{Path(found.file).name}" + (f"   (true: {truth})" if truth else ""), color="#555b66")
