@@ -73,7 +73,10 @@ def broken(folder):
     (folder / "folder.mp4").mkdir()
     (folder / "gone.mp4").symlink_to(folder / "nowhere.mp4")
     with av.open(str(folder / "sound.mp4"), "w") as container:
-        sound = container.add_stream("aac", rate=8000)
+        sound = container.add_stream("aac", rate=8000, layout="mono")
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        silence.sample_rate = 8000
+        container.mux(sound.encode(silence))
         container.mux(sound.encode(None))
     return folder
 

@@ -217,7 +217,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return commands[args.command](args)
     except Interrupted as stop:
-        print(f"vivit {args.command}: {stop}\n  -> the same command with --resume goes on", file=sys.stderr)
+        again = "" if args.command == "demo" else " with --resume"
+        print(f"vivit {args.command}: {stop}\n  -> the same command{again} goes on", file=sys.stderr)
         return stop.code
     except KeyboardInterrupt:
         print(f"vivit {args.command}: stopped", file=sys.stderr)
