@@ -130,7 +130,7 @@ def learning_curve(logs: dict[str, Path], path: str | Path, chance: float) -> Pa
         right.plot([s for s, _ in tops], [v for _, v in tops], color=colour, marker="o", markersize=4, label=name)
     right.axhline(chance, color=MUTED, linestyle="--", linewidth=1, label="chance")
     left.set(xlabel="step", ylabel="training loss")
-    right.set(xlabel="step", ylabel="held-out top-1", ylim=(0, 1.02))
+    right.set(xlabel="step", ylabel="held-out top-1", ylim=(0, 1.02), xlim=(0, None))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     right.legend(frameon=False, loc="lower right")

@@ -61,6 +61,12 @@ def _module(name: str, package: str, extra: str) -> Any:
         raise ModuleNotFoundError(
             f"reading video needs {package}, which is not installed here ({error})\n  -> pip install {extra}", name=name
         ) from error
+    except (RuntimeError, OSError) as error:  # torchcodec without the FFmpeg libraries it was built for
+        raise ModuleNotFoundError(
+            f"{package} is installed, but cannot be loaded here: {_reason(error)[:200]}\n"
+            "  -> install FFmpeg with its shared libraries, or use the decoder 'pyav'",
+            name=name,
+        ) from error
 
 
 def pyav() -> Any:
