@@ -21,9 +21,8 @@ SHAPES = {
 
 
 def device_lines() -> list[str]:
-    lines = [
-        f"cpu     {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    ]
+    name, threads = platform.processor() or platform.machine(), torch.get_num_threads()
+    lines = [f"cpu     {name}, {threads} threads, {torch.backends.cpu.get_cpu_capability()}"]
     if not torch.cuda.is_available():
         why = "PyTorch was built without CUDA" if torch.version.cuda is None else "no GPU or driver is visible"
         return [*lines, f"cuda    none: {why}"]

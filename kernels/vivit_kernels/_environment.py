@@ -15,7 +15,8 @@ def _read_restriction(text: str | None) -> tuple[str, ...]:
     unknown = [name for name in names if name not in BACKENDS]
     if unknown:
         raise ValueError(
-            f"{VARIABLE}={text!r}: {unknown[0]!r} is not a backend; use some of {', '.join(BACKENDS)}, in the order to try them"
+            f"{VARIABLE}={text!r}: {unknown[0]!r} is not a backend; use some of {', '.join(BACKENDS)}, "
+            "in the order to try them"
         )
     return names
 

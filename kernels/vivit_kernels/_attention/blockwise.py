@@ -15,10 +15,10 @@ from torch import Tensor
 from .._philox import keep_mask
 from .options import Options
 
-# Scores of a block: with 16 MB joint attention over 3137 tokens ran 1.3x faster than with 4 and 1.4x faster than with 64.
+# Scores of a block: with 16 MB joint attention over 3137 tokens ran 1.3x faster than with 4 and 1.4x than with 64.
 SCORES = 1 << 22
-# q, k and v of a block, copied once into rows: 28 positions of 16 frames and 12 heads of 64; 7 or 98 were 1.7x slower in
-# bfloat16, equal in float32. Both: Ice Lake, 2 cores.
+# q, k and v of a block, copied once into rows: 28 positions of 16 frames and 12 heads of 64; 7 or 98 were 1.7x slower
+# in bfloat16, equal in float32. Both: Ice Lake, 2 cores.
 INPUTS = 1 << 20
 
 
@@ -46,7 +46,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, options: Options) -> tuple[Tensor, Tensor | None]:
-    """q `[gH, Q, D]`, k `[gH, K, D]` -> probabilities before dropout `[gH, Q, K]`, and the derivative of the soft-cap."""
+    """q `[gH, Q, D]`, k `[gH, K, D]` -> probabilities before dropout `[gH, Q, K]`, and the soft-cap's derivative."""
     scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=options.scale)
     slope = None
     if options.softcap:
@@ -73,7 +73,7 @@ def _keep(rows: Tensor | None, keys: int, options: Options) -> Tensor | None:
 
 
 def forward(q, k, v, o, mask: Tensor | None, rows: Tensor | None, options: Options) -> None:
-    """Writes o `[G, H, Q, D]` for q `[G, H, Q, D]`, k, v `[G, H, K, D]`, mask bool `[G, K]`, dropout rows `[G, H, Q]`."""
+    """Writes o `[G, H, Q, D]` for q like it, k, v `[G, H, K, D]`, mask bool `[G, K]`, dropout rows `[G, H, Q]`."""
     for some, block, m, r in _blocks(q, k, mask, rows):
         q_rows, k_rows, v_rows = _rows(q[some, :, block]), _rows(k[some]), _rows(v[some])
         p, _ = _probabilities(q_rows, k_rows, m, options)

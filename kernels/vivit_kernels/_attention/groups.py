@@ -1,4 +1,4 @@
-"""Backend `torch` for both attention ops: an op names its groups of sequences, this runs each by the engine it suits."""
+"""Backend `torch` for both attention ops: an op names its groups of sequences, each runs by the engine it suits."""
 
 from __future__ import annotations
 

@@ -41,7 +41,8 @@ def check_options(op, q, tokens, grid, *, scale, key_mask, dropout_p, seed, rota
         raise ValueError(f"{op}: scale={scale} must be finite; leave it out for 1/sqrt(D)")
     if softcap is not None and not softcap > 0:
         raise ValueError(
-            f"{op}: softcap={softcap} must be positive (scores become softcap * tanh(score / softcap)); leave it out for none"
+            f"{op}: softcap={softcap} must be positive (scores become softcap * tanh(score / softcap)); "
+            "leave it out for none"
         )
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{op}: dropout_p={dropout_p} must be a probability, 0 to 1")
@@ -65,7 +66,8 @@ def _check_seed(op: str, seed: Tensor, device: torch.device) -> Tensor:
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or tuple(seed.shape) != (2,) or seed.device != device:
         got = f"{seed.dtype} {tuple(seed.shape)} on {seed.device}" if isinstance(seed, Tensor) else repr(seed)
         raise ValueError(
-            f"{op}: seed must be an int64 tensor of two, (seed, offset), on {device}; got {got}. Leave it out to draw one"
+            f"{op}: seed must be an int64 tensor of two, (seed, offset), on {device}; got {got}. "
+            "Leave it out to draw one"
         )
     return seed
 
@@ -82,7 +84,8 @@ def _check_rotary(op, rotary, tokens, grid, key_grid, D, device) -> Rotary:
     for name, table in (("cos", cos), ("sin", sin)):
         if tuple(table.shape) not in shapes or table.dtype != torch.float32 or table.device != device:
             raise ValueError(
-                f"{op}: rotary {name} must be float32 {sorted(shapes)} on {device}; got {table.dtype} {tuple(table.shape)} on {table.device}"
+                f"{op}: rotary {name} must be float32 {sorted(shapes)} on {device}; "
+                f"got {table.dtype} {tuple(table.shape)} on {table.device}"
             )
         if table.requires_grad:
             raise ValueError(f"{op}: rotary {name} requires a gradient, which is not computed; detach it")
@@ -94,7 +97,8 @@ def check_qkv(op: str, letters: str, q: Tensor, k: Tensor | None, v: Tensor | No
     dims = len(letters.split())
     if (k is None) != (v is None):
         raise ValueError(
-            f"{op}: give q, k and v, or q alone packed as [{letters.replace('H', '3 H')}]; got {'v' if k is None else 'k'} without the other"
+            f"{op}: give q, k and v, or q alone packed as [{letters.replace('H', '3 H')}]; "
+            f"got {'v' if k is None else 'k'} without the other"
         )
     if k is None or v is None:
         if q.dim() != dims + 1 or q.shape[-3] != 3:
@@ -107,7 +111,8 @@ def check_qkv(op: str, letters: str, q: Tensor, k: Tensor | None, v: Tensor | No
             raise ValueError(f"{op}: {name} must be [{letters}], got {tuple(x.shape)}")
         if not x.is_floating_point() or x.dtype != q.dtype or x.device != q.device:
             raise ValueError(
-                f"{op}: q, k and v must share one floating-point dtype and one device; q is {q.dtype} on {q.device}, {name} {x.dtype} on {x.device}"
+                f"{op}: q, k and v must share one floating-point dtype and one device; "
+                f"q is {q.dtype} on {q.device}, {name} {x.dtype} on {x.device}"
             )
         if x.stride(-1) != 1 and x.shape[-1] > 1:
             raise ValueError(
@@ -115,7 +120,8 @@ def check_qkv(op: str, letters: str, q: Tensor, k: Tensor | None, v: Tensor | No
             )
     if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[-2:] != k.shape[-2:]:
         raise ValueError(
-            f"{op}: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must agree in clips, heads and head size, k and v in all"
+            f"{op}: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} "
+            "must agree in clips, heads and head size, k and v in all"
         )
     if 0 in q.shape[1:] or 0 in k.shape[1:]:
         raise ValueError(
@@ -124,13 +130,14 @@ def check_qkv(op: str, letters: str, q: Tensor, k: Tensor | None, v: Tensor | No
     return q, k, v
 
 
-def autocast(op_inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def autocast(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Under autocast, floating tensors but float64 become autocast's dtype, as for scaled_dot_product_attention."""
-    first = next(x for x in op_inputs if x is not None)
-    kind = first.device.type
+    kind = q.device.type
     if not torch.is_autocast_enabled(kind):
-        return op_inputs
+        return q, k, v
     dtype = torch.get_autocast_dtype(kind)
-    return tuple(
-        x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x for x in op_inputs
-    )
+
+    def cast(x: Tensor) -> Tensor:
+        return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+
+    return cast(q), None if k is None else cast(k), None if v is None else cast(v)

@@ -10,8 +10,9 @@ from .options import Options
 
 
 def probabilities(q: Tensor, k: Tensor, mask: Tensor | None, rows: Tensor, options: Options) -> Tensor:
-    """softmax over keys of cap(scale * q.k), masked, then dropped: q `[..., N_q, D]`, k `[..., N_k, D]` -> `[..., N_q, N_k]`.
+    """softmax over keys of cap(scale * q.k), masked, then dropped.
 
+    q: `[..., N_q, D]`, k: `[..., N_k, D]` -> `[..., N_q, N_k]`.
     mask: bool, broadcasts to `[..., 1, N_k]`, True may be attended; a query with no key left gets zeros.
     rows: int64 `[..., N_q]`, the dropout rows of the queries (see _philox.py).
     """

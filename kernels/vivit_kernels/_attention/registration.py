@@ -17,7 +17,8 @@ from . import sdpa
 from .options import Options
 
 _LIBRARY = torch.library.Library("vivit_kernels", "FRAGMENT")
-_INPUTS = "Tensor q, Tensor? k, Tensor? v, Tensor? mask, Tensor? seed, Tensor? cos, Tensor? sin"
+_QKV = "Tensor q, Tensor? k, Tensor? v"
+_AUXILIARY = "Tensor? mask, Tensor? seed, Tensor? cos, Tensor? sin"
 _OPTIONS = "int temporal_heads, float scale, float softcap, float dropout_p, str backend"
 _MODULES = {"torch": "composed", "cpu": "cpu_kernels", "cuda": "cuda_kernels", "triton": "triton_kernels"}
 _KEEPS_OUTPUT = {"torch": sdpa.keeps_output}  # does backward, over so many keys, read the forward's o and lse?
@@ -31,8 +32,9 @@ def unpack(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tenso
 
 
 def register(op: str, package: str, flops: Callable[..., int], key_lengths: Callable[..., tuple]) -> None:
-    """Defines `vivit_kernels::<op>_fwd` and `<op>_bwd`; launchers are `package`.<backend module>.launch_fwd and launch_bwd.
+    """Defines `vivit_kernels::<op>_fwd` and `<op>_bwd`.
 
+    package: its modules, one per backend (`_MODULES`), hold the launchers `launch_fwd` and `launch_bwd`.
     flops: of the two products of one forward, from the shapes of q and k (unpacked) and temporal_heads; backward, which
     recomputes the scores, has five products. PyTorch's FlopCounterMode uses it. key_lengths: of the sequences that one
     call attends over, from the same three.
@@ -70,10 +72,10 @@ def register(op: str, package: str, flops: Callable[..., int], key_lengths: Call
         return _empty_gradients(q, k, v)
 
     def setup_context(ctx, inputs, output):
-        *tensors, temporal_heads, scale, softcap, dropout_p, backend = inputs
+        q, k, v, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, backend = inputs
         ctx.options = temporal_heads, scale, softcap, dropout_p, backend
-        kept = keeps_output(*tensors[:3], tensors[4], softcap, temporal_heads, backend)
-        ctx.save_for_backward(*tensors, *(output if kept else (None, None)))
+        o, lse = output if keeps_output(q, k, v, seed, softcap, temporal_heads, backend) else (None, None)
+        ctx.save_for_backward(q, k, v, mask, seed, cos, sin, o, lse)
         ctx.set_materialize_grads(False)
 
     def backward(ctx, do, _):
@@ -93,10 +95,8 @@ def register(op: str, package: str, flops: Callable[..., int], key_lengths: Call
         )
 
     lib, name = _LIBRARY, f"vivit_kernels::{op}"
-    lib.define(f"{op}_fwd({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
-    lib.define(
-        f"{op}_bwd(Tensor do, Tensor q, Tensor? k, Tensor? v, Tensor? o, Tensor? lse, {_INPUTS.split(', ', 3)[3]}, {_OPTIONS}) -> Tensor[]"
-    )
+    lib.define(f"{op}_fwd({_QKV}, {_AUXILIARY}, {_OPTIONS}) -> (Tensor, Tensor)")
+    lib.define(f"{op}_bwd(Tensor do, {_QKV}, Tensor? o, Tensor? lse, {_AUXILIARY}, {_OPTIONS}) -> Tensor[]")
     lib.impl(f"{op}_fwd", fwd, "CompositeExplicitAutograd")
     lib.impl(f"{op}_bwd", bwd, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{name}_fwd", fwd_fake, lib=lib)
@@ -108,7 +108,8 @@ def register(op: str, package: str, flops: Callable[..., int], key_lengths: Call
 
 def _register_flops(op: str, flops: Callable[..., int]) -> None:
     def unpacked(q: tuple, k: tuple | None) -> tuple[tuple, tuple]:
-        return (q, k) if k is not None else ((*q[:-3], *q[-2:]),) * 2
+        one = (*q[:-3], *q[-2:])
+        return (q, k) if k is not None else (one, one)
 
     @register_flop_formula(getattr(torch.ops.vivit_kernels, f"{op}_fwd"))
     def forward_flops(q, k, v, mask, seed, cos, sin, temporal_heads, *_, **__) -> int:

@@ -1,8 +1,8 @@
 """PyTorch's own fused attention on groups of long sequences: one of the two engines of backend `torch`.
 
-On the CPU the two halves of `scaled_dot_product_attention` are called by name, so that a forward keeps o and lse for its
-backward; elsewhere the backward runs the forward again under autograd. The other engine, blockwise.py, takes what this
-one cannot express, and short sequences.
+On the CPU the two halves of `scaled_dot_product_attention` are called by name, so that a forward keeps o and lse for
+its backward; elsewhere the backward runs the forward again under autograd. The other engine, blockwise.py, takes what
+this one cannot express, and short sequences.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def _bias(mask: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor | None, Ten
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, mask: Tensor | None, options: Options) -> Tensor | None:
-    """Writes o `[G, H, Q, D]` for q `[G, H, Q, D]`, k, v `[G, H, K, D]`, mask bool `[G, K]`; returns lse `[G, H, Q]` if kept."""
+    """Writes o `[G, H, Q, D]` for q `[G, H, Q, D]`, k, v `[G, H, K, D]`, mask bool `[G, K]`.
+
+    Returns lse `[G, H, Q]` if it is kept for backward."""
     bias, none = _bias(mask, q, k)
     lse = None
     if q.device.type == "cpu":

@@ -39,23 +39,25 @@ def factorized_attention(
     rotary: (cos, sin), fp32 `[T, S, D/2]` or `[T*S, D/2]`; `vivit_kernels.rotary_tables` makes them.
     scale, dropout_p, seed, softcap, backend: as for `joint_attention`.
 
-    Returns `[B, T, S, H, D]`, contiguous, in q's dtype. Raises ValueError for shapes, dtypes or options that do not fit,
-    NotImplementedError, with every reason, when no backend can run the call or a second derivative is asked for.
-    Source: ViViT (arXiv 2103.15691) section 3.3, models 2, 3 (equations 4 to 6) and 4 (equation 7; there the spatial heads
-    come first, in the published code the temporal ones, as here).
+    Returns `[B, T, S, H, D]`, contiguous, in q's dtype. Raises ValueError for shapes, dtypes or options that do not
+    fit, NotImplementedError, with every reason, when no backend can run the call or a second derivative is asked for.
+    Source: ViViT (arXiv 2103.15691) section 3.3, models 2, 3 (equations 4 to 6) and 4 (equation 7; there the spatial
+    heads come first, in the published code the temporal ones, as here).
 
         o = factorized_attention(qkv.view(B, T, S, 3, H, D), temporal_heads=H // 2)
     """
-    q, k, v = autocast((q, k, v))
+    q, k, v = autocast(q, k, v)
     q_view, k_view, _ = check_qkv("factorized_attention", "B T S H D", q, k, v)
     B, T, S, H, D = q_view.shape
     if k_view.shape != q_view.shape:
         raise ValueError(
-            f"factorized_attention: q {tuple(q_view.shape)} and k {tuple(k_view.shape)} must lie on one token grid; joint_attention takes other lengths"
+            f"factorized_attention: q {tuple(q_view.shape)} and k {tuple(k_view.shape)} must lie on one token grid; "
+            "joint_attention takes other lengths"
         )
     if not 0 <= temporal_heads <= H:
         raise ValueError(
-            f"factorized_attention: temporal_heads={temporal_heads} must lie between 0 (all spatial) and H={H} (all temporal)"
+            f"factorized_attention: temporal_heads={temporal_heads} must lie between 0 (all spatial) "
+            f"and H={H} (all temporal)"
         )
     options = check_options(
         "factorized_attention", q_view, T * S, (T, S),
@@ -81,7 +83,9 @@ def factorized_attention(
 
 
 def spatial_attention(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, **options) -> Tensor:
-    """Attention within each frame: `factorized_attention` with `temporal_heads=0`, same inputs, options and errors.
+    """Attention within each frame: `factorized_attention` with `temporal_heads=0`.
+
+    Same inputs, options and errors:
 
     o = spatial_attention(qkv.view(B, T, S, 3, H, D))
     """
@@ -89,7 +93,9 @@ def spatial_attention(q: Tensor, k: Tensor | None = None, v: Tensor | None = Non
 
 
 def temporal_attention(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, **options) -> Tensor:
-    """Attention along time at each position: `factorized_attention` with `temporal_heads=H`, same inputs, options and errors.
+    """Attention along time at each position: `factorized_attention` with `temporal_heads=H`.
+
+    Same inputs, options and errors:
 
     o = temporal_attention(qkv.view(B, T, S, 3, H, D))
     """

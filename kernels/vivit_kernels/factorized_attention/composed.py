@@ -1,8 +1,8 @@
 """Backend `torch` of factorized_attention: groups of sequences are strided views of the grid.
 
 The frames of all clips are one group. The positions are a group per clip, because their stride and the clips' do not
-merge: looping over clips was 1.7 to 2.2 times faster than permuting into copies first (16 frames of 196 tokens, 12 heads
-of 64, float32 and bfloat16, 2 cores).
+merge: looping over clips was 1.7 to 2.2 times faster than permuting into copies first (16 frames of 196 tokens,
+12 heads of 64, float32 and bfloat16, 2 cores).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .._attention.rotary import rotate
 
 
 def _views(B: int, H: int, temporal_heads: int):
-    """Yields (function from a grid `[B, T, S, H, ...]` to a group `[G, H', N, ...]`, the same for per-token `[B, T, S]`)."""
+    """Yields (view of a grid `[B, T, S, H, ...]` as a group `[G, H', N, ...]`, the same for a mask `[B, T, S]`)."""
     for b in range(B if temporal_heads else 0):
         yield (
             lambda x, b=b: x[b, :, :, :temporal_heads].transpose(0, 1).transpose(1, 2),
@@ -61,9 +61,8 @@ def launch_fwd(q: Tensor, k: Tensor, v: Tensor, temporal_heads: int, options: Op
 
 def launch_bwd(do, q, k, v, o, lse, dq, dk, dv, temporal_heads: int, options: Options) -> None:
     """Writes dq, dk, dv."""
-    kept = (
-        (None, None) if o is None else (o, lse.transpose(1, 2).unflatten(1, tuple(q.shape[1:3])))
-    )  # lse as [B, T, S, H]
+    # lse as [B, T, S, H]
+    kept = (None, None) if o is None else (o, lse.transpose(1, 2).unflatten(1, tuple(q.shape[1:3])))
     for group, view in _groups(q, k, v, temporal_heads, options):
         o_part, lse_part = (None if x is None else view(x) for x in kept)
         groups.backward(group, view(do), o_part, lse_part, view(dq), view(dk), view(dv), options)

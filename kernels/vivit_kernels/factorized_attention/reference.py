@@ -11,7 +11,7 @@ from .._attention.rotary import rotate
 
 
 def factorized_attention(q: Tensor, k: Tensor, v: Tensor, temporal_heads: int, options: Options) -> Tensor:
-    """q, k, v `[B, T, S, H, D]` -> `[B, T, S, H, D]`: the first `temporal_heads` heads attend over T, the others over S."""
+    """q, k, v `[B, T, S, H, D]` -> the same shape: the first `temporal_heads` heads attend over T, the rest over S."""
     B, T, S, H, _ = q.shape
     if options.cos is not None and options.sin is not None:
         tables = options.cos.view(T, S, -1), options.sin.view(T, S, -1)

@@ -48,7 +48,7 @@ def joint_attention(
 
         o = joint_attention(qkv.view(B, N, 3, H, D))
     """
-    q, k, v = autocast((q, k, v))
+    q, k, v = autocast(q, k, v)
     q_view, k_view, _ = check_qkv("joint_attention", "B N H D", q, k, v)
     (B, N, H, D), N_k = q_view.shape, k_view.shape[1]
     options = check_options(

@@ -10,8 +10,8 @@ from .._attention.options import Options
 from .._attention.rotary import rotate
 
 
-def _heads_first(*grids: Tensor) -> list[Tensor]:
-    return [x.transpose(1, 2) for x in grids]  # [B, N, H, ...] -> [B, H, N, ...]
+def _heads_first(x: Tensor) -> Tensor:
+    return x.transpose(1, 2)  # [B, N, H, ...] -> [B, H, N, ...]
 
 
 def _group(q: Tensor, k: Tensor, v: Tensor, options: Options) -> groups.Group:
@@ -19,7 +19,7 @@ def _group(q: Tensor, k: Tensor, v: Tensor, options: Options) -> groups.Group:
     if options.cos is not None and options.sin is not None:
         q, k = rotate(q, options.cos, options.sin), rotate(k, options.cos, options.sin)
     rows = None if options.seed is None else torch.arange(B * H * N, device=q.device).view(B, H, N)
-    return groups.Group(*_heads_first(q, k, v), options.mask, rows)
+    return groups.Group(_heads_first(q), _heads_first(k), _heads_first(v), options.mask, rows)
 
 
 def launch_fwd(q: Tensor, k: Tensor, v: Tensor, _: int, options: Options) -> tuple[Tensor, Tensor]:
@@ -27,7 +27,7 @@ def launch_fwd(q: Tensor, k: Tensor, v: Tensor, _: int, options: Options) -> tup
     o = q.new_empty(q.shape)
     B, N, H, _ = q.shape
     lse = q.new_empty((B, H, N), dtype=torch.promote_types(q.dtype, torch.float32))
-    groups.forward(_group(q, k, v, options), *_heads_first(o), lse, options)
+    groups.forward(_group(q, k, v, options), _heads_first(o), lse, options)
     return o, lse
 
 
@@ -35,8 +35,9 @@ def launch_bwd(do, q, k, v, o, lse, dq, dk, dv, _: int, options: Options) -> Non
     """Writes dq, dk, dv."""
     group = _group(q, k, v, options)
     groups.backward(
-        group, *_heads_first(do), None if o is None else o.transpose(1, 2), lse, *_heads_first(dq, dk, dv), options
-    )
+        group, _heads_first(do), None if o is None else _heads_first(o), lse,
+        _heads_first(dq), _heads_first(dk), _heads_first(dv), options,
+    )  # fmt: skip
     if options.cos is not None and options.sin is not None:
         for gradient in (dq, dk):
             gradient.copy_(rotate(gradient, options.cos, -options.sin))

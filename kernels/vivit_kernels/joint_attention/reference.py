@@ -1,4 +1,4 @@
-"""joint_attention, defined: unoptimised PyTorch, any dtype, device and size. The truth that every backend is held to."""
+"""joint_attention, defined: unoptimised PyTorch, any dtype, device and size. The truth for every backend."""
 
 from __future__ import annotations
 
