@@ -60,7 +60,8 @@ class ViViTConfig:
     """Everything that decides the shapes and the mathematics of a ViViT; defaults are the paper's B/16x2, model 1.
 
     attention: one of `MODELS`, or a list with one of `LAYERS` per layer (beyond the paper: a mixed model).
-    pool: "cls", "mean", "max" or "sum"; left out, "cls" for models 1 and 2 and "mean" for the others (which have no class token).
+    pool: "cls", "mean", "max" or "sum"; left out, "cls" for models 1 and 2 and "mean" for the others (which have no
+        class token).
     temporal_depth: layers of model 2's temporal encoder; 0 is the paper's average-pool baseline.
     tokenization: "tubelet", or "uniform" (`uniform_frames` frames at equal distances, `tubelet = (1, y, x)`).
     classes: classes, or a pair for two heads (EPIC-Kitchens: verb and noun); the model then returns a pair.
@@ -116,7 +117,8 @@ class ViViTConfig:
         patch, _, frames = tubelet.partition("x")
         if size not in SIZES or not (patch.isdigit() and frames.isdigit()):
             raise ValueError(
-                f"ViViTConfig.preset: {name!r} is not SIZE/PATCHxFRAMES, SIZE one of {', '.join(SIZES)}: for example 'B/16x2'"
+                f"ViViTConfig.preset: {name!r} is not SIZE/PATCHxFRAMES, SIZE one of {', '.join(SIZES)}: "
+                "for example 'B/16x2'"
             )
         embedding, depth, heads, mlp = SIZES[size]
         values: dict[str, Any] = dict(
@@ -148,7 +150,7 @@ class ViViTConfig:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """What each layer of the (spatial) encoder attends over: 'joint', 'space', 'dot_product', 'space_time', 'time_space'."""
+        """What each (spatial) layer attends over: 'joint', 'space', 'dot_product', 'space_time', 'time_space'."""
         names = {
             "joint": "joint",
             "factorized_encoder": "space",
@@ -194,7 +196,8 @@ class ViViTConfig:
             self._fail(f"embedding={self.embedding} must be a multiple of heads={self.heads}")
         if self.tokenization == "uniform" and (self.tubelet[0] != 1 or not self.uniform_frames):
             self._fail(
-                f"tokenization='uniform' needs uniform_frames and tubelet=(1, y, x), got {self.uniform_frames} and {self.tubelet}"
+                "tokenization='uniform' needs uniform_frames and tubelet=(1, y, x), "
+                f"got {self.uniform_frames} and {self.tubelet}"
             )
         if min(self.grid) < 1:
             self._fail(
@@ -221,7 +224,8 @@ class ViViTConfig:
             self._fail(f"factorized_dot_product gives half of the heads to time: heads={self.heads} must be even")
         if self.attention != "factorized_encoder" and self.temporal_depth:
             self._fail(
-                f"temporal_depth={self.temporal_depth} belongs to attention='factorized_encoder' only; got {self.attention!r}"
+                f"temporal_depth={self.temporal_depth} belongs to attention='factorized_encoder' only; "
+                f"got {self.attention!r}"
             )
         if self.embedding % (self.temporal_heads or self.heads):
             self._fail(f"embedding={self.embedding} must be a multiple of temporal_heads={self.temporal_heads}")

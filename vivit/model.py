@@ -17,7 +17,7 @@ from .config import ViViTConfig
 
 
 def uniform_frame_indices(frames: int, wanted: int) -> list[int]:
-    """`wanted` frames at equal distances (section 3.2; Scenic's rounding): round(k * frames / (wanted + 1)), k = 1..wanted."""
+    """`wanted` frames at equal distances (3.2; Scenic's rounding): round(k * frames / (wanted + 1)), k = 1..wanted."""
     if wanted >= frames:
         return list(range(frames))
     return [min(round(k * frames / (wanted + 1)), frames - 1) for k in range(1, wanted + 1)]
@@ -217,11 +217,13 @@ class ViViT(nn.Module):
         if video.dim() != 5 or frames < 0 or any(sizes.get(name) != size for name, size in wanted.items()):
             raise ValueError(
                 f"ViViT: video {tuple(video.shape)} as {layout} does not fit this model: it takes "
-                f"C={config.channels} F={config.frames} Y={config.height} X={config.width}; resize or sample the clip, or name its layout= (BCFYX, BFCYX, BFYXC)"
+                f"C={config.channels} F={config.frames} Y={config.height} X={config.width}; "
+                "resize or sample the clip, or name its layout= (BCFYX, BFCYX, BFYXC)"
             )
 
     def reset_parameters(self) -> None:
-        """From scratch as Scenic does (Xavier q, k, v each, LeCun tubelets, positions N(0, 0.02), class tokens and head zero)."""
+        """From scratch as Scenic does: Xavier for each of q, k, v, LeCun for tubelets, positions N(0, 0.02), class
+        tokens and head zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

@@ -28,7 +28,9 @@ def tubelet_embedding(
     layout: str = "BCFYX",
     backend: str | None = None,
 ) -> Tensor:
-    """Cuts a clip into tubelets and embeds each: normalise, project, add bias and position, place the class row, in one op.
+    """Cuts a clip into tubelets and embeds each: normalise, project, add bias and position, place the class row.
+
+    One op, forward and backward.
 
     Equivalent to (for class_token_per="clip" and layout="BCFYX")
 
@@ -36,8 +38,9 @@ def tubelet_embedding(
         tokens = conv3d(x, weight, bias, stride=(f, y, x)).flatten(2).transpose(1, 2)     # [B, N, E], N = T*S
         out = cat([class_token.expand(B, 1, E), tokens], 1) + position        # [B, N+1, E]
 
-    video: `[B, C, F, Y, X]`, or as `layout` says "BFCYX" (transformers) or "BFYXC" (decoders), any strides; uint8, fp16,
-        bf16, fp32 or fp64. Frames, rows and columns beyond the last whole tubelet are dropped, and get zero gradient.
+    video: `[B, C, F, Y, X]`, or as `layout` says "BFCYX" (transformers) or "BFYXC" (decoders), any strides; uint8,
+        fp16, bf16, fp32 or fp64. Frames, rows and columns beyond the last whole tubelet are dropped, and get zero
+        gradient.
     weight: `[E, C, f, y, x]`; tokens run over time slowest, then rows, then columns. bias: `[E]`.
     position: `[1, N(+1), E]`; class_token: `[1, 1, E]`, becomes row 0 and gets position 0.
     class_token_per: "clip" -> `[B, T*S(+1), E]`; "frame" -> `[B, T, S(+1), E]` with a class row in every frame and
@@ -75,7 +78,8 @@ def _check_video(video: Tensor, layout: str) -> Tensor:
         raise ValueError(f"tubelet_embedding: layout={layout!r} is not known; it is one of {', '.join(_LAYOUTS)}")
     if video.dim() != 5 or not (video.dtype == torch.uint8 or video.is_floating_point()):
         raise ValueError(
-            f"tubelet_embedding: video must be {layout}, uint8 or floating point; got {tuple(video.shape)} {video.dtype}"
+            f"tubelet_embedding: video must be {layout}, uint8 or floating point; "
+            f"got {tuple(video.shape)} {video.dtype}"
         )
     return video.permute(_LAYOUTS[layout])
 
@@ -83,12 +87,14 @@ def _check_video(video: Tensor, layout: str) -> Tensor:
 def _check_weight(video: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if weight.dim() != 5 or weight.shape[1] != video.shape[1] or not weight.is_floating_point():
         raise ValueError(
-            f"tubelet_embedding: weight must be floating point [E, C={video.shape[1]}, f, y, x] for video {tuple(video.shape)} "
-            f"[B, C, F, Y, X]; got {tuple(weight.shape)} {weight.dtype}. Name the video's layout= if its channels lie elsewhere"
+            f"tubelet_embedding: weight must be floating point [E, C={video.shape[1]}, f, y, x] "
+            f"for video {tuple(video.shape)} [B, C, F, Y, X]; got {tuple(weight.shape)} {weight.dtype}. "
+            "Name the video's layout= if its channels lie elsewhere"
         )
     if any(video.shape[2 + i] < weight.shape[2 + i] for i in range(3)):
         raise ValueError(
-            f"tubelet_embedding: a clip of {tuple(video.shape[2:])} frames, rows, columns holds no tubelet of {tuple(weight.shape[2:])}"
+            f"tubelet_embedding: a clip of {tuple(video.shape[2:])} frames, rows, columns "
+            f"holds no tubelet of {tuple(weight.shape[2:])}"
         )
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"tubelet_embedding: bias must be [E={weight.shape[0]}], got {tuple(bias.shape)}")
@@ -105,13 +111,16 @@ def _check_rows(weight: Tensor, grid: tuple, position: Tensor | None, class_toke
     E, (T, rows, columns) = weight.shape[0], grid
     if class_token is not None and (tuple(class_token.shape) != (1, 1, E) or class_token.device != weight.device):
         raise ValueError(
-            f"tubelet_embedding: class_token must be [1, 1, E={E}] on {weight.device}, got {tuple(class_token.shape)} on {class_token.device}"
+            f"tubelet_embedding: class_token must be [1, 1, E={E}] on {weight.device}, "
+            f"got {tuple(class_token.shape)} on {class_token.device}"
         )
     tokens = rows * columns * (T if per == "clip" else 1) + (class_token is not None)
     if position is not None and (tuple(position.shape) != (1, tokens, E) or position.device != weight.device):
         raise ValueError(
-            f"tubelet_embedding: position must be [1, {tokens}, {E}] on {weight.device} for a grid of {T}x{rows}x{columns} tokens, "
-            f"class_token_per={per!r} and {'a' if class_token is not None else 'no'} class token; got {tuple(position.shape)} on {position.device}"
+            f"tubelet_embedding: position must be [1, {tokens}, {E}] on {weight.device} "
+            f"for a grid of {T}x{rows}x{columns} tokens, class_token_per={per!r} "
+            f"and {'a' if class_token is not None else 'no'} class token; "
+            f"got {tuple(position.shape)} on {position.device}"
         )
 
 
@@ -138,6 +147,7 @@ def _per_channel(name: str, value: Normalisation, default: float, channels: int)
         return values * channels
     if len(values) != channels:
         raise ValueError(
-            f"tubelet_embedding: {name} has {len(values)} numbers, the video {channels} channels: give one or one per channel"
+            f"tubelet_embedding: {name} has {len(values)} numbers, the video {channels} channels: "
+            "give one or one per channel"
         )
     return values

@@ -10,7 +10,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 _LIBRARY = torch.library.Library("vivit_kernels", "FRAGMENT")
 _NAME = "vivit_kernels::tubelet_embedding"
-_ARGUMENTS = "Tensor video, Tensor weight, Tensor? bias, Tensor? position, Tensor? class_token, bool per_frame, float[] scale, float[] shift"
+_ARGUMENTS = (
+    "Tensor video, Tensor weight, Tensor? bias, Tensor? position, Tensor? class_token, "
+    "bool per_frame, float[] scale, float[] shift"
+)
 _MODULES = {"torch": "composed"}
 
 
@@ -57,8 +60,8 @@ def _backward(ctx, dout: Tensor):
 
 def _no_double_backward(ctx, *_):
     raise NotImplementedError(
-        "tubelet_embedding: double backward (a gradient of a gradient) is not implemented; got create_graph=True through it. "
-        "Use a plain Conv3d where second derivatives are needed"
+        "tubelet_embedding: double backward (a gradient of a gradient) is not implemented; "
+        "got create_graph=True through it. Use a plain Conv3d where second derivatives are needed"
     )
 
 

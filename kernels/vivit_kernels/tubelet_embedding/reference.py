@@ -1,4 +1,4 @@
-"""tubelet_embedding, defined: unoptimised PyTorch, any dtype, device and size. The truth that every backend is held to."""
+"""tubelet_embedding, defined: unoptimised PyTorch, any dtype, device and size. The truth for every backend."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ def tubelet_embedding(
     video: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor | None, class_token: Tensor | None,
     per_frame: bool, scale: list[float], shift: list[float],
 ) -> Tensor:  # fmt: skip
-    """video `[B, C, F, Y, X]`, weight `[E, C, f, y, x]` -> tokens, see api.py; a pixel of channel c counts as scale[c]*u + shift[c]."""
+    """video `[B, C, F, Y, X]`, weight `[E, C, f, y, x]` -> tokens, see api.py.
+
+    A pixel u of channel c counts as scale[c]*u + shift[c].
+    """
     B, C = video.shape[:2]
     f, y, x = weight.shape[2:]
     T, rows, columns = video.shape[2] // f, video.shape[3] // y, video.shape[4] // x
