@@ -1,4 +1,4 @@
-"""Every test starts from one seed, and from uninitialised memory that is NaN: an output that nobody wrote cannot pass."""
+"""Every test starts from one seed, and uninitialised memory is NaN: an output that nobody wrote cannot pass."""
 
 import pytest
 import torch

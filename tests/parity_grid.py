@@ -25,7 +25,7 @@ def pairwise(axes: dict[str, list], seed: int = 0) -> list[dict]:
     }
     cases = []
     while missing:
-        best, covered = None, set()
+        best, covered = {}, set()
         for _ in range(60):
             a, x, b, y = rng.choice(sorted(missing))
             pick = {name: rng.randrange(len(axes[name])) for name in names} | {a: x, b: y}
@@ -68,8 +68,8 @@ def make_inputs(kind: str, q_shape: tuple, k_shape: tuple, device) -> list[torch
 
 
 def gradient_scales(q, k, v, do, scale: float) -> dict[str, float]:
-    """The size of the terms of dq and dk, dP * k * scale, which cancel where the scores of a row hardly matter: a single
-    key, equal rows, one key with all the probability."""
+    """The size of the terms of dq and dk, dP * k * scale, which cancel where the scores of a row hardly matter: a
+    single key, equal rows, one key with all the probability."""
     size = float(do.norm(dim=-1).max() * v.norm(dim=-1).max() * max(k.abs().max(), q.abs().max()) * scale)
     return {"dq": size, "dk": size}
 
@@ -103,7 +103,8 @@ def make_options(case: dict, grid: tuple, key_grid: tuple, device) -> dict:
     if case["extra"] == "scale":
         options["scale"] = 0.3
     if case["extra"] == "rotary" and grid == key_grid:
-        tables = rotary_tables(grid[1], *grid[2:], *(1,) * (4 - len(grid)), case["D"], device=device)
+        frames, rows, columns = (*grid[1:], 1, 1)[:3]
+        tables = rotary_tables(frames, rows, columns, case["D"], device=device)
         options["rotary"] = tuple(table.reshape(*grid[1:], -1) for table in tables)
     return options
 

@@ -32,7 +32,7 @@ def test_parity(case, device):
     tensors = lay_out(q, k, v, case["layout"])
 
     def defined(q, k=None, v=None):
-        q, k, v = q.unbind(3) if k is None else (q, k, v)
+        q, k, v = q.unbind(3) if k is None or v is None else (q, k, v)
         given = {"scale": None, "key_mask": None, "rotary": None, "softcap": None} | options
         return reference.factorized_attention(
             q, k, v, temporal_heads, check_options("factorized_attention", q, T * S, (T, S), **given)

@@ -32,7 +32,7 @@ def test_parity(case, device):
     tensors = lay_out(q, k, v, case["layout"])
 
     def defined(q, k=None, v=None):
-        q, k, v = q.unbind(2) if k is None else (q, k, v)
+        q, k, v = q.unbind(2) if k is None or v is None else (q, k, v)
         given = {"scale": None, "key_mask": None, "rotary": None, "softcap": None} | options
         return reference.joint_attention(
             q, k, v, check_options("joint_attention", q, N, (N,), key_grid=(N_k,), **given)
@@ -48,8 +48,10 @@ def test_parity(case, device):
 
 def test_the_reference_is_scaled_dot_product_attention():
     q, k, v = (torch.randn(2, 19, 3, 16, dtype=torch.float64) for _ in range(3))
-    ours = reference.joint_attention(q, k, v, check_options("joint_attention", q, 19, (19,), scale=None, key_mask=None, dropout_p=0.0, seed=None, rotary=None, softcap=None))  # fmt: skip
-    theirs = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    nothing = {"scale": None, "key_mask": None, "dropout_p": 0.0, "seed": None, "rotary": None, "softcap": None}
+    ours = reference.joint_attention(q, k, v, check_options("joint_attention", q, 19, (19,), **nothing))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     torch.testing.assert_close(ours, theirs)
 
 

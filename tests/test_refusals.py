@@ -74,7 +74,7 @@ def test_restriction_by_environment_variable():
         (lambda: joint_attention(Q, Q, Q, scale=float("nan")), "scale=nan must be finite"),
         (lambda: joint_attention(Q, Q, Q, softcap=0.0), "softcap=0.0 must be positive"),
         (lambda: joint_attention(Q, Q, Q, dropout_p=1.5), "dropout_p=1.5 must be a probability, 0 to 1"),
-        (lambda: joint_attention(Q, Q, Q, dropout_p=0.5, seed=7), "seed must be an int64 tensor of two, (seed, offset), on cpu; got 7"),
+        (lambda: joint_attention(Q, Q, Q, dropout_p=0.5, seed=7), "seed must be an int64 tensor of two, (seed, offset), on cpu; got 7"),  # pyright: ignore[reportArgumentType]  # on purpose
         (lambda: joint_attention(Q, Q, Q, key_mask=torch.ones(1, 8, dtype=torch.bool)), "key_mask must be bool (1, 9) on cpu"),
         (lambda: joint_attention(Q, Q, Q, key_mask=torch.ones(1, 9)), "True where a key may be attended; got torch.float32"),
         (lambda: joint_attention(Q, Q[:, :5], Q[:, :5], rotary=rotary_tables(9, 1, 1, 8)), "rotary needs as many keys as queries"),

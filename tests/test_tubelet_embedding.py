@@ -63,7 +63,9 @@ def test_parity(case, device):
 
     def fill(values):
         values = iter(values)
-        return [next(values) if there else None for there in present]
+        weight = next(values)
+        bias, position, token = (next(values) if there else None for there in present[1:])
+        return weight, bias, position, token
 
     def actual(*x):
         pixels, x = (x[0], x[1:]) if video.is_floating_point() else (video, x)
