@@ -85,7 +85,7 @@ def factorized_attention(
 def spatial_attention(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, **options) -> Tensor:
     """Attention within each frame: `factorized_attention` with `temporal_heads=0`.
 
-    Same inputs, options and errors:
+    Same inputs, options and errors.
 
     o = spatial_attention(qkv.view(B, T, S, 3, H, D))
     """
@@ -95,7 +95,7 @@ def spatial_attention(q: Tensor, k: Tensor | None = None, v: Tensor | None = Non
 def temporal_attention(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, **options) -> Tensor:
     """Attention along time at each position: `factorized_attention` with `temporal_heads=H`.
 
-    Same inputs, options and errors:
+    Same inputs, options and errors.
 
     o = temporal_attention(qkv.view(B, T, S, 3, H, D))
     """
