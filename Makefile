@@ -18,7 +18,7 @@ endif
 
 # One thread per test process: the processes share the cores. Without pytest-xdist the tests run one after another.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest \
-	$$($(PY) -c "import xdist" 2>/dev/null && echo "-n $(JOBS) --dist loadfile")
+	$$($(PY) -c "import xdist" 2>/dev/null && echo "-n $(JOBS) --dist worksteal")
 # pytest answers 5 when it finds no test of the kind asked for; that is not a failure
 NONE_IS_FINE = || [ $$? -eq 5 ]
 CPP = $(shell git ls-files '*.cu' '*.cuh' '*.cpp' '*.h')
