@@ -58,7 +58,7 @@ def small(attention="factorized_encoder", **changes):
         frames=4,
         height=16,
         width=16,
-        tubelet=(2, 8, 8),
+        tubelet=(1 if "uniform_frames" in changes else 2, 8, 8),
         embedding=32,
         depth=2,
         heads=4,
@@ -91,6 +91,15 @@ def test_compile_fullgraph_with_any_batch_size(attention):
         out.sum().backward()
         graphs.append(counter.frame_count)
     assert len(set(graphs)) == 1, f"a new batch size recompiled the model: {graphs} graphs so far"
+
+
+def test_compile_with_every_dropout_and_uniform_frames():
+    torch._dynamo.reset()
+    model = small(
+        "joint", dropout=0.1, attention_dropout=0.2, drop_path=0.3, tokenization="uniform", uniform_frames=2
+    ).train()
+    torch.compile(model, fullgraph=True, backend="aot_eager")(VIDEO).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_compile_with_inductor_trains():

@@ -147,10 +147,15 @@ class ViViT(nn.Module):
     backend: for every vivit_kernels call of this model; None chooses the fastest that can run each call.
     """
 
+    frame_indices: Tensor
+
     def __init__(self, config: ViViTConfig, backend: str | None = None):
         super().__init__()
         self.config, self.backend = config, backend
         E, (T, S) = config.embedding, (config.T, config.S)
+        if config.tokenization == "uniform":
+            indices = torch.tensor(uniform_frame_indices(config.frames, config.uniform_frames or 0))
+            self.register_buffer("frame_indices", indices, persistent=False)
         self.per_frame = config.attention == "factorized_encoder"  # model 2: class token and positions per frame
         self.on_grid = not config.has_class_token and not self.per_frame  # tokens stay [B, T, S, E]
         self.tubelet_weight = nn.Parameter(torch.empty(E, config.channels, *config.tubelet))
@@ -195,8 +200,7 @@ class ViViT(nn.Module):
         frames = layout.find("F")
         self._check_video(video, layout, frames)
         if config.tokenization == "uniform":
-            indices = uniform_frame_indices(config.frames, config.uniform_frames or 0)
-            video = video.index_select(frames, torch.tensor(indices, device=video.device))
+            video = video.index_select(frames, self.frame_indices)
         return tubelet_embedding(
             video,
             self.tubelet_weight,
