@@ -109,12 +109,12 @@ def make_options(case: dict, grid: tuple, key_grid: tuple, device) -> dict:
     return options
 
 
-def run(function, tensors: list, do: torch.Tensor, dtype: torch.dtype) -> list:
-    """[output, *gradients] of `function(*tensors)` with the floating tensors in `dtype`."""
+def run(function, tensors: list, do: torch.Tensor, dtype: torch.dtype, packed: bool) -> list:
+    """[output, *gradients] of `function(*tensors)` with the floating tensors in `dtype`; a packed gradient in its parts."""
     leaves = [x.detach().to(dtype).requires_grad_() if x.is_floating_point() else x for x in tensors]
     out = function(*leaves)
-    wanted = [x for x in leaves if x.requires_grad]
-    return [out, *torch.autograd.grad(out, wanted, do.to(out.dtype))]
+    gradients = torch.autograd.grad(out, [x for x in leaves if x.requires_grad], do.to(out.dtype))
+    return [out, *(gradients[0].unbind(-3) if packed else gradients)]
 
 
 def check(
@@ -123,9 +123,10 @@ def check(
     """Output and gradients of `actual_fn` against `reference_fn` in float64, under the one error budget."""
     quantised = [x.to(dtype) if x.is_floating_point() else x for x in tensors]
     do = do.to(dtype)
-    exact = run(reference_fn, quantised, do, torch.float64)
-    eager = run(reference_fn, quantised, do, dtype)
-    actual = run(actual_fn, quantised, do, dtype)
+    packed = "dq" in names and len(tensors) == 1
+    exact = run(reference_fn, quantised, do, torch.float64, packed)
+    eager = run(reference_fn, quantised, do, dtype, packed)
+    actual = run(actual_fn, quantised, do, dtype, packed)
     for i, name in enumerate(names):
         assert actual[i].dtype == dtype
         verdict = judge(actual[i], exact[i], eager[i], gradient=i > 0, scale=(scales or {}).get(name))

@@ -38,11 +38,16 @@ def test_parity(case, device):
             q, k, v, check_options("joint_attention", q, N, (N,), key_grid=(N_k,), **given)
         )
 
-    names = ["o", "dqkv"] if len(tensors) == 1 else ["o", "dq", "dk", "dv"]
     cancels = N_k == 1 or case["inputs"] == "constant" or case["dtype"] == torch.float64
     scales = gradient_scales(q, k, v, do, options.get("scale", D**-0.5)) if cancels else None
     check(
-        lambda *x: joint_attention(*x, backend="torch", **options), defined, tensors, do, case["dtype"], names, scales
+        lambda *x: joint_attention(*x, backend="torch", **options),
+        defined,
+        tensors,
+        do,
+        case["dtype"],
+        ["o", "dq", "dk", "dv"],
+        scales,
     )
 
 

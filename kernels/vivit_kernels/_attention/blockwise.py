@@ -1,5 +1,5 @@
-"""Attention by blocks of whole score rows, in plain PyTorch: the engine of backend `torch` for short sequences, dropout
-and soft-cap.
+"""Attention by blocks of whole score rows, in plain PyTorch: the engine of backend `torch` for every backward, and for the
+forward of short sequences, of dropout and of soft-cap.
 
 A block holds as many sequences, or of a long one as many queries, as fit in a scratch of a few megabytes, with all of
 their keys, so softmax is exact in one pass, and backward recomputes it from q and k alone: neither o, lse nor any N x N
@@ -9,52 +9,58 @@ where the hardware has no bf16 dot products, and rounding scores to 16 bits cost
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from .._philox import keep_mask
 from .options import Options
 
-# Scores of a block: with 16 MB joint attention over 3137 tokens ran 1.3x faster than with 4 and 1.4x than with 64.
-SCORES = 1 << 22
-# q, k and v of a block, copied once into rows: 28 positions of 16 frames and 12 heads of 64; 7 or 98 were 1.7x slower
-# in bfloat16, equal in float32. Both: Ice Lake, 2 cores.
+# All measured on Ice Lake, 2 cores, 12 heads of 64.
+# Scores of one long sequence in a block, 1.6 MB: blocks of 128 of 3,137 queries took 336 ms, of 32 queries 366, and in
+# backward 926 and 1,141. Scratch is kept from block to block: fresh memory costs page faults, 10 to 25 % here.
+SCORES = 400_000
+# q, k and v of many short sequences, copied once into rows: 28 positions of 16 frames; 7 or 98 were 1.7x slower in
+# bfloat16, equal in float32.
 INPUTS = 1 << 20
+CUDA_SCORES = 1 << 25  # a GPU wants few large products: 128 MB of scratch
 
 
-def _blocks(q: Tensor, k: Tensor, mask: Tensor | None, rows: Tensor | None):
-    """Yields per block (slice of sequences, slice of queries, mask `[g, 1, 1, K]`, rows `[g, H, Q]`)."""
+def _chunks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, int]]:
+    """Yields (sequences, heads, queries per block): all heads of several short sequences, or a few of one long sequence."""
     (G, H, Q, D), K = q.shape, k.shape[2]
-    sequences = max(1, min(SCORES // (H * Q * K), INPUTS // (H * (Q + 2 * K) * D)))
-    queries = max(1, min(Q, SCORES // (H * K)))
-    for g in range(0, G, sequences):
-        some = slice(g, g + sequences)
-        for i in range(0, Q, queries):
-            block = slice(i, i + queries)
-            yield (
-                some,
-                block,
-                None if mask is None else mask[some, None, None, :],
-                None if rows is None else rows[some, :, block],
-            )
+    on_cpu = q.device.type == "cpu"
+    together = min(H, torch.get_num_threads()) if on_cpu else H
+    budget = SCORES * together if on_cpu else CUDA_SCORES
+    sequences = min(budget // (H * Q * K), INPUTS // (H * (Q + 2 * K) * D) if on_cpu else G)
+    if sequences >= 1:
+        yield from ((slice(g, g + sequences), slice(None), Q) for g in range(0, G, sequences))
+        return
+    step = min(Q, max(1, budget // (together * K)))
+    for g in range(G):
+        for h in range(0, H, together):
+            yield slice(g, g + 1), slice(h, h + together), step
 
 
 def _rows(x: Tensor) -> Tensor:
-    """`[g, H, N, D]` as `[g * H, N, D]`, in float32 on a CPU where it came in 16 bits."""
+    """`[g, h, N, D]` as rows `[g * h, N, D]` without gaps, in float32 on a CPU where it came in 16 bits."""
     narrow = x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16)
-    return (x.float() if narrow else x).flatten(0, 1)
+    return (x.float() if narrow else x).flatten(0, 1).contiguous()
 
 
-def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, options: Options) -> tuple[Tensor, Tensor | None]:
-    """q `[gH, Q, D]`, k `[gH, K, D]` -> probabilities before dropout `[gH, Q, K]`, and the soft-cap's derivative."""
-    scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=options.scale)
+def _probabilities(
+    q: Tensor, k: Tensor, mask: Tensor | None, options: Options, scores: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """q `[gh, Q, D]`, k `[gh, K, D]` -> probabilities before dropout `[gh, Q, K]`, and the derivative of the soft-cap."""
+    torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=options.scale, out=scores)
     slope = None
     if options.softcap:
         scores.div_(options.softcap).tanh_()
         slope = 1 - scores.square()
         scores.mul_(options.softcap)
     if mask is None:
-        return torch.softmax(scores, -1), slope
+        return torch.softmax(scores, -1, out=scores), slope
     by_sequence = scores.unflatten(0, (mask.shape[0], -1)).masked_fill_(~mask, float("-inf"))
     p = torch.softmax(by_sequence, -1).masked_fill_(~mask.any(-1, keepdim=True), 0.0)
     return p.flatten(0, 1), slope
@@ -66,46 +72,59 @@ def _dropped(p: Tensor, keep: Tensor | None, options: Options) -> Tensor:
     return torch.where(keep, p / (1 - options.dropout_p), 0.0) if options.dropout_p < 1 else torch.zeros_like(p)
 
 
-def _keep(rows: Tensor | None, keys: int, options: Options) -> Tensor | None:
-    if rows is None or options.seed is None:
-        return None
-    return keep_mask(options.seed, rows.flatten(0, 1), keys, options.dropout_p)
+def _blocks(q: Tensor, k: Tensor, step: int, mask: Tensor | None, rows: Tensor | None, options: Options):
+    """Of `[gh, N, D]`: yields (queries of a block, its probabilities, slope of the soft-cap, pairs that dropout keeps)."""
+    Q, K = q.shape[1], k.shape[1]
+    scratch = q.new_empty(q.shape[0], step, K)
+    for start in range(0, Q, step):
+        block = slice(start, min(start + step, Q))
+        size = block.stop - start
+        scores = scratch if size == step else q.new_empty(q.shape[0], size, K)
+        keep = None
+        if rows is not None and options.seed is not None:
+            keep = keep_mask(options.seed, rows[:, block], K, options.dropout_p)
+        yield block, *_probabilities(q[:, block], k, mask, options, scores), keep
 
 
 def forward(q, k, v, o, mask: Tensor | None, rows: Tensor | None, options: Options) -> None:
-    """Writes o `[G, H, Q, D]` for q like it, k, v `[G, H, K, D]`, mask bool `[G, K]`, dropout rows `[G, H, Q]`."""
-    for some, block, m, r in _blocks(q, k, mask, rows):
-        q_rows, k_rows, v_rows = _rows(q[some, :, block]), _rows(k[some]), _rows(v[some])
-        p, _ = _probabilities(q_rows, k_rows, m, options)
-        p = _dropped(p, _keep(r, k.shape[2], options), options)
-        o[some, :, block] = torch.bmm(p, v_rows).unflatten(0, (-1, q.shape[1]))
+    """Writes o `[G, H, Q, D]` for q `[G, H, Q, D]`, k, v `[G, H, K, D]`, mask bool `[G, K]`, dropout rows `[G, H, Q]`."""
+    for some, heads, step in _chunks(q, k):
+        q_rows, k_rows, v_rows = (_rows(x[some, heads]) for x in (q, k, v))
+        mask_rows = None if mask is None else mask[some, None, None, :]
+        drop_rows = None if rows is None else rows[some, heads].flatten(0, 1)
+        written = o[some, heads]
+        for block, p, _, keep in _blocks(q_rows, k_rows, step, mask_rows, drop_rows, options):
+            product = torch.bmm(_dropped(p, keep, options), v_rows)
+            written[:, :, block] = product.unflatten(0, written.shape[:2])
 
 
 def backward(do, q, k, v, dq, dk, dv, mask: Tensor | None, rows: Tensor | None, options: Options) -> None:
     """Writes dq, dk, dv for the shapes of `forward`; dk and dv are summed over blocks of queries in fp32 or better."""
-    H, K = q.shape[1], k.shape[2]
-    sums: tuple[Tensor, Tensor] | None = None
-    for some, block, m, r in _blocks(q, k, mask, rows):
-        do_rows, q_rows, k_rows, v_rows = (
-            _rows(do[some, :, block]),
-            _rows(q[some, :, block]),
-            _rows(k[some]),
-            _rows(v[some]),
-        )
-        p, slope = _probabilities(q_rows, k_rows, m, options)
-        keep = _keep(r, K, options)
-        wide = torch.promote_types(p.dtype, torch.float32)
-        dv_part = torch.bmm(_dropped(p, keep, options).transpose(1, 2), do_rows).to(wide)
-        dp = _dropped(torch.bmm(do_rows, v_rows.transpose(1, 2)), keep, options)
-        delta = (p * dp).sum(-1, keepdim=True, dtype=wide)  # from dP after dropout: exact without o
-        ds = dp.sub_(delta).mul_(p)
-        if slope is not None:
-            ds.mul_(slope)
-        dq[some, :, block] = torch.bmm(ds, k_rows).mul_(options.scale).unflatten(0, (-1, H))
-        dk_part = torch.bmm(ds.transpose(1, 2), q_rows).to(wide)
-        sums = (
-            (dk_part, dv_part) if sums is None or block.start == 0 else (sums[0].add_(dk_part), sums[1].add_(dv_part))
-        )
-        if block.stop >= q.shape[2]:
-            dk[some] = sums[0].mul_(options.scale).unflatten(0, (-1, H))
-            dv[some] = sums[1].unflatten(0, (-1, H))
+    for some, heads, step in _chunks(q, k):
+        do_rows, q_rows, k_rows, v_rows = (_rows(x[some, heads]) for x in (do, q, k, v))
+        mask_rows = None if mask is None else mask[some, None, None, :]
+        drop_rows = None if rows is None else rows[some, heads].flatten(0, 1)
+        gradients = [x[some, heads] for x in (dq, dk, dv)]
+        wide = torch.promote_types(q_rows.dtype, torch.float32)
+        scratch = q_rows.new_empty(q_rows.shape[0], step, k_rows.shape[1])
+        dk_sum, dv_sum = (torch.zeros(k_rows.shape, dtype=wide, device=k.device) for _ in range(2))
+        for block, p, slope, keep in _blocks(q_rows, k_rows, step, mask_rows, drop_rows, options):
+            _add_product(dv_sum, _dropped(p, keep, options).transpose(1, 2), do_rows[:, block])
+            dp = scratch if p.shape[1] == step else torch.empty_like(p)
+            dp = _dropped(torch.bmm(do_rows[:, block], v_rows.transpose(1, 2), out=dp), keep, options)
+            # p * (dp - rowsum(p * dp)), in place: with dp after dropout it is exact without o
+            ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
+            if slope is not None:
+                ds.mul_(slope)
+            product = torch.bmm(ds, k_rows).mul_(options.scale)
+            gradients[0][:, :, block] = product.unflatten(0, gradients[0].shape[:2])
+            _add_product(dk_sum, ds.transpose(1, 2), q_rows[:, block])
+        for written, total in zip(gradients[1:], (dk_sum.mul_(options.scale), dv_sum), strict=True):
+            written.copy_(total.unflatten(0, written.shape[:2]))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if total.dtype == a.dtype:
+        total.baddbmm_(a, b)
+    else:
+        total.add_(torch.bmm(a, b))

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import sdpa
 from .options import Options
 
 _LIBRARY = torch.library.Library("vivit_kernels", "FRAGMENT")
@@ -21,7 +20,7 @@ _QKV = "Tensor q, Tensor? k, Tensor? v"
 _AUXILIARY = "Tensor? mask, Tensor? seed, Tensor? cos, Tensor? sin"
 _OPTIONS = "int temporal_heads, float scale, float softcap, float dropout_p, str backend"
 _MODULES = {"torch": "composed", "cpu": "cpu_kernels", "cuda": "cuda_kernels", "triton": "triton_kernels"}
-_KEEPS_OUTPUT = {"torch": sdpa.keeps_output}  # does backward, over so many keys, read the forward's o and lse?
+_KEEPS_OUTPUT = {"torch": False}  # does the backend's backward read the forward's o and lse?
 
 
 def unpack(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,35 +30,26 @@ def unpack(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tenso
     return q, k, v
 
 
-def register(op: str, package: str, flops: Callable[..., int], key_lengths: Callable[..., tuple]) -> None:
+def register(op: str, package: str, flops: Callable[..., int]) -> None:
     """Defines `vivit_kernels::<op>_fwd` and `<op>_bwd`.
 
     package: its modules, one per backend (`_MODULES`), hold the launchers `launch_fwd` and `launch_bwd`.
     flops: of the two products of one forward, from the shapes of q and k (unpacked) and temporal_heads; backward, which
-    recomputes the scores, has five products. PyTorch's FlopCounterMode uses it. key_lengths: of the sequences that one
-    call attends over, from the same three.
+    recomputes the scores, has five products. PyTorch's FlopCounterMode uses it.
     """
 
     def launcher(backend: str, name: str):
         return getattr(importlib.import_module(f"{package}.{_MODULES[backend]}"), name)
 
-    def keeps_output(q, k, v, seed, softcap, temporal_heads, backend) -> bool:
-        q, k, _ = unpack(q, k, v)
-        return any(
-            _KEEPS_OUTPUT[backend](q.device, keys, seed, softcap)
-            for keys in key_lengths(q.shape, k.shape, temporal_heads)
-        )
-
     def fwd(q, k, v, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, backend):
         options = Options(scale, softcap, dropout_p, mask, seed, cos, sin)
         o, lse = launcher(backend, "launch_fwd")(*unpack(q, k, v), temporal_heads, options)
-        return o, lse if keeps_output(q, k, v, seed, softcap, temporal_heads, backend) else lse.new_empty(0)
+        return o, q.new_empty(0, dtype=torch.float32) if lse is None else lse
 
     def fwd_fake(q, k, v, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, backend):
-        kept = keeps_output(q, k, v, seed, softcap, temporal_heads, backend)
         q = unpack(q, k, v)[0]
-        lse = (q.shape[0], q.shape[-2], q.shape[1:-2].numel()) if kept else (0,)
-        return q.new_empty(q.shape), q.new_empty(lse, dtype=torch.promote_types(q.dtype, torch.float32))
+        lse = (q.shape[0], q.shape[-2], q.shape[1:-2].numel()) if _KEEPS_OUTPUT[backend] else (0,)
+        return q.new_empty(q.shape), q.new_empty(lse, dtype=torch.float32)
 
     def bwd(do, q, k, v, o, lse, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, backend):
         options = Options(scale, softcap, dropout_p, mask, seed, cos, sin)
@@ -74,7 +64,7 @@ def register(op: str, package: str, flops: Callable[..., int], key_lengths: Call
     def setup_context(ctx, inputs, output):
         q, k, v, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, backend = inputs
         ctx.options = temporal_heads, scale, softcap, dropout_p, backend
-        o, lse = output if keeps_output(q, k, v, seed, softcap, temporal_heads, backend) else (None, None)
+        o, lse = output if _KEEPS_OUTPUT[backend] else (None, None)
         ctx.save_for_backward(q, k, v, mask, seed, cos, sin, o, lse)
         ctx.set_materialize_grads(False)
 

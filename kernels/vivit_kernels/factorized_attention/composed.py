@@ -49,23 +49,18 @@ def _rotated(x: Tensor, options: Options, direction: int = 1) -> Tensor:
     return rotate(x, options.cos.view(T, S, -1), direction * options.sin.view(T, S, -1))
 
 
-def launch_fwd(q: Tensor, k: Tensor, v: Tensor, temporal_heads: int, options: Options) -> tuple[Tensor, Tensor]:
-    """q, k, v `[B, T, S, H, D]` -> o like q, lse `[B, H, T*S]`."""
-    B, T, S, H, _ = q.shape
+def launch_fwd(q: Tensor, k: Tensor, v: Tensor, temporal_heads: int, options: Options) -> tuple[Tensor, None]:
+    """q, k, v `[B, T, S, H, D]` -> o like q, and no lse: backward reads neither."""
     o = q.new_empty(q.shape)
-    lse = q.new_empty((B, T, S, H), dtype=torch.promote_types(q.dtype, torch.float32))
     for group, view in _groups(q, k, v, temporal_heads, options):
-        groups.forward(group, view(o), view(lse), options)
-    return o, lse.flatten(1, 2).transpose(1, 2).contiguous()
+        groups.forward(group, view(o), options)
+    return o, None
 
 
 def launch_bwd(do, q, k, v, o, lse, dq, dk, dv, temporal_heads: int, options: Options) -> None:
     """Writes dq, dk, dv."""
-    # lse as [B, T, S, H]
-    kept = (None, None) if o is None else (o, lse.transpose(1, 2).unflatten(1, tuple(q.shape[1:3])))
     for group, view in _groups(q, k, v, temporal_heads, options):
-        o_part, lse_part = (None if x is None else view(x) for x in kept)
-        groups.backward(group, view(do), o_part, lse_part, view(dq), view(dk), view(dv), options)
+        groups.backward(group, view(do), view(dq), view(dk), view(dv), options)
     if options.sin is not None:
         for gradient in (dq, dk):
             gradient.copy_(_rotated(gradient, options, -1))

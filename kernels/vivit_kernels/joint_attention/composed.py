@@ -22,22 +22,17 @@ def _group(q: Tensor, k: Tensor, v: Tensor, options: Options) -> groups.Group:
     return groups.Group(_heads_first(q), _heads_first(k), _heads_first(v), options.mask, rows)
 
 
-def launch_fwd(q: Tensor, k: Tensor, v: Tensor, _: int, options: Options) -> tuple[Tensor, Tensor]:
-    """q `[B, N_q, H, D]`, k and v `[B, N_k, H, D]` -> o like q, lse `[B, H, N_q]`."""
+def launch_fwd(q: Tensor, k: Tensor, v: Tensor, _: int, options: Options) -> tuple[Tensor, None]:
+    """q `[B, N_q, H, D]`, k and v `[B, N_k, H, D]` -> o like q, and no lse: backward reads neither."""
     o = q.new_empty(q.shape)
-    B, N, H, _ = q.shape
-    lse = q.new_empty((B, H, N), dtype=torch.promote_types(q.dtype, torch.float32))
-    groups.forward(_group(q, k, v, options), _heads_first(o), lse, options)
-    return o, lse
+    groups.forward(_group(q, k, v, options), _heads_first(o), options)
+    return o, None
 
 
 def launch_bwd(do, q, k, v, o, lse, dq, dk, dv, _: int, options: Options) -> None:
     """Writes dq, dk, dv."""
     group = _group(q, k, v, options)
-    groups.backward(
-        group, _heads_first(do), None if o is None else _heads_first(o), lse,
-        _heads_first(dq), _heads_first(dk), _heads_first(dv), options,
-    )  # fmt: skip
+    groups.backward(group, _heads_first(do), _heads_first(dq), _heads_first(dk), _heads_first(dv), options)
     if options.cos is not None and options.sin is not None:
         for gradient in (dq, dk):
             gradient.copy_(rotate(gradient, options.cos, -options.sin))

@@ -8,8 +8,4 @@ def _flops(q: tuple, k: tuple, _: int) -> int:
     return 4 * B * H * N * k[1] * D
 
 
-def _key_lengths(_: tuple, k: tuple, __: int) -> tuple:
-    return (k[1],)
-
-
-register("joint_attention", __package__ or "", _flops, _key_lengths)
+register("joint_attention", __package__ or "", _flops)
