@@ -1,5 +1,5 @@
-"""Attention by blocks of whole score rows, in plain PyTorch: the engine of backend `torch` for every backward, and for the
-forward of short sequences, of dropout and of soft-cap.
+"""Attention by blocks of whole score rows, in plain PyTorch: the engine of backend `torch` for every backward, and for
+the forward of short sequences, of dropout and of soft-cap.
 
 A block holds as many sequences, or of a long one as many queries, as fit in a scratch of a few megabytes, with all of
 their keys, so softmax is exact in one pass, and backward recomputes it from q and k alone: neither o, lse nor any N x N
@@ -28,7 +28,7 @@ CUDA_SCORES = 1 << 25  # a GPU wants few large products: 128 MB of scratch
 
 
 def _chunks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, int]]:
-    """Yields (sequences, heads, queries per block): all heads of several short sequences, or a few of one long sequence."""
+    """Yields (sequences, heads, queries per block): all heads of several short sequences, or a few of a long one."""
     (G, H, Q, D), K = q.shape, k.shape[2]
     on_cpu = q.device.type == "cpu"
     together = min(H, torch.get_num_threads()) if on_cpu else H
@@ -52,7 +52,7 @@ def _rows(x: Tensor) -> Tensor:
 def _probabilities(
     q: Tensor, k: Tensor, mask: Tensor | None, options: Options, scores: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """q `[gh, Q, D]`, k `[gh, K, D]` -> probabilities before dropout `[gh, Q, K]`, and the derivative of the soft-cap."""
+    """q `[gh, Q, D]`, k `[gh, K, D]` -> probabilities before dropout `[gh, Q, K]`, and the slope of the soft-cap."""
     torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=options.scale, out=scores)
     slope = None
     if options.softcap:
@@ -73,7 +73,7 @@ def _dropped(p: Tensor, keep: Tensor | None, options: Options) -> Tensor:
 
 
 def _blocks(q: Tensor, k: Tensor, step: int, mask: Tensor | None, rows: Tensor | None, options: Options):
-    """Of `[gh, N, D]`: yields (queries of a block, its probabilities, slope of the soft-cap, pairs that dropout keeps)."""
+    """Of `[gh, N, D]`: yields (queries of a block, probabilities, slope of the soft-cap, pairs that dropout keeps)."""
     Q, K = q.shape[1], k.shape[1]
     scratch = q.new_empty(q.shape[0], step, K)
     for start in range(0, Q, step):
@@ -87,7 +87,7 @@ def _blocks(q: Tensor, k: Tensor, step: int, mask: Tensor | None, rows: Tensor |
 
 
 def forward(q, k, v, o, mask: Tensor | None, rows: Tensor | None, options: Options) -> None:
-    """Writes o `[G, H, Q, D]` for q `[G, H, Q, D]`, k, v `[G, H, K, D]`, mask bool `[G, K]`, dropout rows `[G, H, Q]`."""
+    """Writes o `[G, H, Q, D]` for q of its shape, k, v `[G, H, K, D]`, mask bool `[G, K]`, dropout rows `[G, H, Q]`."""
     for some, heads, step in _chunks(q, k):
         q_rows, k_rows, v_rows = (_rows(x[some, heads]) for x in (q, k, v))
         mask_rows = None if mask is None else mask[some, None, None, :]
