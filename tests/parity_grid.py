@@ -110,7 +110,7 @@ def make_options(case: dict, grid: tuple, key_grid: tuple, device) -> dict:
 
 
 def run(function, tensors: list, do: torch.Tensor, dtype: torch.dtype, packed: bool) -> list:
-    """[output, *gradients] of `function(*tensors)`, floating tensors in `dtype`; a packed gradient comes in its parts."""
+    """[output, *gradients] of `function(*tensors)`, floating tensors in `dtype`; a packed gradient in its parts."""
     leaves = [x.detach().to(dtype).requires_grad_() if x.is_floating_point() else x for x in tensors]
     out = function(*leaves)
     gradients = torch.autograd.grad(out, [x for x in leaves if x.requires_grad], do.to(out.dtype))
