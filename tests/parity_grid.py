@@ -11,7 +11,16 @@ import torch
 from vivit_kernels import rotary_tables
 from vivit_kernels.numerics import judge
 
-HEAD_SIZES = [8, 12, 32, 40, 64, 72, 80, 96, 128, 160]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+ATTENTION_AXES = {
+    "dtype": DTYPES,
+    "D": [8, 12, 32, 40, 64, 72, 80, 96, 128, 160],
+    "layout": ["packed", "separate", "heads_first", "sliced"],
+    "inputs": ["normal", "large", "constant", "dominant"],
+    "mask": [None, "some", "a clip has none"],
+    "dropout_p": [0.0, 0.3],
+    "extra": [None, "softcap", "rotary", "scale"],
+}
 
 
 def pairwise(axes: dict[str, list], seed: int = 0) -> list[dict]:
@@ -49,12 +58,11 @@ def _name(case: dict) -> str:
     return "-".join(f"{key}={value}".replace("torch.", "").replace(" ", "") for key, value in case.items())
 
 
-def grid(axes: dict[str, list], cross: list[str]) -> list:
-    """pytest parameters: a pairwise cover of all axes in every run, every product of `cross` in `make test-full`."""
+def grid(axes: dict[str, list], crosses: list[list[str]]) -> list:
+    """pytest parameters: a pairwise cover of all axes in every run, every product of `crosses` in `make test-full`."""
     cover = [pytest.param(case, id=_name(case)) for case in pairwise(axes)]
-    return cover + [
-        pytest.param(case, id="full-" + _name(case), marks=pytest.mark.full) for case in crossed(axes, cross)
-    ]
+    full = [case for names in crosses for case in crossed(axes, names)]
+    return cover + [pytest.param(case, id="full-" + _name(case), marks=pytest.mark.full) for case in full]
 
 
 def make_inputs(kind: str, q_shape: tuple, k_shape: tuple, device) -> list[torch.Tensor]:

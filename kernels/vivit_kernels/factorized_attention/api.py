@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .. import _dispatch
+from .._attention.call import call
 from .._attention.options import Rotary, autocast, check_options, check_qkv
 from . import op  # noqa: F401  registers torch.ops.vivit_kernels.factorized_attention_fwd
 from .support import SUPPORT
@@ -48,7 +47,7 @@ def factorized_attention(
     """
     q, k, v = autocast(q, k, v)
     q_view, k_view, _ = check_qkv("factorized_attention", "B T S H D", q, k, v)
-    B, T, S, H, D = q_view.shape
+    _, T, S, H, _ = q_view.shape
     if k_view.shape != q_view.shape:
         raise ValueError(
             f"factorized_attention: q {tuple(q_view.shape)} and k {tuple(k_view.shape)} must lie on one token grid; "
@@ -63,23 +62,7 @@ def factorized_attention(
         "factorized_attention", q_view, T * S, (T, S),
         scale=scale, key_mask=key_mask, dropout_p=dropout_p, seed=seed, rotary=rotary, softcap=softcap,
     )  # fmt: skip
-    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v))
-    call = _dispatch.Call("factorized_attention", (B, T, S, H, D), q.dtype, q.device.type, needs_grad)
-    chosen = _dispatch.choose(call, SUPPORT, backend)
-    return torch.ops.vivit_kernels.factorized_attention_fwd(
-        q,
-        k,
-        v,
-        options.mask,
-        options.seed,
-        options.cos,
-        options.sin,
-        temporal_heads,
-        options.scale,
-        options.softcap,
-        options.dropout_p,
-        chosen,
-    )[0]
+    return call("factorized_attention", SUPPORT, backend, tuple(q_view.shape), (q, k, v), temporal_heads, options)
 
 
 def spatial_attention(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, **options) -> Tensor:

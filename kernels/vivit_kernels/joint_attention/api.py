@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .. import _dispatch
+from .._attention.call import call
 from .._attention.options import Rotary, autocast, check_options, check_qkv
 from . import op  # noqa: F401  registers torch.ops.vivit_kernels.joint_attention_fwd
 from .support import SUPPORT
@@ -50,25 +49,9 @@ def joint_attention(
     """
     q, k, v = autocast(q, k, v)
     q_view, k_view, _ = check_qkv("joint_attention", "B N H D", q, k, v)
-    (B, N, H, D), N_k = q_view.shape, k_view.shape[1]
+    N, N_k = q_view.shape[1], k_view.shape[1]
     options = check_options(
         "joint_attention", q_view, N, (N,), key_grid=(N_k,),
         scale=scale, key_mask=key_mask, dropout_p=dropout_p, seed=seed, rotary=rotary, softcap=softcap,
     )  # fmt: skip
-    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v))
-    call = _dispatch.Call("joint_attention", (B, N, H, D), q.dtype, q.device.type, needs_grad)
-    chosen = _dispatch.choose(call, SUPPORT, backend)
-    return torch.ops.vivit_kernels.joint_attention_fwd(
-        q,
-        k,
-        v,
-        options.mask,
-        options.seed,
-        options.cos,
-        options.sin,
-        0,
-        options.scale,
-        options.softcap,
-        options.dropout_p,
-        chosen,
-    )[0]
+    return call("joint_attention", SUPPORT, backend, tuple(q_view.shape), (q, k, v), 0, options)
