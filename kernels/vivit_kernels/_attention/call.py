@@ -20,7 +20,7 @@ def call(
     temporal_heads: int,
     options: Options,
 ) -> Tensor:
-    """Chooses a backend for q of `shape` and runs `vivit_kernels::<op>_fwd`; tensors: q, k, v, or q packed and two Nones."""
+    """Chooses a backend for q of `shape`, runs `vivit_kernels::<op>_fwd`; tensors: q, k, v, or packed q, None, None."""
     q = tensors[0]
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     facts = _dispatch.Call(op, shape, q.dtype, q.device.type, needs_grad)
