@@ -122,6 +122,20 @@ def test_export_with_a_dynamic_batch(attention, tmp_path):
     torch.testing.assert_close(loaded(VIDEO[:2]), model(VIDEO[:2]))
 
 
+@pytest.mark.parametrize("attention", MODELS)
+def test_a_training_step_keeps_no_square_matrix(attention):
+    """With attention dropout too, where scaled_dot_product_attention keeps one on a CPU."""
+    depth = {"temporal_depth": 1} if attention == "factorized_encoder" else {}
+    sizes = dict(frames=8, height=64, width=64, tubelet=(2, 8, 8), embedding=32, depth=1, heads=4, mlp=64)
+    model = ViViT(ViViTConfig(**sizes, attention=attention, attention_dropout=0.1, **depth)).train()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x), x)[1], lambda x: x):
+        model(torch.randint(0, 256, (1, 3, 8, 64, 64), dtype=torch.uint8))
+    N, S, H = 256, 64, 4
+    square = H * (N * N if attention == "joint" else 4 * S * S)
+    assert max(x.numel() for x in saved if x.is_floating_point()) < square / 2  # the hidden layer of an MLP
+
+
 def test_autocast_gives_its_dtype():
     q = torch.randn(1, 6, 3, 2, 8)
     video, weight = torch.randn(1, 3, 2, 8, 8), torch.randn(4, 3, 2, 4, 4)
