@@ -36,7 +36,8 @@ def build(name: str, frames: int):
     if name == "transformers":
         from transformers import VivitConfig, VivitForVideoClassification
 
-        config = VivitConfig(num_frames=frames, num_labels=400)
+        config = VivitConfig(num_frames=frames)
+        config.num_labels = 400
         model = VivitForVideoClassification._from_config(config, attn_implementation="sdpa")
         return model, lambda video: model(video).logits
     from vivit import ViViT, ViViTConfig
