@@ -126,9 +126,11 @@ def run(function, tensors: list, do: torch.Tensor, dtype: torch.dtype, packed: b
 
 
 def check(
-    actual_fn, reference_fn, tensors: list, do: torch.Tensor, dtype: torch.dtype, names: list[str], scales=None
+    actual_fn, reference_fn, tensors: list, do: torch.Tensor, dtype: torch.dtype, names: list[str], scales=None, terms=1
 ) -> None:
-    """Output and gradients of `actual_fn` against `reference_fn` in float64, under the one error budget."""
+    """Output and gradients of `actual_fn` against `reference_fn` in float64, under the one error budget.
+
+    scales: by name, and terms, of the output: see `judge`."""
     quantised = [x.to(dtype) if x.is_floating_point() else x for x in tensors]
     do = do.to(dtype)
     packed = "dq" in names and len(tensors) == 1
@@ -137,5 +139,6 @@ def check(
     actual = run(actual_fn, quantised, do, dtype, packed)
     for i, name in enumerate(names):
         assert actual[i].dtype == dtype
-        verdict = judge(actual[i], exact[i], eager[i], gradient=i > 0, scale=(scales or {}).get(name))
+        scale, summed = (scales or {}).get(name), terms if i == 0 else 1
+        verdict = judge(actual[i], exact[i], eager[i], gradient=i > 0, scale=scale, terms=summed)
         assert verdict.ok, f"{name}: {verdict}"

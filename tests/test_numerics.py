@@ -96,6 +96,17 @@ def test_exactly_zero_results_are_judged_by_their_factors():
     assert judge(noise, zero, torch.zeros(4), gradient=True, scale=1.0).ok
 
 
+def test_a_long_float32_sum_may_err_like_a_chain_and_no_more():
+    """1,536 products added one by one (a matrix unit) against eager's blocked sum; a lost product still fails."""
+    a, b = torch.rand(64, 1536), torch.randn(1536, 32)
+    exact, eager = a.double() @ b.double(), a @ b
+    chain = torch.zeros(64, 32)
+    for i in range(1536):
+        chain += a[:, i : i + 1] * b[i]
+    assert judge(chain, exact, eager, terms=1536).ok
+    assert not judge(chain - a[:, :1] * b[0], exact, eager, terms=1536).ok
+
+
 def test_misuse_is_refused():
     with pytest.raises(ValueError, match="float64"):
         judge(torch.zeros(2), torch.zeros(2), torch.zeros(2))

@@ -87,7 +87,8 @@ def test_parity(case, device):
         *((sizes[0], rows + present[3]) if per == "frame" else (sizes[0] * rows + present[3],)),
         24,
     )
-    check(actual, defined, tensors, torch.randn(shape, device=device), case["dtype"], names)
+    terms = parameters[0][0].numel()
+    check(actual, defined, tensors, torch.randn(shape, device=device), case["dtype"], names, terms=terms)
 
 
 def test_equals_conv3d_flatten_cat_position():

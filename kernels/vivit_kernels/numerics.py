@@ -16,6 +16,7 @@ scale.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -70,10 +71,21 @@ def _errors(x: Tensor, exact: Tensor) -> tuple[float, float]:
 
 
 def judge(
-    actual: Tensor, exact: Tensor, eager: Tensor, *, gradient: bool = False, scale: float | None = None
+    actual: Tensor,
+    exact: Tensor,
+    eager: Tensor,
+    *,
+    gradient: bool = False,
+    scale: float | None = None,
+    terms: int = 1,
 ) -> Verdict:
-    """Holds `actual` to the budget. scale: where the exact result is zero by mathematics (the gradient of a key bias,
-    dq with a single key), the size of the terms that cancel; else the tensor's own is taken."""
+    """Holds `actual` to the budget.
+
+    scale: where the exact result is zero by mathematics (the gradient of a key bias, dq with a single key), the size of
+        the terms that cancel; else the tensor's own is taken.
+    terms: products summed in float32 for one element, where they are many: in one chain, as a matrix unit adds them,
+        their roundings make eps(float32)/2 * sqrt(terms/2) of the result, however eager happens to block its sums.
+    """
     if exact.dtype != torch.float64:
         raise ValueError(f"judge: exact must be float64, got {exact.dtype}: run the reference on inputs.double()")
     if not actual.shape == exact.shape == eager.shape:
@@ -85,8 +97,9 @@ def judge(
     max_factor = GRADIENT_MAX_FACTOR if gradient else MAX_FACTOR
     rms_factor = LONG_SUM_RMS_FACTOR if gradient or actual.dtype == torch.float32 else RMS_FACTOR
     shares = (FLOAT64_EPS_MULTIPLE,) * 2 if actual.dtype == torch.float64 else (MAX_EPS_SHARE, RMS_EPS_SHARE)
+    chain = torch.finfo(torch.float32).eps / 2 * math.sqrt(terms / 2) if terms > 1 else 0.0
     sizes = (exact_max, exact_rms) if scale is None else (max(scale, exact_max), max(scale, exact_rms))
     max_slack, rms_slack = (
-        torch.finfo(actual.dtype).eps * share * size for share, size in zip(shares, sizes, strict=True)
+        (torch.finfo(actual.dtype).eps * share + chain) * size for share, size in zip(shares, sizes, strict=True)
     )
     return Verdict(finite, max_error, max_factor * eager_max + max_slack, rms_error, rms_factor * eager_rms + rms_slack)

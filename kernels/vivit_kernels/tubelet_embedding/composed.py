@@ -1,8 +1,8 @@
 """Backend `torch` of tubelet_embedding: gather the tubelets once, one matrix product, one pass of epilogue.
 
-With pixels u and the affine normalisation a*u + o per channel, W(a*u + o) + b = a*(W u') + (b + W o'): the product runs
-on u' = u (float video) or u - 128 (uint8: exact in every dtype, and small, so little is lost to rounding), a common
-scale a goes into the epilogue, and only a per-channel one into the weights. Backward gathers again: no im2col is kept.
+With uint8 pixels u and the affine normalisation a*u + o per channel, W(a*u + o) + b = a*(W u') + (b + W o'): the
+product runs on u' = u - 128 (exact in every dtype, and small, so little is lost to rounding), a common scale a goes
+into the epilogue, and only a per-channel one into the weights. Backward gathers again: no im2col is kept.
 """
 
 from __future__ import annotations
@@ -30,11 +30,20 @@ def _product(matrix: Tensor, weight: Tensor) -> Tensor:
     return matrix @ weight.T
 
 
-def _centre(video: Tensor, scale: list[float], shift: list[float]) -> tuple[Tensor, list[float]]:
-    """uint8 as int8, 128 less (flipping the top bit is exact and a byte per pixel), and the shift that goes with it."""
-    if video.dtype != torch.uint8:
-        return video, shift
-    return video.bitwise_xor(128).view(torch.int8), [o + 128 * a for a, o in zip(scale, shift, strict=True)]
+def _pixels(
+    video: Tensor, scale: list[float], shift: list[float], wide: torch.dtype
+) -> tuple[Tensor, list[float], list[float]]:
+    """What the product runs on, and the (scale, shift) still to apply to it.
+
+    uint8 becomes int8, 128 less: flipping the top bit is exact and one byte per pixel. Floating-point video is
+    normalised right away: its products would lose digits to a mean that the shift then takes off."""
+    if video.dtype == torch.uint8:
+        centred = [o + 128 * a for a, o in zip(scale, shift, strict=True)]
+        return video.bitwise_xor(128).view(torch.int8), scale, centred
+    if any(shift) or set(scale) != {1.0}:
+        per_channel = [torch.tensor(x, dtype=wide, device=video.device).view(-1, 1, 1, 1) for x in (scale, shift)]
+        video = video.to(wide) * per_channel[0] + per_channel[1]
+    return video, [1.0] * len(scale), [0.0] * len(shift)
 
 
 def _channels_last(video: Tensor) -> bool:
@@ -93,7 +102,7 @@ def launch_fwd(
 ) -> Tensor:
     wide = torch.promote_types(weight.dtype, torch.float32)
     narrow = _product_dtype(weight)
-    pixels, shift = _centre(video, scale, shift)
+    pixels, scale, shift = _pixels(video, scale, shift, wide)
     common, per_channel = _affine(scale, weight.new_empty(0, dtype=wide))
     scaled = weight if per_channel is None else weight.to(wide) * per_channel
     matrix, (T, rows, columns) = _gather(pixels, weight.shape[2:], narrow)
@@ -123,7 +132,7 @@ def launch_bwd(
         by_pixel = weight * scale[0] if per_channel is None else weight * per_channel
         gradients[0] = _scatter(dtokens @ by_pixel.to(narrow).flatten(1), video, weight)
     if needs[1]:
-        pixels, shift = _centre(video, scale, shift)
+        pixels, scale, shift = _pixels(video, scale, shift, wide)
         matrix, _ = _gather(pixels, weight.shape[2:], narrow)
         common, per_channel = _affine(scale, weight.new_empty(0, dtype=wide))
         dweight = _uncolumns(dtokens.T @ matrix, weight, pixels).to(wide) * (
