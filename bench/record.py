@@ -1,0 +1,163 @@
+"""A measurement as one JSON line, and the files they are kept in: bench/results/<device>.jsonl.
+
+A record stands on its own: what was run, on what machine, how long, at what error, with which ceilings measured in the
+same run. It is written the moment it is known, so a run that is killed loses nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+# `wrong` (outside the error budget) is shown and never stored; the others without a time are results, too.
+STATUSES = ("ok", "missing", "refused", "crashed", "out of memory", "timed out")
+
+
+@dataclass
+class Record:
+    """
+    kind: "op" (one operation), "model" (a whole model; `op` is then its step, "forward" or "train").
+    backend: ours ("torch", "triton", "cuda", "cpu", or "<name>@<git ref>") or a peer's name.
+    ours: a backend of this project. ideal: a peer given its inputs in the layout it likes, so without its copies.
+    status, reason: "ok", or why there is no time.
+    ms: median, p20, p80 and n of one call. rounds: the median of each round, taken in turns with the other backends.
+    flops, bytes, exps: the work, computed from the case. share: of each ceiling, and `bound` the one it is nearest to.
+    ceilings: copy_gbps, matmul_tflops (of this dtype), exp_gops, measured in the same run.
+    error: share of the budget used (<= 1), max, rms, and `checked`, the share of the output that was compared.
+    memory: bytes; peak above what the inputs hold, and on a GPU reserved.
+    machine: device, driver, torch, triton, cuda, python, threads, malloc. clocks: before and after, throttled.
+    source: hash of the kernel's source (ours only): a record whose hash is not the tree's speaks of an older kernel.
+    """
+
+    run: str
+    date: str
+    kind: str
+    op: str
+    case: str
+    shape: str
+    dtype: str
+    direction: str
+    backend: str
+    ours: bool
+    status: str
+    ideal: bool = False
+    reason: str = ""
+    ms: dict[str, float] = field(default_factory=dict)
+    rounds: list[float] = field(default_factory=list)
+    flops: int = 0
+    bytes: int = 0
+    exps: int = 0
+    share: dict[str, float] = field(default_factory=dict)
+    bound: str = ""
+    ceilings: dict[str, float] = field(default_factory=dict)
+    error: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, float] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    clocks: dict[str, Any] = field(default_factory=dict)
+    commit: str = ""
+    dirty: bool = False
+    source: str = ""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What two records of one measurement share; the later one counts."""
+        return self.kind, self.op, self.case, self.dtype, self.direction, self.backend, str(self.machine.get("malloc"))
+
+    @property
+    def group(self) -> tuple[str, ...]:
+        """What may be compared: one run, one case, one dtype and direction."""
+        return self.run, self.kind, self.op, self.case, self.dtype, self.direction
+
+    def to_json(self) -> str:
+        kept = {name: value for name, value in dataclasses.asdict(self).items() if value not in ("", {}, [], 0)}
+        return json.dumps(kept | {"ours": self.ours})
+
+
+def from_json(line: str) -> Record:
+    return Record(**json.loads(line))
+
+
+def append(path: Path, record: Record) -> None:
+    """One whole line, or nothing: safe against a kill in between."""
+    if record.status not in STATUSES:
+        raise ValueError(
+            f"bench: a record with status {record.status!r} is not stored; it is one of {', '.join(STATUSES)}"
+        )
+    if record.status == "ok" and not record.error.get("share", float("inf")) <= 1.0:
+        raise ValueError(f"bench: {record.backend} on {record.case} has no error within the budget: not stored")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        file.write(record.to_json() + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(path: Path) -> Iterator[Record]:
+    """The records of a file, or of every .jsonl in a folder; a last line cut short by a kill is skipped."""
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    for file in files:
+        lines = file.read_text().splitlines()
+        for number, line in enumerate(lines, 1):
+            try:
+                yield from_json(line)
+            except (ValueError, TypeError) as error:
+                if number < len(lines):
+                    raise ValueError(f"{file.name}:{number}: not a record: {error}") from error
+
+
+def latest(records: Iterable[Record]) -> list[Record]:
+    """Of every key the last record, in the order of the file."""
+    last: dict[tuple, Record] = {}
+    for record in records:
+        last.pop((record.machine.get("device"), *record.key), None)
+        last[(record.machine.get("device"), *record.key)] = record
+    return list(last.values())
+
+
+# What a time of ours speaks of: the files of its op and backend, and what the ops share.
+_FOLDERS = {"joint": ["joint_attention"], "tubelet": ["tubelet_embedding"]}
+_ALL_FOLDERS = ["factorized_attention", "joint_attention", "tubelet_embedding"]
+_FILES = {"torch": "composed", "triton": "triton_kernels", "cuda": "cuda_kernels", "cpu": "cpu_kernels"}
+
+
+def source_files(op: str, backend: str) -> list[Path]:
+    """The files that decide what `backend` of `op` runs; for a whole model (op "model") those of every op and its own.
+
+    A whole model whose backend was chosen per call (backend "auto") depends on all of them."""
+    package = ROOT / "kernels" / "vivit_kernels"
+    folders = _ALL_FOLDERS if op == "model" else _FOLDERS.get(op, ["factorized_attention"])
+    backends = [_FILES[backend]] if backend in _FILES else list(_FILES.values())
+    files = [package / folder / f"{name}.py" for folder in folders for name in (*backends, "op", "tiles")]
+    if op != "tubelet":
+        files += sorted(package.glob("_attention/*.py")) + [package / "_philox.py"]
+    if op == "model":
+        files.append(ROOT / "vivit" / "model.py")
+    if {"cuda_kernels", "cpu_kernels"} & set(backends):
+        files += sorted((ROOT / "csrc").rglob("*.[ch]*"))
+    return [path for path in files if path.is_file()]
+
+
+def source_hash(op: str, backend: str) -> str:
+    """Of the code of those files: comments on lines of their own and blank lines do not count."""
+    digest = hashlib.sha256()
+    for path in source_files(op, backend.partition("@")[0]):
+        lines = (line.strip() for line in path.read_text().splitlines())
+        code = [line for line in lines if line and not line.startswith(("#", "//"))]
+        digest.update("\n".join([path.name, *code]).encode())
+    return digest.hexdigest()[:12]
+
+
+def is_stale(record: Record) -> bool:
+    """Whether the kernel changed since (also when the record was made from an uncommitted tree that is gone)."""
+    if not record.ours or "@" in record.backend:
+        return False
+    return record.source != source_hash("model" if record.kind == "model" else record.op, record.backend)
