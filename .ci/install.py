@@ -167,7 +167,8 @@ def resolve(pip: list[str], wanted: list[str]) -> dict:
 
 def cpu_torch() -> str:
     """The requirement for the CPU build. The `+cpu` matters: no other index that pip may know can answer with CUDA."""
-    return (CI / "constraints-cpu.txt").read_text().split()[-1] + "+cpu"
+    pins = (CI / "constraints-cpu.txt").read_text().splitlines()
+    return next(pin for pin in pins if pin.startswith("torch==")).strip() + "+cpu"
 
 
 def install_cpu_torch(pip: list[str]) -> str:

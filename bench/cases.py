@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from vivit.config import nearest
 
 DIRECTIONS = ("forward", "backward", "forward+backward")
-OPS = ("temporal", "spatial", "dot_product", "joint", "tubelet")
+# operation of the benchmark: the package in vivit_kernels that runs it
+PACKAGES = {
+    "temporal": "factorized_attention",
+    "spatial": "factorized_attention",
+    "dot_product": "factorized_attention",
+    "joint": "joint_attention",
+    "tubelet": "tubelet_embedding",
+}
+OPS = tuple(PACKAGES)
 
 
 @dataclass(frozen=True)

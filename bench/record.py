@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .cases import PACKAGES
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 
@@ -78,8 +80,12 @@ class Record:
         return self.run, self.kind, self.op, self.case, self.dtype, self.direction
 
     def to_json(self) -> str:
-        kept = {name: value for name, value in dataclasses.asdict(self).items() if value not in ("", {}, [], 0)}
-        return json.dumps(kept | {"ours": self.ours})
+        """What differs from the defaults."""
+        values, fields = dataclasses.asdict(self), dataclasses.fields(self)
+        defaults = {x.name: x.default for x in fields if x.default is not dataclasses.MISSING}
+        defaults |= {x.name: x.default_factory() for x in fields if x.default_factory is not dataclasses.MISSING}
+        kept = (name for name, value in values.items() if name not in defaults or value != defaults[name])
+        return json.dumps({name: values[name] for name in kept})
 
 
 def from_json(line: str) -> Record:
@@ -124,8 +130,6 @@ def latest(records: Iterable[Record]) -> list[Record]:
 
 
 # What a time of ours speaks of: the files of its op and backend, and what the ops share.
-_FOLDERS = {"joint": ["joint_attention"], "tubelet": ["tubelet_embedding"]}
-_ALL_FOLDERS = ["factorized_attention", "joint_attention", "tubelet_embedding"]
 _FILES = {"torch": "composed", "triton": "triton_kernels", "cuda": "cuda_kernels", "cpu": "cpu_kernels"}
 
 
@@ -134,7 +138,7 @@ def source_files(op: str, backend: str) -> list[Path]:
 
     A whole model whose backend was chosen per call (backend "auto") depends on all of them."""
     package = ROOT / "kernels" / "vivit_kernels"
-    folders = _ALL_FOLDERS if op == "model" else _FOLDERS.get(op, ["factorized_attention"])
+    folders = sorted(set(PACKAGES.values())) if op == "model" else [PACKAGES[op]]
     backends = [_FILES[backend]] if backend in _FILES else list(_FILES.values())
     files = [package / folder / f"{name}.py" for folder in folders for name in (*backends, "op", "tiles")]
     if op != "tubelet":

@@ -67,20 +67,25 @@ class Timer:
 
 
 def in_turns(
-    timer: Timer, functions: dict[str, Callable[[], object]], rounds: int, seconds: float
+    timer: Timer,
+    functions: dict[str, Callable[[], object]],
+    rounds: int,
+    seconds: float,
+    of: Callable[[list[float]], float] = statistics.median,
 ) -> dict[str, list[float]]:
-    """Median ms of each function in every round; in a round each has its turn, so a busy machine slows all alike.
+    """Ms of each function in every round, by `of` the median of its calls: in a round each has its turn, so a busy
+    machine slows all alike.
 
     seconds: of one function's turn. The first call of each is not counted: it may compile.
     """
     for fn in functions.values():
         timer.once(fn)
     estimates = {name: timer.once(fn) for name, fn in functions.items()}
-    medians: dict[str, list[float]] = {name: [] for name in functions}
+    found: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, fn in functions.items():
-            medians[name].append(statistics.median(timer.calls(fn, seconds, estimates[name], fewest=1)))
-    return medians
+            found[name].append(of(timer.calls(fn, seconds, estimates[name], fewest=1)))
+    return found
 
 
 def summary(times: list[float]) -> dict[str, float]:

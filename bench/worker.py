@@ -73,25 +73,26 @@ class Session:
 
     def attempt(self, backend: str, direction: str) -> dict[str, Any]:
         """The error of one call, its memory, and how long the next will take."""
-        candidate = self._candidate(backend)
-        error = self._error(candidate, direction)
+        candidate = self.candidate(backend)
+        error = self.error(candidate, direction)
         result: dict[str, Any] = {"error": error}
         if error["share"] <= 1:
-            call = self._call(candidate, direction)
+            call = self.call(candidate, direction)
             result["memory"] = footprint.measure(call, self.device)
             result["estimate_ms"] = min(self.timer.once(call) for _ in range(2))
         return result
 
-    def _candidate(self, backend: str) -> Candidate:
+    def candidate(self, backend: str) -> Candidate:
+        """What `backend` runs on the inputs that are open."""
         if backend not in self.candidates:
             self.candidates[backend] = contestants(self.inputs.case.op)[backend].build(self.inputs)
         return self.candidates[backend]
 
     def times(self, backend: str, direction: str, seconds: float, estimate_ms: float) -> dict[str, Any]:
-        call = self._call(self._candidate(backend), direction)
+        call = self.call(self.candidate(backend), direction)
         return {"ms": self.timer.calls(call, seconds, estimate_ms, fewest=1)}
 
-    def _error(self, candidate: Candidate, direction: str) -> dict[str, float]:
+    def error(self, candidate: Candidate, direction: str) -> dict[str, float]:
         """Outputs and gradients of this direction under the budget: the worst of them."""
         with torch.set_grad_enabled(direction != "forward"):
             out = candidate.forward()
@@ -106,7 +107,7 @@ class Session:
             "checked": self.inputs.checked_share,
         }  # fmt: skip
 
-    def _call(self, candidate: Candidate, direction: str) -> Callable[[], list[Tensor]]:
+    def call(self, candidate: Candidate, direction: str) -> Callable[[], list[Tensor]]:
         """The call that is timed; for "backward" the graph is made here, outside it."""
 
         def gradients(out: Tensor, keep: bool) -> list[Tensor]:

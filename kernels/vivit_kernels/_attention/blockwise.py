@@ -15,32 +15,18 @@ import torch
 from torch import Tensor
 
 from .._philox import keep_mask
+from . import tiles
 from .options import Options
-
-# All measured on Ice Lake, 2 cores, 12 heads of 64.
-# Scores of one long sequence in a block, 1.6 MB: blocks of 128 of 3,137 queries took 336 ms, of 32 queries 366, and in
-# backward 926 and 1,141. Scratch is kept from block to block: fresh memory costs page faults, 10 to 25 % here.
-SCORES = 400_000
-# q, k and v of many short sequences, copied once into rows: 28 positions of 16 frames; 7 or 98 were 1.7x slower in
-# bfloat16, equal in float32.
-INPUTS = 1 << 20
-CUDA_SCORES = 1 << 25  # a GPU wants few large products: 128 MB of scratch
 
 
 def _chunks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, int]]:
     """Yields (sequences, heads, queries per block): all heads of several short sequences, or a few of a long one."""
     (G, H, Q, D), K = q.shape, k.shape[2]
     on_cpu = q.device.type == "cpu"
-    together = min(H, torch.get_num_threads()) if on_cpu else H
-    budget = SCORES * together if on_cpu else CUDA_SCORES
-    sequences = min(budget // (H * Q * K), INPUTS // (H * (Q + 2 * K) * D) if on_cpu else G)
-    if sequences >= 1:
-        yield from ((slice(g, g + sequences), slice(None), Q) for g in range(0, G, sequences))
-        return
-    step = min(Q, max(1, budget // (together * K)))
-    for g in range(G):
-        for h in range(0, H, together):
-            yield slice(g, g + 1), slice(h, h + together), step
+    sequences, heads, step = tiles.current(on_cpu).cut(G, H, Q, K, D, torch.get_num_threads() if on_cpu else None)
+    for g in range(0, G, sequences):
+        for h in range(0, H, heads):
+            yield slice(g, g + sequences), slice(h, h + heads), step
 
 
 def _rows(x: Tensor) -> Tensor:

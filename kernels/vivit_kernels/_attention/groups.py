@@ -26,7 +26,7 @@ class Group(NamedTuple):
 def forward(group: Group, o: Tensor, options: Options) -> None:
     """Writes o, a view like group.q."""
     q, k, v, mask, rows = group
-    if sdpa.takes(k.shape[2], options):
+    if sdpa.takes(k, options):
         sdpa.forward(q, k, v, o, mask, options)
     else:
         blockwise.forward(q, k, v, o, mask, rows, options)

@@ -12,15 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import tiles
 from .options import Options
 
-SHORTEST = 128  # keys; below, blockwise.py is as fast
 _GRID_LIMIT = 65_535  # PyTorch's CUDA kernels put sequences x heads in a grid dimension of this size
 
 
-def takes(keys: int, options: Options) -> bool:
-    """Long sequences without dropout by counter and soft-cap, which scaled_dot_product_attention does not know."""
-    return keys >= SHORTEST and options.seed is None and not options.softcap
+def takes(k: Tensor, options: Options) -> bool:
+    """Whether k `[G, H, K, D]` is long and without dropout by counter and soft-cap, which PyTorch's does not know."""
+    long = k.shape[2] >= tiles.current(k.device.type == "cpu").sdpa_from
+    return long and options.seed is None and not options.softcap
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, mask: Tensor | None, options: Options) -> None:

@@ -1,0 +1,187 @@
+"""What a compiled CUDA kernel asks of a multiprocessor, read from its binary: no GPU and no driver are needed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+KIB = 1 << 10
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """Limits of one multiprocessor (CUDA programming guide, compute capabilities); shared memory in bytes."""
+
+    shared: int
+    shared_per_block: int
+    blocks: int = 32
+    warps: int = 64
+    registers: int = 65_536
+    tensor_columns: int = 0  # of tensor memory
+
+
+ARCHS = {
+    80: Multiprocessor(164 * KIB, 163 * KIB),
+    90: Multiprocessor(228 * KIB, 227 * KIB),
+    100: Multiprocessor(228 * KIB, 227 * KIB, tensor_columns=512),
+}
+MOST_THREADS = 1024  # in a block
+RESERVED = 1 * KIB  # shared memory the system takes in every block
+_REGISTER_UNIT = 256  # a warp's registers are allocated in these
+_SCHEDULERS = 4  # each has a quarter of the registers
+_SHARED_UNIT = 128
+
+
+@dataclass(frozen=True)
+class Occupancy:
+    """Of one multiprocessor; limits: what allows no further block (registers, shared memory, threads, blocks)."""
+
+    blocks: int
+    warps: int
+    limits: tuple[str, ...]
+
+
+def occupancy(arch: int, registers: int, shared: int, threads: int) -> Occupancy:
+    """Blocks that fit on a multiprocessor at once, for registers a thread, bytes of shared memory and threads a block.
+
+    0 blocks: the kernel cannot be launched.
+    """
+    limit, warps = ARCHS[arch], -(-threads // 32)
+    per_warp = max(1, -(-registers * 32 // _REGISTER_UNIT)) * _REGISTER_UNIT
+    by_registers = limit.registers // _SCHEDULERS // per_warp * _SCHEDULERS
+    # a launch is refused as if every scheduler had as many warps of the block as the one with the most
+    launched = per_warp * -(-warps // _SCHEDULERS) * _SCHEDULERS <= limit.registers
+    block_shared = -(-(shared + RESERVED) // _SHARED_UNIT) * _SHARED_UNIT
+    fits = {
+        "registers": by_registers // warps if launched else 0,
+        "shared memory": limit.shared // block_shared if shared <= limit.shared_per_block else 0,
+        "threads": limit.warps // warps if threads <= MOST_THREADS else 0,
+        "blocks": limit.blocks,
+    }
+    blocks = min(fits.values())
+    return Occupancy(blocks, blocks * warps, tuple(name for name, count in fits.items() if count == blocks))
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """registers: a thread's. stack, local, shared: bytes; shared is the static part, without the system's.
+
+    threads: of a block, None where the binary does not fix them. mix: instructions by opcode, see `instructions`.
+    """
+
+    name: str
+    arch: int
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    threads: int | None
+    mix: Counter[str]
+    sass: str
+
+    @property
+    def spills(self) -> int:
+        """Instructions that read or write a thread's local memory."""
+        return self.mix["LDL"] + self.mix["STL"]
+
+
+# An address, a predicate if any, an opcode with its modifiers: `/*01a0*/   @!P0 LDG.E.128 R4, ...`
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)((?:\.\w+)*)", re.MULTILINE)
+_WIDE = ("LDG", "STG", "LDS", "STS")
+# The instructions worth a look; `MUFU` and those with a width stand beside the sum they are part of.
+NOTABLE = (
+    *("HGMMA", "HMMA", "UTCHMMA", "MUFU", "MUFU.EX2", "FFMA", "FADD", "FMUL", "HFMA2", "LDG", "LDG.128"),
+    *("STG", "STG.128", "LDS", "LDS.128", "STS", "STS.128", "LDSM", "UTMALDG", "UTMASTG", "LDGSTS", "SHFL", "BAR"),
+    *("RED", "ATOMG", "LDL", "STL"),
+)
+
+
+def instructions(sass: str) -> Counter[str]:
+    """Counts by opcode, as written: the body of a loop once. Of them again `MUFU.EX2` and its like, `LDG.128`, ..."""
+    mix: Counter[str] = Counter()
+    for opcode, modifiers in _INSTRUCTION.findall(sass):
+        mix[opcode] += 1
+        if opcode == "MUFU":
+            mix[opcode + modifiers] += 1
+        elif opcode in _WIDE and ".128" in modifiers:
+            mix[f"{opcode}.128"] += 1
+    return mix
+
+
+def cuobjdump() -> str:
+    """The disassembler: of CUDA's toolkit, or the one inside Triton's wheel."""
+    homes = [Path(home) / "bin" for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))]
+    triton = find_spec("triton")
+    if triton is not None and triton.origin:
+        homes.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    found = next((str(home / "cuobjdump") for home in homes if (home / "cuobjdump").is_file()), None)
+    found = found or shutil.which("cuobjdump")
+    if found is None:
+        raise FileNotFoundError(
+            "bench static: no cuobjdump to read compiled kernels with, in $CUDA_HOME/bin, Triton's wheel or PATH\n"
+            "  -> pip install triton, which carries one"
+        )
+    return found
+
+
+def _run(option: str, path: Path) -> str:
+    """cuobjdump's answer about one aspect. nvdisasm, which it calls, is looked for beside it and on PATH."""
+    tool = cuobjdump()
+    environment = os.environ | {"PATH": os.pathsep.join([str(Path(tool).parent), os.environ.get("PATH", "")])}
+    result = subprocess.run([tool, option, str(path)], capture_output=True, text=True, env=environment)
+    if result.returncode:
+        raise ValueError(f"bench static: cuobjdump {option} {path.name}: {result.stderr.strip() or result.returncode}")
+    return result.stdout
+
+
+def _by_kernel(text: str, header: str) -> dict[tuple[int, str], str]:
+    """Sections of cuobjdump's output, by architecture and by the name that `header` captures."""
+    found: dict[tuple[int, str], str] = {}
+    parts = re.split(rf"^(?:\s*(?:arch = |code for |\.target\s+)sm_(\d+)\w*.*|{header})$", text, flags=re.MULTILINE)
+    arch, name = 0, ""
+    for new_arch, new_name, body in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+        if new_arch:
+            arch, name = int(new_arch), ""
+        else:
+            name = new_name
+        if name:
+            found[arch, name] = body
+    return found
+
+
+def read(path: Path) -> list[Kernel]:
+    """The kernels in a cubin, an object file or a shared library, for every architecture in it."""
+    sass = _by_kernel(_run("-sass", path), r"\s+Function : (\S+)")
+    archs = {arch for arch, _ in sass}
+    usage = _by_kernel(_run("-res-usage", path), r"\s*Function (\S+):")
+    info = _by_kernel(_run("-elf", path), r"\.nv\.info\.(\S+)")
+    kernels = []
+    for (arch, name), code in sass.items():
+        # a bare cubin has one architecture, which only -sass names
+        used, facts = (x.get((arch, name)) or (x.get((0, name), "") if len(archs) == 1 else "") for x in (usage, info))
+        numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", used)}
+        # from sm_90 on, compilers count the system's share as part of the kernel's own
+        shared = numbers["SHARED"] - (RESERVED if arch >= 90 and numbers["SHARED"] >= RESERVED else 0)
+        kernels.append(
+            Kernel(
+                name, arch, numbers["REG"], numbers["STACK"], numbers["LOCAL"], shared,
+                _threads(facts), instructions(code), code.strip("\n"),
+            )
+        )  # fmt: skip
+    return kernels
+
+
+def _threads(info: str) -> int | None:
+    """From `.nv.info`: the block's size if the kernel requires one, else the most it was compiled for."""
+    for attribute in ("REQNTID", "MAX_THREADS"):
+        found = re.search(rf"EIATTR_{attribute}\s+Format:\s*\S+\s+Value:\s*(0x\w+) (0x\w+) (0x\w+)", info)
+        if found:
+            x, y, z = (int(value, 16) for value in found.groups())
+            return x * y * z
+    return None
