@@ -22,7 +22,7 @@ from . import cases, ceilings, compare, device, record
 from .device import ROOT
 from .plan import Effort, Group, Planner, fitting, order
 from .record import Record
-from .show import Board, against_base, final_table, row
+from .show import HEAD, Board, against_base, final_table, row
 from .timing import summary
 from .workers import Died, Worker
 
@@ -147,6 +147,7 @@ class Run:
         waiting = list(lanes)
         while waiting:
             lane = waiting.pop(0)
+            self.board.now(lane.name)
             try:
                 lane.tried = self.ask(lane, group, {"try": lane.backend, "direction": group.direction}, _TRY_SECONDS)
             except Died as death:  # with the worker went what it had built: the others of this worker once more
@@ -160,7 +161,8 @@ class Run:
             if self.left() <= 0:
                 return records
         ready = [lane for lane in lanes if "status" not in lane.tried and lane.tried["error"]["share"] <= 1]
-        for _ in range(effort.rounds):
+        for turn in range(effort.rounds):
+            self.board.now(f"round {turn + 1} of {effort.rounds}")
             for lane in ready:
                 self._turn(lane, group, effort)
         before, self.clocks = self.clocks, self._clocks()
@@ -226,6 +228,7 @@ class Run:
         """Measures what fits; returns the groups that did not."""
         planner = Planner(self.device.type, self.ceilings, effort)
         waiting, left_out = list(groups), []
+        self.board.say("\n" + HEAD)
         while waiting:
             names = {case: [lane.name for lane in self.lanes(case)] for case in {group.case for group in waiting}}
             costs = [planner.seconds(group, names[group.case]) for group in waiting]
@@ -354,6 +357,6 @@ def main(argv: list[str]) -> int:
             raise SystemExit(f"bench: the worker on {run.device} did not start: {death.reason}") from death
         finally:
             run.close()
-        if run.records:
-            report(run, left_out)
+    if run.records:
+        report(run, left_out)
     return status or int(any(made.status == "wrong" and made.ours for made in run.records))

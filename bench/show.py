@@ -35,14 +35,20 @@ def row(record: Record) -> str:
     return f"{start}{ms['median']:>9.4g}  {spread:<16}{share:>11}{record.error['share']:>7.2f}{peak:>8.1f}"
 
 
+HEAD = (
+    f"{'operation':<12}{'case':<22}{'dtype':<9}{'direction':<17}{'  backend (* ours)':<27}{'ms':>9}  {'p20-p80':<16}"
+    f"{'of ceiling':>11}{'error':>7}{'MiB':>8}"
+)
+
+
 class Board:
-    """`with Board(total_seconds) as board: board.group(...); board.row(record); board.passed(seconds)`"""
+    """`with Board() as board: board.group(...); board.now("sdpa"); board.row(record)`"""
 
     def __init__(self, quiet: bool = False):
         self.quiet, self.begun, self.progress, self.left = quiet, time.monotonic(), None, 0.0
         if Console is not None and not quiet and sys.stdout.isatty():
             self.progress = Progress(
-                TextColumn("{task.description}"), BarColumn(bar_width=30), TaskProgressColumn(), TimeElapsedColumn(),
+                TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn(), TimeElapsedColumn(),
                 TextColumn("about {task.fields[left]} left"), console=Console(highlight=False),
             )  # fmt: skip
             self.task = self.progress.add_task("ceilings", total=1.0, left="?")
@@ -64,10 +70,22 @@ class Board:
 
     def group(self, name: str, done: float, left: float) -> None:
         """A group begins; `done` and `left` are seconds, `left` a guess."""
+        self.name, self.since, self.done, self.left = name, time.monotonic(), done, left
         if self.progress:
-            self.progress.update(self.task, description=name, total=done + left, completed=done, left=clock(left))
+            self.now("")
         elif not self.quiet:
-            print(f"-- {name}   ({clock(time.monotonic() - self.begun)} passed, about {clock(left)} left)", flush=True)
+            print(f"-- {name}   ({clock(done)} passed, about {clock(left)} left)", flush=True)
+
+    def now(self, doing: str) -> None:
+        """What of the group is being done, for the bar."""
+        if self.progress:
+            passed = time.monotonic() - self.since
+            left = max(self.left - passed, 0.0)
+            text = f"{self.name}  {doing}"
+            total = self.done + max(self.left, passed)
+            self.progress.update(
+                self.task, description=text, total=total, completed=self.done + passed, left=clock(left)
+            )
 
     def row(self, record: Record) -> None:
         style = (
