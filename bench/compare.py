@@ -127,7 +127,10 @@ def current(found: Iterable[Group]) -> list[Group]:
 
 _RANKS = {(case.op, case.name): (case.rank, place) for place, case in enumerate(CASES)}
 # What models run in on this kind of machine.
-_DTYPES = {"gpu": ("bfloat16", "float16", "float32"), "cpu": ("float32", "bfloat16", "float16")}
+_DTYPES = {
+    "gpu": ("bfloat16", "autocast", "float16", "float32"),
+    "cpu": ("float32", "bfloat16", "autocast", "float16"),
+}
 
 
 def device(record: Record) -> str:

@@ -27,7 +27,7 @@ STATUSES = ("ok", "missing", "refused", "crashed", "out of memory", "timed out")
 @dataclass
 class Record:
     """
-    kind: "op" (one operation), "model" (a whole model; `op` is then its step, "forward" or "train").
+    kind: "op" (one operation), "model" (a whole model; `op` is then its step, "forward" or "train"), "memory" (its peak).
     backend: ours ("torch", "triton", "cuda", "cpu", or "<name>@<git ref>") or a peer's name.
     ours: a backend of this project. ideal: a peer given its inputs in the layout it likes, so without its copies.
     status, reason: "ok", or why there is no time.
@@ -164,4 +164,4 @@ def is_stale(record: Record) -> bool:
     """Whether the kernel changed since (also when the record was made from an uncommitted tree that is gone)."""
     if not record.ours or "@" in record.backend:
         return False
-    return record.source != source_hash("model" if record.kind == "model" else record.op, record.backend)
+    return record.source != source_hash(record.op if record.kind == "op" else "model", record.backend)
