@@ -27,7 +27,7 @@ STATUSES = ("ok", "missing", "refused", "crashed", "out of memory", "timed out")
 @dataclass
 class Record:
     """
-    kind: "op" (one operation), "model" (a whole model; `op` is then its step, "forward" or "train"), "memory" (its peak).
+    kind: "op" (one operation), "model" (a whole model; `op` is its step, "forward" or "train"), "memory" (its peak).
     backend: ours ("torch", "triton", "cuda", "cpu", or "<name>@<git ref>") or a peer's name.
     ours: a backend of this project. ideal: a peer given its inputs in the layout it likes, so without its copies.
     status, reason: "ok", or why there is no time.
