@@ -23,13 +23,14 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest \
 NONE_IS_FINE = || [ $$? -eq 5 ]
 CPP = $(shell git ls-files '*.cu' '*.cuh' '*.cpp' '*.h')
 
-.PHONY: help venv demo test test-full test-gpu check clean for-demo for-test for-check
+.PHONY: help venv demo test test-full test-gpu bench check clean for-demo for-test for-check
 
 help:
 	@echo "make demo       create $(VENV), install, run the main job on real video, print where the results are"
 	@echo "make test       create $(VENV) if needed, install, run the tests (at most 10 minutes on 2 cores)"
-	@echo "make test-full  every test that needs no GPU (at most 40 minutes on 2 cores)"
+	@echo "make test-full  every test that needs no GPU, and ratios of times (at most 40 minutes on 2 cores)"
 	@echo "make test-gpu   the tests that need an NVIDIA GPU"
+	@echo "make bench      the operations beside what others run, in two minutes (more: python -m bench --help)"
 	@echo "make check      ruff, pyright, clang-format"
 	@echo "make venv       only create $(VENV) and install what all of these need"
 	@echo "make clean      remove build products and caches; $(VENV) and runs/ stay"
@@ -53,6 +54,10 @@ test: for-test
 
 test-full: for-test
 	$(PYTEST) -m "not gpu" $(NONE_IS_FINE)
+	OMP_NUM_THREADS=1 $(PY) -m pytest bench -q -k test_ratio
+
+bench: for-test
+	$(PY) -m bench --quick
 
 test-gpu: for-test
 	$(PY) -m pytest -m gpu $(NONE_IS_FINE)

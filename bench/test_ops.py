@@ -33,17 +33,17 @@ PEERS = ("eager", "sdpa", "normalise+conv3d", "normalise+unfold+linear")
 ROUNDS, SECONDS = 5, 0.05
 
 # The fastest backend of ours beside the fastest of PEERS: how many times as fast it must at least be. About half of
-# what 2 cores of an AMD EPYC with bf16 products gave (float32 and bfloat16, the lower): a kernel that became twice as
-# slow fails, noise does not.
+# what one core of an AMD EPYC with bf16 products gave (float32 and bfloat16, the lower): a kernel that became twice as
+# slow fails, noise does not. With more threads than idle cores the ratios are noise, so CI uses one.
 LEAST = {
-    ("temporal", "forward"): 0.2,
-    ("temporal", "forward+backward"): 0.2,
-    ("spatial", "forward"): 0.25,
-    ("spatial", "forward+backward"): 0.2,
-    ("dot_product", "forward"): 0.3,
-    ("dot_product", "forward+backward"): 0.25,
-    ("joint", "forward"): 0.45,
-    ("joint", "forward+backward"): 0.35,
+    ("temporal", "forward"): 0.35,
+    ("temporal", "forward+backward"): 0.3,
+    ("spatial", "forward"): 0.33,
+    ("spatial", "forward+backward"): 0.22,
+    ("dot_product", "forward"): 0.35,
+    ("dot_product", "forward+backward"): 0.28,
+    ("joint", "forward"): 0.32,
+    ("joint", "forward+backward"): 0.28,
     ("tubelet", "forward"): 0.5,
     ("tubelet", "forward+backward"): 0.45,
 }
