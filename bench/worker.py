@@ -94,6 +94,7 @@ class Session:
 
     def error(self, candidate: Candidate, direction: str) -> dict[str, float]:
         """Outputs and gradients of this direction under the budget: the worst of them."""
+        ask_gradients(candidate, direction)
         with torch.set_grad_enabled(direction != "forward"):
             out = candidate.forward()
         gradients: list[Tensor] = []
@@ -113,6 +114,7 @@ class Session:
         def gradients(out: Tensor, keep: bool) -> list[Tensor]:
             return list(torch.autograd.grad(out, candidate.leaves, candidate.grad_output, retain_graph=keep))
 
+        ask_gradients(candidate, direction)
         if direction == "backward":
             out = candidate.forward()
             return lambda: gradients(out, True)
@@ -124,6 +126,12 @@ class Session:
                 return [candidate.forward()]
 
         return forward
+
+
+def ask_gradients(candidate: Candidate, direction: str) -> None:
+    """Inference asks none of its inputs; torch.no_grad() alone would not do: views of such an input ask, too."""
+    for leaf in candidate.leaves:
+        leaf.requires_grad_(direction != "forward")
 
 
 def explain(error: BaseException) -> tuple[str, str]:
