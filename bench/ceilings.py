@@ -91,14 +91,9 @@ def _with_tf32(timer: Timer) -> float:
 def _exponentials(timer: Timer) -> float | None:
     """Billions per second, in float32; the numbers stay on chip."""
     if timer.device.type == "cpu":
-        x = torch.rand(torch.get_num_threads() * (1 << 16), device=timer.device)  # 256 KB a core: its own L2
-        y, repeats = torch.empty_like(x), 64
-
-        def several() -> None:
-            for _ in range(repeats):
-                torch.exp(x, out=y)
-
-        return repeats * x.numel() / _best_ms(timer, several) / 1e6
+        x = torch.rand(torch.get_num_threads() << 18)  # 1 MB a core: long enough for its threads to meet once
+        y = torch.empty_like(x)
+        return x.numel() / _best_ms(timer, lambda: torch.exp(x, out=y)) / 1e6
     try:
         from . import exp_kernel
     except ImportError:

@@ -68,12 +68,12 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def clocks(device: torch.device) -> dict[str, Any]:
-    """Clocks, heat and power now. On a CPU: frequency, and the time that other guests have taken from this machine."""
+    """Clocks, heat and power now. On a CPU: frequency, load, and the time that other guests have taken from it."""
     if device.type != "cuda":
         mhz = [float(x) for x in re.findall(r"^cpu MHz\s*:\s*([\d.]+)", _text("/proc/cpuinfo"), re.MULTILINE)]
         ticks = [int(x) for x in _text("/proc/stat").partition("\n")[0].split()[1:]]
         stolen = ticks[7] if len(ticks) > 7 else 0
-        return {"mhz": round(max(mhz, default=0.0)), "ticks": sum(ticks), "stolen": stolen}
+        return {"mhz": round(max(mhz, default=0.0)), "ticks": sum(ticks), "stolen": stolen, "load": os.getloadavg()[0]}
     found = _smi(device, _SMI)
     active = found.pop("clocks_event_reasons.active", "0x0")
     bits = int(active, 16) if active.startswith("0x") else 0
@@ -85,7 +85,8 @@ def clocks_between(before: dict[str, Any], after: dict[str, Any]) -> dict[str, A
     """What a record says of the clocks between two readings."""
     if "ticks" in after:
         passed = max(after["ticks"] - before["ticks"], 1)
-        return {"mhz": after["mhz"], "stolen": round((after["stolen"] - before["stolen"]) / passed, 4)}
+        stolen = round((after["stolen"] - before["stolen"]) / passed, 4)
+        return {"mhz": after["mhz"], "stolen": stolen, "load": after["load"]}
     throttled = ", ".join(dict.fromkeys(x["throttled"] for x in (before, after) if x.get("throttled")))
     return {**after, "sm_before": before.get("clocks.sm"), "throttled": throttled}
 

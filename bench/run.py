@@ -78,6 +78,12 @@ class Run:
         self.path = Path(self.args.out) / f"{device.slug(self.machine['device'])}.jsonl"
         facts = ", ".join(f"{name} {value}" for name, value in self.machine.items() if name != "device")
         self.board.say(f"{self.machine['device']}   ({facts})")
+        load, threads = self.clocks.get("load", 0.0), self.machine["threads"]
+        if load > 0.5 * threads:
+            self.board.say(
+                f"This machine is busy: load {load:.1f} on {threads} threads. Code that often waits for all of its "
+                "threads may take 30 times as long here: measure when it is idle, or with OMP_NUM_THREADS=1"
+            )
 
     def measure_ceilings(self, dtypes: list[str]) -> None:
         found = self.worker.ask({"ceilings": dtypes}, 180.0)
@@ -284,6 +290,8 @@ def report(run: Run, left_out: list[Group]) -> None:
     throttled = sorted({str(made.clocks["throttled"]) for made in run.records if made.clocks.get("throttled")})
     if throttled:
         say(f"\nThe GPU held its clocks back in this run ({'; '.join(throttled)}): its times are not the card's best")
+    if any(max(made.share.values(), default=0.0) > 1.02 for made in run.records):
+        say("\nA share above 100 % means that the ceiling was measured while the machine was disturbed: run again")
     if left_out:
         say(f"\nNo time for {len(left_out)} groups, the first: {left_out[0]}")
     if any(made.status != "wrong" for made in run.records):
