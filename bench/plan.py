@@ -76,10 +76,13 @@ class Planner:
 
 
 def order(cases: Sequence[Case], dtypes: Sequence[str], directions: Sequence[str]) -> list[Group]:
-    """The most important first: by rank of the case; within a case one dtype after the other, so that its inputs and
-    its reference serve all directions."""
-    ranked = sorted(cases, key=lambda case: case.rank)  # stable: cases.py lists the important ones first
-    return [Group(case, dtype, direction) for case in ranked for dtype in dtypes for direction in directions]
+    """The most important first: by the rank of the case plus the place of its dtype, so that rank 1 in the first dtype
+    comes before rank 1 in the second; within a case all directions, which share inputs and reference."""
+    ranked = sorted(
+        ((case, dtype) for case in cases for dtype in dtypes),
+        key=lambda entry: entry[0].rank + dtypes.index(entry[1]),
+    )  # stable: cases.py lists the important ones first
+    return [Group(case, dtype, direction) for case, dtype in ranked for direction in directions]
 
 
 def fitting(groups: list[Group], seconds: list[float], budget: float | None) -> list[bool]:

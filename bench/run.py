@@ -104,25 +104,26 @@ class Run:
         kernels = Path(self.base_folder.name) / "kernels"
         self.base = Worker(str(self.device), self.args.plugin, kernels, self.args.tuned_malloc)
 
-    def lanes(self, case: cases.Case) -> list[Lane]:
+    def lanes(self, group: Group) -> list[Lane]:
         """Who takes part, without those known to be missing."""
-        op, lanes = case.op, []
+        op, lanes = group.case.op, []
         for name, ours, ideal in self.contestants[op]:
             if ours:
                 lanes.append(Lane(self.worker, name, name, True, False))
                 if self.base is not None:
                     lanes.append(Lane(self.base, name, f"{name}@{self.args.base}", True, False))
-            elif self._wanted(name, case):
+            elif self._wanted(name, group):
                 lanes.append(Lane(self.worker, name, name, False, ideal))
         return [lane for lane in lanes if (op, lane.name) not in self.missing]
 
-    def _wanted(self, name: str, case: cases.Case) -> bool:
+    def _wanted(self, name: str, group: Group) -> bool:
         if self.args.no_peers:
             return False
         if self.args.peer:
             return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.args.peer)
         # a budget buys more cases without what compiles for each of them
-        hurry = self.args.quick or (self.args.budget is not None and case.rank > 0)
+        headline = group.case.rank == 0 and group.dtype == DTYPES[self.device.type][0]
+        hurry = self.args.quick or (self.args.budget is not None and not headline)
         return not (hurry and any(fnmatch.fnmatchcase(name, pattern) for pattern in _SLOW))
 
     def check_peers(self, ops: list[str]) -> None:
@@ -147,7 +148,7 @@ class Run:
 
     def measure(self, group: Group, effort: Effort) -> list[Record]:
         """Tries every contestant, then gives each its turn in every round; returns the records, in order."""
-        lanes, records = self.lanes(group.case), []
+        lanes, records = self.lanes(group), []
         key = (group.case.op, group.case.name, group.dtype)
         lanes = [lane for lane in lanes if (*key, lane.name) not in self.dead]
         waiting = list(lanes)
@@ -236,8 +237,8 @@ class Run:
         waiting, left_out = list(groups), []
         self.board.say("\n" + HEAD)
         while waiting:
-            names = {case: [lane.name for lane in self.lanes(case)] for case in {group.case for group in waiting}}
-            costs = [planner.seconds(group, names[group.case]) for group in waiting]
+            names = [[lane.name for lane in self.lanes(group)] for group in waiting]
+            costs = [planner.seconds(group, some) for group, some in zip(waiting, names, strict=True)]
             fits = fitting(waiting, costs, None if self.deadline is None else self.left())
             group, fit = waiting.pop(0), fits[0]
             if not fit:
@@ -248,7 +249,7 @@ class Run:
             )
             began = time.monotonic()
             found = self.measure(group, effort)
-            planner.learn(group, names[group.case], time.monotonic() - began)
+            planner.learn(group, names[0], time.monotonic() - began)
             for made in found:
                 self.board.row(made)
                 if made.status != "wrong":

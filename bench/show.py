@@ -21,6 +21,11 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
+def figure(ms: float) -> str:
+    """Four digits or all before the point, never an exponent."""
+    return f"{ms:.0f}" if ms >= 1000 else f"{ms:.4g}" if ms >= 1 else f"{ms:.4f}"
+
+
 def row(record: Record) -> str:
     """One measurement, or why there is none, on one line."""
     start = (
@@ -30,9 +35,9 @@ def row(record: Record) -> str:
     if record.status != "ok":
         return f"{start}{record.status}: {record.reason}"
     ms, share = record.ms, f"{100 * record.share.get(record.bound, 0.0):.0f} % {record.bound}" if record.bound else ""
-    spread = f"{ms['p20']:.3g}-{ms['p80']:.3g}"
+    spread = f"{figure(ms['p20'])}-{figure(ms['p80'])}"
     peak = record.memory.get("peak", 0) / 2**20
-    return f"{start}{ms['median']:>9.4g}  {spread:<16}{share:>11}{record.error['share']:>7.2f}{peak:>8.1f}"
+    return f"{start}{figure(ms['median']):>9}  {spread:<16}{share:>11}{record.error['share']:>7.2f}{peak:>8.1f}"
 
 
 HEAD = (
@@ -108,9 +113,9 @@ def final_table(groups: list[Compared]) -> list[str]:
         share = f"{100 * record.share.get(record.bound, 0.0):.0f} % {record.bound}" if record.bound else "-"
         lines.append(
             f"{record.op:<12}{record.case:<22}{_SHORT.get(record.dtype, record.dtype):<6}{record.direction:<17}"
-            f"{record.backend:<10}{record.ms['median']:>9.4g}{share:>12}{record.error['share']:>7.2f}"
+            f"{record.backend:<10}{figure(record.ms['median']):>9}{share:>12}{record.error['share']:>7.2f}"
             f"{record.memory.get('peak', 0) / 2**20:>8.1f}  "
-            + (f"{best.backend:<28}{best.ms['median']:>9.4g}{ratio:>7.2f}" if best and ratio else "no peer ran")
+            + (f"{best.backend:<28}{figure(best.ms['median']):>9}{ratio:>7.2f}" if best and ratio else "no peer ran")
         )
     return lines
 
