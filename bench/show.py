@@ -30,7 +30,7 @@ def row(record: Record) -> str:
     """One measurement, or why there is none, on one line."""
     start = (
         f"{record.op:<12}{record.case:<22}{_SHORT.get(record.dtype, record.dtype):<9}{record.direction:<17}"
-        f"{('* ' if record.ours else '  ') + record.backend:<27}"
+        f"{('* ' if record.ours else '  ') + record.backend:<33}"
     )
     if record.status != "ok":
         return f"{start}{record.status}: {record.reason}"
@@ -41,7 +41,7 @@ def row(record: Record) -> str:
 
 
 HEAD = (
-    f"{'operation':<12}{'case':<22}{'dtype':<9}{'direction':<17}{'  backend (* ours)':<27}{'ms':>9}  {'p20-p80':<16}"
+    f"{'operation':<12}{'case':<22}{'dtype':<9}{'direction':<17}{'  backend (* ours)':<33}{'ms':>9}  {'p20-p80':<16}"
     f"{'of ceiling':>11}{'error':>7}{'MiB':>8}"
 )
 
@@ -106,7 +106,7 @@ def final_table(groups: list[Compared]) -> list[str]:
     rows.sort(key=lambda entry: -(entry[2] or 0.0))
     lines = [
         f"{'operation':<12}{'case':<22}{'dtype':<6}{'direction':<17}{'backend':<10}{'ms':>9}{'share':>12}{'error':>7}"
-        f"{'MiB':>8}  {'best peer':<28}{'ms':>9}{'ratio':>7}"
+        f"{'MiB':>8}  {'best peer':<32}{'ms':>9}{'ratio':>7}"
     ]
     for group, record, ratio in rows:
         best = group.best_peer
@@ -115,7 +115,7 @@ def final_table(groups: list[Compared]) -> list[str]:
             f"{record.op:<12}{record.case:<22}{_SHORT.get(record.dtype, record.dtype):<6}{record.direction:<17}"
             f"{record.backend:<10}{figure(record.ms['median']):>9}{share:>12}{record.error['share']:>7.2f}"
             f"{record.memory.get('peak', 0) / 2**20:>8.1f}  "
-            + (f"{best.backend:<28}{figure(best.ms['median']):>9}{ratio:>7.2f}" if best and ratio else "no peer ran")
+            + (f"{best.backend:<32}{figure(best.ms['median']):>9}{ratio:>7.2f}" if best and ratio else "no peer ran")
         )
     return lines
 
