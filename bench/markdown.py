@@ -147,7 +147,7 @@ def no_time(found: Iterable[Group], where: Callable[[list[Record]], str]) -> str
     for (backend, status, reason), records in said.items():
         together.setdefault((status, where(records), reason), []).append(f"`{backend}`")
     entries = [
-        f"{', '.join(names)} {status} ({places})" + (f": {reason}" if reason else "")
+        f"{', '.join(names)} {status} ({places})" + (f": {reason.rstrip('.')}" if reason else "")
         for (status, places, reason), names in together.items()
     ]
     return "; ".join(entries) + "." if entries else ""

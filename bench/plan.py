@@ -10,10 +10,8 @@ from .cases import Case
 # A peer of the slow kind takes this many times the machine's floor: only used to guess how long a group will take,
 # and corrected by what the groups before it took.
 _SLOWNESS = 12.0
-_COMPILED = (
-    "compiled",
-    "flex_attention",
-)  # a contestant whose name begins so compiles once per case, dtype and grad mode
+# A contestant whose name begins so compiles once per case, dtype and grad mode.
+_COMPILED = ("compiled", "flex_attention")
 _COMPILE_SECONDS = {"cpu": 8.0, "cuda": 12.0}
 _CALLS_AROUND = 7  # check, memory, warm-up
 

@@ -31,7 +31,8 @@ from typing import Any
 import torch
 
 from . import device
-from .cases import OPS, PACKAGES, AttentionCase, Case, select
+from .cases import OPS, PACKAGES, AttentionCase, select
+from .plan import Group as Setting  # what is measured at a time: case, dtype, direction
 from .static import table
 from .timing import in_turns, summary
 from .worker import Session, explain
@@ -41,18 +42,6 @@ _SCREEN = 1.5  # a candidate whose better of two first calls is this much slower
 _GAIN = 0.03  # a smaller one is not worth a new rung, and here not told from noise
 _DIRECTIONS = ["forward", "backward"]  # each has a choice of its own in a kernel's tiles.py
 _DTYPES = {"cpu": ["float32"], "cuda": ["bfloat16"]}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is measured at a time."""
-
-    case: Case
-    dtype: str
-    direction: str
-
-    def __str__(self) -> str:
-        return f"{self.case.op} {self.case.name} {self.dtype} {self.direction}"
 
 
 @dataclass
