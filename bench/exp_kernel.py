@@ -17,8 +17,9 @@ def exponentials(x_ptr, iterations, BLOCK: tl.constexpr):
     x = tl.load(x_ptr + at)  # [BLOCK], in [0, 1]
     for _ in range(iterations):
         # the special function unit's own instruction: without `ftz` a scaling for denormals comes around each
+        turned = 0.0 - x  # pyright: ignore[reportOperatorIssue]
         x = tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [0.0 - x], dtype=tl.float32, is_pure=True, pack=1
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [turned], dtype=tl.float32, is_pure=True, pack=1
         )
     tl.store(x_ptr + at, x)
 
