@@ -198,19 +198,22 @@ def _roofs(axes: Any, records: list[Record], reached: list[float]) -> None:
     left, right = min(intensities) / 4, max(intensities) * 4
     runs = {record.run: record.ceilings for record in records}
     tops = [limits["matmul_tflops"] for limits in runs.values() if "matmul_tflops" in limits]
+    copies = sorted(limits["copy_gbps"] for limits in runs.values() if "copy_gbps" in limits)
+    said = " to ".join(dict.fromkeys(map(three, (copies[0], copies[-1])))) if copies else ""
     for limits in runs.values():
         copy, matmul = limits.get("copy_gbps", 0.0) / 1e3, limits.get("matmul_tflops", float("inf"))
         if copy:
             ridge = min(matmul / copy, right)
             axes.plot([left, ridge], [left * copy, ridge * copy], color=MUTED, linewidth=1.6, zorder=1)
             x = left**0.1 * ridge**0.9  # near the ridge, left of the slope: nothing can be there
-            text = f"copy {three(copy * 1e3)} GB/s"
-            axes.annotate(text, (x, x * copy), (-8, 0), textcoords="offset points", ha="right", color=MUTED)
+            if limits["copy_gbps"] == copies[-1]:
+                style = {"textcoords": "offset points", "color": MUTED}
+                axes.annotate(f"copy {said} GB/s", (left, x * copy), (4, 0), **style)
         if "matmul_tflops" in limits:
             axes.plot([matmul / copy if copy else left, right], [matmul] * 2, color=MUTED, linewidth=1.6, zorder=1)
-            text = f"matrix products {three(matmul)} TFLOP/s"
             style = {"textcoords": "offset points", "ha": "right", "color": MUTED, "bbox": _BOX}
-            axes.annotate(text, (right, matmul), (-2, 4), **style)
+            if matmul == max(tops):
+                axes.annotate(f"matrix products {three(matmul)} TFLOP/s", (right, matmul), (-2, 4), **style)
     for record in records:
         if (record.op, record.direction) == ("joint", "forward") and record.exps and record.ceilings.get("exp_gops"):
             limit = record.flops / record.exps * record.ceilings["exp_gops"] / 1e3
