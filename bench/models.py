@@ -293,7 +293,7 @@ def contestants(args: argparse.Namespace, base: Spec) -> list[Spec]:
             names = [name for name in args.backend if name in able]
         else:
             names = zoo.own_backends(spec) if model in zoo.VIVITS else []
-            names += [name for name in peers if name != "stock_compiled" or base.device == "cuda"]
+            names += [name for name in peers if name not in zoo.GPU_PEERS or base.device == "cuda"]
         specs += [replace(spec, contestant=name) for name in names]
     return sorted(specs, key=lambda spec: spec.contestant == "transformers_eager")  # slow, and nobody's choice: last
 

@@ -6,6 +6,7 @@ vivit's own module with other attention and another tubelet embedding, so that e
     reference       the definitions of the operations (reference.py of each): the truth in float64, and the yardstick
     stock           what people write: permute, scaled_dot_product_attention; normalise, Conv3d, flatten, transpose, cat
     stock_compiled  torch.compile of it
+    stock_liger     stock with Liger's LayerNorm, a Triton kernel
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ from .peers import Missing, Refused, require
 VIVITS = ("factorized_encoder", "factorized_dot_product", "joint", "factorized_self_attention")  # what matters first
 OTHERS = ("timesformer", "videoprism")
 OURS = ("auto", *_environment.BACKENDS)  # auto: the default choice, call by call
-PEERS = ("stock", "stock_compiled", "transformers_sdpa", "transformers_eager")
+STOCK = ("stock", "stock_compiled", "stock_liger")
+PEERS = (*STOCK, "transformers_sdpa", "transformers_eager")
+GPU_PEERS = ("stock_compiled", "stock_liger")  # on a CPU only when asked for by name
 DTYPES = ("float32", "bfloat16", "float16", "autocast")  # autocast: float32 weights, bfloat16 products
 STEPS = ("forward", "train")
 CLASSES, SEED = 400, 0
@@ -138,10 +141,12 @@ def build(spec: Spec) -> Model:
     config = spec.config()
     if spec.contestant == "reference":
         module: ViViT = ReferenceViViT(config)
-    elif spec.contestant in ("stock", "stock_compiled"):
+    elif spec.contestant in STOCK:
         module = StockViViT(config)
     else:
         module = ViViT(config, backend=None if spec.contestant == "auto" else spec.contestant)
+    if spec.contestant == "stock_liger":
+        use_liger(module, spec.device)
     fill(module)
     compiled = spec.contestant == "stock_compiled"
     return Model(module, torch.compile(module, dynamic=False) if compiled else module, _video(spec))
@@ -150,8 +155,8 @@ def build(spec: Spec) -> Model:
 def peers_of(model: str) -> tuple[str, ...]:
     """Those of PEERS that have this model."""
     if model in OTHERS:
-        return PEERS[3:]
-    return PEERS if model == "joint" else PEERS[:2]
+        return ("transformers_eager",)
+    return PEERS if model == "joint" else STOCK
 
 
 def own_backends(spec: Spec) -> list[str]:
@@ -196,6 +201,21 @@ def _video(spec: Spec) -> Tensor:
 
 
 # ---- the same module with other operations ----
+
+
+def use_liger(module: nn.Module, on: str) -> None:
+    """Every LayerNorm of the module becomes Liger's, with the same parameters. Raises Missing where it cannot run."""
+    if on == "cpu":
+        raise Missing("Liger's LayerNorm is a Triton kernel: it runs on GPUs only")
+    function = require("liger_kernel.ops", "pip install liger-kernel").LigerLayerNormFunction
+
+    class LigerLayerNorm(nn.LayerNorm):
+        def forward(self, input: Tensor) -> Tensor:
+            return function.apply(input, self.weight, self.bias, self.eps)
+
+    for part in module.modules():
+        if type(part) is nn.LayerNorm:
+            part.__class__ = LigerLayerNorm
 
 
 class StockAttention(Attention):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vivit.model
 from bench import compare, memory, model_tables, model_worker, models, record, zoo
+from bench.peers import Missing
 from bench.record import Record
 from bench.workers import Died
 from bench.zoo import Spec
@@ -50,11 +53,32 @@ def test_everybody_has_the_same_model(model):
         eager = reference.call(reference.video)
         exact = reference.module.double()(reference.video)
     assert exact.std() > 0  # a zero head would make everybody equal
-    for contestant in ("torch", *(name for name in zoo.peers_of(model) if name != "stock_compiled")):
+    for contestant in ("torch", *(name for name in zoo.peers_of(model) if name not in zoo.GPU_PEERS)):
         other = zoo.build(replace(spec, contestant=contestant))
         with torch.no_grad():
             verdict = judge(other.call(other.video), exact, eager, terms=spec.longest_sum)
         assert verdict.ok, f"{contestant}: {verdict}"
+
+
+def test_ligers_layer_norm_takes_the_place_of_pytorchs(monkeypatch):
+    """With a stand-in for its kernel: every LayerNorm calls it, with its own parameters; on a CPU it says why not."""
+    seen = []
+
+    class Function:
+        @staticmethod
+        def apply(x, weight, bias, eps):
+            seen.append(eps)
+            return torch.nn.functional.layer_norm(x, weight.shape, weight, bias, eps)
+
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops", SimpleNamespace(LigerLayerNormFunction=Function))
+    stock = zoo.build(replace(TINY, contestant="stock"))
+    liger = zoo.build(replace(TINY, contestant="stock_liger", device="cuda"))  # only said: it stays on the CPU
+    with torch.no_grad():
+        assert torch.equal(stock.call(stock.video), liger.call(liger.video))
+    norms = [part for part in stock.module.modules() if isinstance(part, torch.nn.LayerNorm)]
+    assert seen == [norm.eps for norm in norms]
+    with pytest.raises(Missing, match="GPUs only"):
+        zoo.build(replace(TINY, contestant="stock_liger"))
 
 
 def test_the_reference_and_stock_do_not_run_this_projects_operations(monkeypatch):
