@@ -12,7 +12,6 @@ A training step is forward, cross-entropy, backward, one step of SGD with moment
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import resource
@@ -27,11 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vivit_kernels.numerics import Verdict, judge
+from vivit_kernels.numerics import judge
 
 from . import zoo
 from .timing import Timer
-from .worker import explain, usable
+from .worker import explain, serve, worst
 from .workers import Worker
 
 STEP = "cross-entropy, SGD with momentum 0.9"
@@ -234,7 +233,7 @@ class Session:
             name: judge(found[name], exact[name], eager[name], gradient=name != "logits", terms=self.spec.longest_sum)
             for name in exact
         }
-        return {"error": error(verdicts, len(checked) / self.spec.clips), "flops": expected["flops"]}
+        return {"error": worst(verdicts, len(checked) / self.spec.clips), "flops": expected["flops"]}
 
     # -- time and memory ----------------------------------------------------------------------------------------------
     def warm(self) -> dict[str, Any]:
@@ -285,24 +284,9 @@ class Session:
             return {"status": status, "reason": reason}
 
 
-def error(verdicts: dict[str, Verdict], checked: float) -> dict[str, Any]:
-    """A record's `error`: the worst of the tensors, by its name."""
-    name = max(verdicts, key=lambda name: verdicts[name].share)
-    worst = verdicts[name]
-    return {"share": worst.share, "max": worst.max_error, "rms": worst.rms_error, "of": name, "checked": checked}
-
-
 def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints must not stand between the answers
-    device = torch.device(sys.argv[1])
-    session = Session(device)
-    for line in sys.stdin:
-        reply = session.answer(json.loads(line))
-        reply["usable"] = "status" not in reply or usable(device)
-        print(json.dumps(reply), file=answers, flush=True)
-        if not reply["usable"]:
-            break
+    on = torch.device(sys.argv[1])
+    serve(on, lambda: Session(on).answer)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ temporaries out of a CPU's times: report both.
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
 import json
 import signal
@@ -19,7 +18,6 @@ import statistics
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -48,10 +46,6 @@ QUICK = Spec("", "", size="S/16x2", frames=4)
 QUICK_MODELS, QUICK_BUDGET = zoo.VIVITS[:3], 90.0
 _ASK_SECONDS = 900.0
 _ENTER_SHARE = 0.6  # of a field's time may go into starting and checking; the rest is for turns
-
-
-def now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 @dataclass
@@ -88,7 +82,7 @@ class Lab:
         self.device = device.default_device() if args.device is None else torch.device(args.device)
         self.began = time.monotonic()
         self.deadline = float("inf") if args.budget is None else self.began + args.budget
-        self.run = f"{now()}-{uuid.uuid4().hex[:4]}"
+        self.run = record.new_run()
         self.commit, self.dirty = device.commit()
         self.machine = device.machine(self.device)
         if self.device.type == "cpu" and args.tuned_malloc:
@@ -140,14 +134,12 @@ class Lab:
         """A record without numbers, or with why there are none."""
         spec, found = entrant.spec, entrant.found
         made = Record(
-            run=self.run, date=now(), kind=kind, op=spec.step, case=case, shape=shape, dtype=spec.dtype,
+            run=self.run, date=record.now(), kind=kind, op=spec.step, case=case, shape=shape, dtype=spec.dtype,
             direction=spec.step, backend=spec.contestant, ours=spec.ours, status=found.get("status", "ok"),
             reason=found.get("reason", ""), machine=self.machine, commit=self.commit, dirty=self.dirty,
             error=found.get("error", {}), source=record.source_hash("model", spec.contestant) if spec.ours else "",
         )  # fmt: skip
-        if made.error.get("share", 0.0) > 1:
-            made.status = "wrong"
-            made.reason = f"{made.error['of']} uses {made.error['share']:.3g} of the error budget; 1 is the most"
+        made.refuse_wrong()
         return made
 
     def keep(self, made: Record, row: Callable[[Record], str] = model_tables.row) -> None:

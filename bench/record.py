@@ -7,9 +7,11 @@ same run. It is written the moment it is known, so a run that is killed loses no
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,6 +76,14 @@ class Record:
         """What two records of one measurement share; the later one counts."""
         return self.kind, self.op, self.case, self.dtype, self.direction, self.backend, str(self.machine.get("malloc"))
 
+    def refuse_wrong(self) -> None:
+        """Outside the error budget the status becomes "wrong", which is never stored."""
+        if self.error.get("share", 0.0) > 1:
+            self.status = "wrong"
+            self.reason = (
+                f"{self.error['of']} uses {self.error['share']:.3g} of the error budget; at most 1 may be kept"
+            )
+
     @property
     def group(self) -> tuple[str, ...]:
         """What may be compared: one run, one case, one dtype and direction."""
@@ -86,6 +96,16 @@ class Record:
         defaults |= {x.name: x.default_factory() for x in fields if x.default_factory is not dataclasses.MISSING}
         kept = (name for name, value in values.items() if name not in defaults or value != defaults[name])
         return json.dumps({name: values[name] for name in kept})
+
+
+def now() -> str:
+    """As records date themselves, in UTC."""
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def new_run() -> str:
+    """A name for a run that no other has."""
+    return f"{now()}-{uuid.uuid4().hex[:4]}"
 
 
 def from_json(line: str) -> Record:

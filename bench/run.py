@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import fnmatch
 import io
 import statistics
@@ -11,7 +10,6 @@ import subprocess
 import tarfile
 import tempfile
 import time
-import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,10 +45,6 @@ class Lane:
     tried: dict[str, Any] = field(default_factory=dict)
 
 
-def _now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
 class Run:
     """One run: its workers, its ceilings, its records."""
 
@@ -59,7 +53,7 @@ class Run:
         self.device = device.default_device() if args.device is None else device.torch.device(args.device)
         self.began = time.monotonic()
         self.deadline = None if args.budget is None else self.began + args.budget
-        self.name = f"{_now()}-{uuid.uuid4().hex[:4]}"
+        self.name = record.new_run()
         self.worker = Worker(str(self.device), args.plugin, tuned_malloc=args.tuned_malloc)
         self.base: Worker | None = None
         self.records: list[Record] = []
@@ -205,7 +199,7 @@ class Run:
     def _record(self, lane: Lane, group: Group, clocks: dict[str, Any]) -> Record:
         case = group.case
         made = Record(
-            run=self.name, date=_now(), kind="op", op=case.op, case=case.name, shape=case.shape,
+            run=self.name, date=record.now(), kind="op", op=case.op, case=case.name, shape=case.shape,
             dtype=group.dtype, direction=group.direction, backend=lane.name, ours=lane.ours, ideal=lane.ideal,
             status=lane.tried.get("status", "ok"), reason=lane.tried.get("reason", ""), machine=self.machine,
             commit=self.args.base if "@" in lane.name else self.commit, dirty=self.dirty,
@@ -215,11 +209,8 @@ class Run:
         if made.status != "ok":
             return made
         made.error = lane.tried["error"]
-        if made.error["share"] > 1:
-            made.status = "wrong"
-            made.reason = (
-                f"{made.error['of']} uses {made.error['share']:.3g} of the error budget; at most 1 may be kept"
-            )
+        made.refuse_wrong()
+        if made.status == "wrong":
             return made
         itemsize = 4 if group.dtype == "float32" else 2
         made.flops, made.exps = case.flops(group.direction), case.exps(group.direction)

@@ -24,6 +24,7 @@ import torch._functorch.config
 from torch import Tensor
 
 from vivit_kernels import _environment
+from vivit_kernels.numerics import Verdict
 
 from . import attention_peers, ceilings, device, footprint, tubelet  # noqa: F401  registers the peers
 from .attention import Attention
@@ -92,7 +93,7 @@ class Session:
         call = self.call(self.candidate(backend), direction)
         return {"ms": self.timer.calls(call, seconds, estimate_ms, fewest=1)}
 
-    def error(self, candidate: Candidate, direction: str) -> dict[str, float]:
+    def error(self, candidate: Candidate, direction: str) -> dict[str, Any]:
         """Outputs and gradients of this direction under the budget: the worst of them."""
         ask_gradients(candidate, direction)
         with torch.set_grad_enabled(direction != "forward"):
@@ -101,12 +102,7 @@ class Session:
         if direction != "forward":
             gradients = candidate.gradients(list(torch.autograd.grad(out, candidate.leaves, candidate.grad_output)))
         verdicts = self.inputs.verdicts(candidate.output(out.detach()), gradients)
-        name = max(verdicts, key=lambda name: verdicts[name].share)
-        worst = verdicts[name]
-        return {
-            "share": worst.share, "max": worst.max_error, "rms": worst.rms_error, "of": name,
-            "checked": self.inputs.checked_share,
-        }  # fmt: skip
+        return worst(verdicts, self.inputs.checked_share)
 
     def call(self, candidate: Candidate, direction: str) -> Callable[[], list[Tensor]]:
         """The call that is timed; for "backward" the graph is made here, outside it."""
@@ -126,6 +122,13 @@ class Session:
                 return [candidate.forward()]
 
         return forward
+
+
+def worst(verdicts: dict[str, Verdict], checked: float) -> dict[str, Any]:
+    """A record's `error`: the worst of the tensors, by its name; checked: the share of them that was compared."""
+    name = max(verdicts, key=lambda name: verdicts[name].share)
+    found = verdicts[name]
+    return {"share": found.share, "max": found.max_error, "rms": found.rms_error, "of": name, "checked": checked}
 
 
 def ask_gradients(candidate: Candidate, direction: str) -> None:
@@ -189,22 +192,33 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
-def main() -> None:
+def serve(on: torch.device, begin: Callable[[], Callable[[dict[str, Any]], dict[str, Any]]]) -> None:
+    """Answers requests from standard input until it ends or the device is lost. begin: gives the function from a
+    request to its answer; whatever it and the libraries print goes to standard error, never between the answers."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints must not stand between the answers
-    torch._functorch.config.donated_buffer = False  # the backward of a compiled peer is timed repeatedly on one graph
-    on = torch.device(sys.argv[1])
-    for path in sys.argv[2:]:
-        load_plugin(path)
-    session = Session(on)
-    if on.type == "cpu":
-        limit_memory()
+    os.dup2(2, 1)
+    respond = begin()
     for line in sys.stdin:
-        reply = answer(session, json.loads(line))
+        reply = respond(json.loads(line))
         reply["usable"] = "status" not in reply or usable(on)
         print(json.dumps(reply), file=answers, flush=True)
         if not reply["usable"]:
             break
+
+
+def main() -> None:
+    on = torch.device(sys.argv[1])
+
+    def begin() -> Callable[[dict[str, Any]], dict[str, Any]]:
+        torch._functorch.config.donated_buffer = False  # a compiled peer's backward is timed repeatedly on one graph
+        for path in sys.argv[2:]:
+            load_plugin(path)
+        session = Session(on)
+        if on.type == "cpu":
+            limit_memory()
+        return lambda request: answer(session, request)
+
+    serve(on, begin)
 
 
 if __name__ == "__main__":
