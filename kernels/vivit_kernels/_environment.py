@@ -6,6 +6,7 @@ import importlib.util
 import os
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")  # kernels then run on CPU tensors
 VARIABLE = "VIVIT_KERNELS_BACKENDS"
 BACKENDS = ("cuda", "triton", "cpu", "torch")  # default order: the first without a refusal runs
 
