@@ -1,7 +1,43 @@
-"""Every test starts from one seed, and uninitialised memory is NaN: an output that nobody wrote cannot pass."""
+"""Every test starts from one seed, and uninitialised memory is NaN: an output that nobody wrote cannot pass.
+
+Tests of Triton kernels are marked `interpreted`. They run on CPU tensors in a process with TRITON_INTERPRET=1, where
+nothing else runs (kernels are made for one or the other when they are imported), and on a GPU in an ordinary one.
+"""
+
+import importlib.util
+import os
 
 import pytest
 import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def pytest_configure(config):
+    if INTERPRETED and importlib.util.find_spec("triton"):
+        import triton_interpreter
+
+        if why := triton_interpreter.complaint():
+            raise pytest.UsageError(f"TRITON_INTERPRET is set, but {why}")
+        triton_interpreter.install()
+
+
+def pytest_ignore_collect(collection_path, config):
+    """An interpreting process reads no other test: it could only deselect them."""
+    other = collection_path.suffix == ".py" and not collection_path.name.startswith("test_triton_")
+    return True if INTERPRETED and other else None
+
+
+def runs_here(item) -> bool:
+    interpreted = item.get_closest_marker("interpreted") is not None
+    return interpreted if INTERPRETED else not interpreted or item.get_closest_marker("gpu") is not None
+
+
+def pytest_collection_modifyitems(config, items):
+    elsewhere = [item for item in items if not runs_here(item)]
+    if elsewhere:
+        config.hook.pytest_deselected(items=elsewhere)
+        items[:] = [item for item in items if runs_here(item)]
 
 
 @pytest.fixture(autouse=True)
