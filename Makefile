@@ -19,11 +19,15 @@ endif
 # One thread per test process: the processes share the cores. Without pytest-xdist the tests run one after another.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest \
 	$$($(PY) -c "import xdist" 2>/dev/null && echo "-n $(JOBS) --dist worksteal")
+# In such a process only tests of Triton kernels run, on CPU tensors (tests/conftest.py).
+INTERPRETING = TRITON_INTERPRET=1 $(PYTEST)
+# Where `make test-full` finds another version of Triton than the installed one.
+NEWEST = $(abspath $(VENV))/newest-triton
 # pytest answers 5 when it finds no test of the kind asked for; that is not a failure
 NONE_IS_FINE = || [ $$? -eq 5 ]
 CPP = $(shell git ls-files '*.cu' '*.cuh' '*.cpp' '*.h')
 
-.PHONY: help venv demo test test-full test-gpu bench check clean for-demo for-test for-check
+.PHONY: help venv demo test test-full test-newest-triton test-gpu bench check clean for-demo for-test for-check
 
 help:
 	@echo "make demo       create $(VENV), install, run the main job on real video, print where the results are"
@@ -51,10 +55,24 @@ demo: for-demo
 
 test: for-test
 	$(PYTEST) $(NONE_IS_FINE)
+	$(INTERPRETING) $(NONE_IS_FINE)
 
 test-full: for-test
 	$(PYTEST) -m "not gpu" $(NONE_IS_FINE)
+	$(INTERPRETING) -m "not gpu" $(NONE_IS_FINE)
 	OMP_NUM_THREADS=1 $(PY) -m pytest bench -q -k test_ratio
+	@if [ -n "$(strip $(VENV))" ] && $(PYTHON) .ci/install.py newest-triton --venv $(VENV); then \
+		$(MAKE) --no-print-directory test-newest-triton; \
+	else \
+		echo "LEFT OUT: the tests of Triton kernels with the newest Triton, which is not here"; \
+	fi
+
+# What `make test` runs of Triton kernels, interpreted and compiled.
+test-newest-triton: export PYTHONPATH := $(NEWEST)$(if $(PYTHONPATH),:$(PYTHONPATH))
+test-newest-triton:
+	@$(PY) -c "import triton; print('Triton', triton.__version__, 'from', triton.__file__)"
+	$(INTERPRETING) $(NONE_IS_FINE)
+	$(PYTEST) tests/test_triton_gate.py $(NONE_IS_FINE)
 
 bench: for-test
 	$(PY) -m bench --quick

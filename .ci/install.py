@@ -39,6 +39,7 @@ GOALS = {
     "test": ["-e", ".[test]"],
     "check": ["-e", ".[test]", "-r", ".ci/checks.txt"],
 }
+NEWEST = "newest-triton"  # not a goal of that kind: a folder of its own, which make test-full puts on PYTHONPATH
 INPUTS = [
     "pyproject.toml",
     "setup.py",
@@ -214,13 +215,34 @@ def install(goal: str, venv: Path) -> None:
     say(f"done in {time.monotonic() - started:.0f} s")
 
 
+def install_newest_triton(venv: Path) -> None:
+    """Triton alone, without what it requires, into a folder of the environment (1 GB), once per version."""
+    pinned = (CI / "constraints-newest.txt").read_text()
+    folder = venv / NEWEST
+    record = folder / RECORD
+    if record.exists() and record.read_text() == pinned:
+        say(f"{folder.name} is up to date")
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    wanted = next(line for line in pinned.splitlines() if line.startswith("triton=="))
+    say(f"{wanted} alone into {folder.name}")
+    options = ["--no-deps", "--quiet", "--only-binary", ":all:", "--timeout", "15", "--retries", "1"]
+    command = [str(venv / "bin" / "python"), "-m", "pip", "install", *options, "--target", str(folder), wanted]
+    done = run(command, stderr=subprocess.PIPE)
+    if done.returncode != 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise Stop(f"{wanted} cannot be had:\n{last_lines(done.stderr)}")
+    record.write_text(pinned)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("goal", choices=GOALS)
+    parser.add_argument("goal", choices=[*GOALS, NEWEST])
     parser.add_argument("--venv", default=".venv", help="the environment's folder (default: %(default)s)")
     arguments = parser.parse_args()
+    venv = (ROOT / arguments.venv).absolute()
     try:
-        install(arguments.goal, (ROOT / arguments.venv).absolute())
+        install_newest_triton(venv) if arguments.goal == NEWEST else install(arguments.goal, venv)
     except Stop as stop:
         sys.exit(f"install: {stop}")
 

@@ -20,6 +20,8 @@ def pytest_configure(config):
         if why := triton_interpreter.complaint():
             raise pytest.UsageError(f"TRITON_INTERPRET is set, but {why}")
         triton_interpreter.install()
+        # numpy warns of every overflow and NaN, which kernels make and mask
+        config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
 def pytest_ignore_collect(collection_path, config):

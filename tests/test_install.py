@@ -208,3 +208,26 @@ def test_the_wheel_holds_both_packages_and_nothing_else(tmp_path):
         inside = {str(Path(package).name / path.relative_to(ROOT / package)) for path in (ROOT / package).rglob("*.py")}
         assert inside <= set(names), "a folder without __init__.py is left out of the wheel"
     assert [name for name in names if name.endswith("entry_points.txt")] and [n for n in names if n.endswith("LICENSE")]
+
+
+def test_the_newest_triton_that_cannot_be_had_leaves_nothing(monkeypatch, tmp_path, only_folder):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(install.Stop, match=r"triton==3\S+ cannot be had:\n(.|\n)*No matching distribution"):
+        install.install_newest_triton(tmp_path)
+    assert not (tmp_path / install.NEWEST).exists()
+
+
+def test_the_newest_triton_is_installed_once(monkeypatch, tmp_path):
+    commands = []
+
+    def run(command, **options):
+        commands.append(command)
+        Path(command[command.index("--target") + 1]).mkdir()
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(install, "run", run)
+    install.install_newest_triton(tmp_path)
+    install.install_newest_triton(tmp_path)
+    assert len(commands) == 1 and "--no-deps" in commands[0] and commands[0][-1].startswith("triton==")
