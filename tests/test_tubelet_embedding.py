@@ -47,6 +47,10 @@ def make_parameters(case, grid, device):
 
 @pytest.mark.parametrize("case", grid(AXES, CROSSES))
 def test_parity(case, device):
+    check_case(case, device, "torch")
+
+
+def check_case(case, device, backend):
     case = case | {"tubelet": tuple(min(a, b) for a, b in zip(case["tubelet"], case["size"][2:], strict=True))}
     C = case["size"][1]
     video = make_video(case, device)
@@ -70,7 +74,7 @@ def test_parity(case, device):
     def actual(*x):
         pixels, x = (x[0], x[1:]) if video.is_floating_point() else (video, x)
         return tubelet_embedding(
-            pixels, *fill(x), class_token_per=per, mean=mean, std=std, layout=case["layout"], backend="torch"
+            pixels, *fill(x), class_token_per=per, mean=mean, std=std, layout=case["layout"], backend=backend
         )
 
     def defined(*x):

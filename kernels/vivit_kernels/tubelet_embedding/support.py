@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .._dispatch import Call, Refusal
+from .._triton import triton_refusals
 
 
 def torch_refusals(call: Call) -> list[Refusal]:
@@ -10,4 +11,4 @@ def torch_refusals(call: Call) -> list[Refusal]:
     return []
 
 
-SUPPORT = {"torch": torch_refusals}
+SUPPORT = {"triton": triton_refusals, "torch": torch_refusals}

@@ -1,0 +1,176 @@
+"""How backend `triton` of tubelet_embedding cuts its products. The parts are those of every tiles.py, see
+`_attention/tiles.py`. No rung is measured yet: the reasons are computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+BACKENDS = ("triton",)
+
+_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+_SHARED = {80: 160 << 10, 90: 224 << 10, 100: 224 << 10}  # bytes a block may take, less what Triton adds
+_WORKSPACE = 64 << 20  # bytes of the weight gradient's parts
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A program's part of `[M, K] @ [K, E]`: block_m tubelets by block_e columns, in steps of block_k taps."""
+
+    block_m: int
+    block_e: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+    def stages(self, pixel_bytes: int, itemsize: int, arch: int) -> int:
+        """As many stages as fit into shared memory, at most num_stages."""
+        step = self.block_k * (self.block_m * pixel_bytes + self.block_e * itemsize)
+        converted = self.block_k * self.block_m * itemsize if pixel_bytes != itemsize else 0
+        return max(1, min(self.num_stages, (_SHARED.get(arch, _SHARED[80]) - converted) // step))
+
+
+@dataclass(frozen=True)
+class Backward:
+    """A program's part of `[E, M] @ [M, K]`: block_e by block_k of the weight, in steps of block_m of the M / splits
+    tubelets."""
+
+    block_m: int
+    block_e: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    splits: int
+
+    def stages(self, pixel_bytes: int, itemsize: int, arch: int) -> int:
+        step = self.block_m * (self.block_k * pixel_bytes + self.block_e * itemsize)
+        converted = self.block_m * self.block_k * itemsize if pixel_bytes != itemsize else 0
+        return max(1, min(self.num_stages, (_SHARED.get(arch, _SHARED[80]) - converted) // step))
+
+
+Tile = Forward | Backward
+
+
+def _power(n: int, least: int, most: int) -> int:
+    """The power of two that holds n, between two others."""
+    return max(least, min(most, 1 << (n - 1).bit_length()))
+
+
+def _sizes(B: int, C: int, F: int, Y: int, X: int, tubelet: tuple[int, int, int]) -> tuple[int, int]:
+    """(tubelets M, taps K)."""
+    f, y, x = tubelet
+    return B * (F // f) * (Y // y) * (X // x), C * f * y * x
+
+
+def _idle(programs: int, slots: int) -> float:
+    """Time over the time without an unfinished last round of programs."""
+    return math.ceil(programs / slots) * slots / max(1, programs)
+
+
+def _splits(M: int, E: int, K: int, block_m: int, programs: int, slots: int) -> int:
+    """Of the numbers of parts that the workspace and M allow, the one with the least time: rounds of programs left
+    unfinished against parts written and read again, E*K*4 bytes each way, worth about 40 tubelets of products
+    (2*E*K operations at 800e12/s against 8*E*K bytes at 3e12/s is 1000 tubelets; from L2, where parts stay, fewer:
+    300)."""
+    most = max(1, min(_WORKSPACE // (4 * E * K), math.ceil(M / block_m), 64))
+
+    def cost(splits: int) -> float:
+        return M * _idle(programs * splits, slots) + 300 * splits
+
+    return min(range(1, most + 1), key=cost)
+
+
+def choose(
+    B: int, C: int, F: int, Y: int, X: int, tubelet: tuple[int, int, int], E: int, direction: str, itemsize: int,
+    arch: int | None,
+) -> Tile:  # fmt: skip
+    M, K = _sizes(B, C, F, Y, X, tubelet)
+    multiprocessors = _MULTIPROCESSORS.get(arch or 90, 132)
+    wide, taps = _power(E, 16, 256), _power(K, 16, 64)
+    if direction == "forward":
+        if itemsize == 4:  # no tensor cores in IEEE float32: accumulators and operands share the registers
+            return Forward(64, min(wide, 64), min(taps, 32), 4, 3)
+        return _forward_16_bits(M, wide, taps, multiprocessors)
+    if itemsize == 4:
+        block_k, block_e = _power(K, 16, 64), min(wide, 64)
+        programs = math.ceil(E / block_e) * math.ceil(K / block_k)
+        return Backward(32, block_e, block_k, 4, 3, _splits(M, E, K, 32, programs, 2 * multiprocessors))
+    # 128 x 128: two programs a multiprocessor, of which one converts pixels while the other multiplies
+    block_k, block_e = _power(K, 16, 128), min(wide, 128)
+    programs = math.ceil(E / block_e) * math.ceil(K / block_k)
+    return Backward(64, block_e, block_k, 4, 3, _splits(M, E, K, 64, programs, 2 * multiprocessors))
+
+
+def _forward_16_bits(M: int, wide: int, taps: int, multiprocessors: int) -> Forward:
+    """The larger a tile, the fewer times a pixel is converted and a weight fetched; the smaller, the fewer
+    multiprocessors are idle in the last round. Speeds relative to the largest are estimates."""
+    found = []
+    for block_m, block_e, warps, together, speed in (
+        (128, 256, 8, 1, 1.0), (128, 128, 4, 2, 0.95), (64, 128, 4, 3, 0.75), (64, 64, 4, 4, 0.5),
+    ):  # fmt: skip
+        block_e = min(block_e, wide)
+        programs = math.ceil(M / block_m) * math.ceil(wide / block_e)
+        found.append((_idle(programs, multiprocessors * together) / speed, Forward(block_m, block_e, taps, warps, 4)))
+    return min(found, key=lambda entry: entry[0])[1]
+
+
+def scattering(K: int, E: int, itemsize: int) -> Forward:
+    """The tile of the video's gradient: there block_k taps are the columns of a program, block_e the steps."""
+    if itemsize == 4:
+        return Forward(64, _power(E, 16, 32), _power(K, 16, 64), 4, 3)
+    return Forward(128, _power(E, 16, 64), _power(K, 16, 128), 4, 3)
+
+
+def row_sums(groups: int, E: int) -> tuple[int, int, int]:
+    """(groups, table rows, columns) of a block of the sums over dout: 64 KB or less, all of it in flight at once."""
+    block_g = _power(groups, 1, 8)
+    return block_g, 8 if block_g < 8 else 4, _power(E, 16, 128)
+
+
+def candidates(
+    B: int, C: int, F: int, Y: int, X: int, tubelet: tuple[int, int, int], E: int, direction: str, itemsize: int,
+    arch: int | None,
+) -> list[Tile]:  # fmt: skip
+    choice = choose(B, C, F, Y, X, tubelet, E, direction, itemsize, arch)
+    M, K = _sizes(B, C, F, Y, X, tubelet)
+    wide, taps = _power(E, 16, 256), _power(K, 16, 256)
+    found: list[Tile] = []
+    if isinstance(choice, Forward):
+        sizes = ((128, 256, 8), (256, 128, 8), (128, 128, 4), (128, 128, 8), (64, 256, 4), (64, 128, 4))
+        for block_m, block_e, warps in sizes:
+            for block_k, stages in ((64, 3), (64, 4), (32, 4), (128, 2)):
+                found.append(Forward(block_m, min(block_e, wide), min(block_k, taps), warps, stages))
+        return found
+    for block_e, block_k, warps in ((128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8), (64, 128, 4)):
+        block_e, block_k = min(block_e, wide), min(block_k, taps)
+        programs = math.ceil(E / block_e) * math.ceil(K / block_k)
+        for block_m, stages in ((64, 3), (64, 4), (32, 4), (128, 2)):
+            slots = _MULTIPROCESSORS.get(arch or 90, 132) * (8 // warps)
+            tile = Backward(block_m, block_e, block_k, warps, stages, _splits(M, E, K, block_m, programs, slots))
+            found += [tile, replace(tile, splits=max(1, tile.splits // 2))]
+    return found
+
+
+_forced: Tile | None = None
+
+
+@contextmanager
+def forced(tile: Tile) -> Iterator[None]:
+    """Every call in the process takes this tile in the direction that it is for, on all threads."""
+    global _forced
+    before, _forced = _forced, tile
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def current(
+    B: int, C: int, F: int, Y: int, X: int, tubelet: tuple[int, int, int], E: int, direction: str, itemsize: int,
+    arch: int | None,
+) -> Tile:  # fmt: skip
+    if isinstance(_forced, Forward if direction == "forward" else Backward):
+        return _forced
+    return choose(B, C, F, Y, X, tubelet, E, direction, itemsize, arch)

@@ -1,0 +1,156 @@
+"""Backward kernels of the Triton backend. Every sum has one order: results are the same bit for bit, run to run."""
+
+# pyright: reportGeneralTypeIssues=false
+# (it takes a device function for one that never returns)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_gather import load_pixels, of_channels, row_offsets, split_rows, tap_channels, tap_offsets
+
+
+@triton.jit
+def sum_rows(
+    dout_ptr, dposition_ptr, dclass_ptr, partial_ptr, TABLE, OUTER, INNER, E, blocks_per_strip,
+    stride_do, stride_di, stride_dn, stride_de,
+    FIRST: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_CLASS: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Sums dout over clips (and frames): the gradient of the table `[TABLE, E]` of positions, of the class row, and by
+    strips of the table its sum over tokens, partial `[strips, E]`, which bias and weight want.
+
+    dout is `[OUTER, INNER, TABLE, E]`; FIRST: 1 if row 0 of the table is the class row."""
+    blocks_e = tl.cdiv(E, BLOCK_E)
+    strip = tl.program_id(0) // blocks_e
+    e = tl.program_id(0) % blocks_e * BLOCK_E + tl.arange(0, BLOCK_E)
+    columns = e.to(tl.int64) * stride_de
+    tokens = tl.zeros([BLOCK_E], tl.float32)
+    last = tl.minimum((strip + 1) * blocks_per_strip, tl.cdiv(TABLE, BLOCK_N))
+    for block in range(strip * blocks_per_strip, last):
+        n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = (n < TABLE)[:, None] & (e < E)[None, :]
+        places = n.to(tl.int64)[:, None] * stride_dn + columns[None, :]
+        total = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
+        for start in range(0, OUTER * INNER, BLOCK_G):
+            g = start + tl.arange(0, BLOCK_G)
+            groups = (g // INNER).to(tl.int64) * stride_do + (g % INNER).to(tl.int64) * stride_di
+            mask = (g < OUTER * INNER)[:, None, None] & inside[None, :, :]
+            # [BLOCK_G, BLOCK_N, BLOCK_E]
+            dout = tl.load(dout_ptr + groups[:, None, None] + places[None, :, :], mask=mask, other=0.0)
+            total += tl.sum(dout.to(tl.float32), 0)
+        if HAS_POSITION:
+            pointers = dposition_ptr + n.to(tl.int64)[:, None] * E + e[None, :]
+            tl.store(pointers, total.to(dposition_ptr.dtype.element_ty), mask=inside)
+        if HAS_CLASS:
+            pointers = dclass_ptr + tl.broadcast_to(e[None, :], [BLOCK_N, BLOCK_E])
+            tl.store(pointers, total.to(dclass_ptr.dtype.element_ty), mask=inside & (n == 0)[:, None])
+        tokens += tl.sum(tl.where((n >= FIRST)[:, None], total, 0.0), 0)
+    tl.store(partial_ptr + strip.to(tl.int64) * E + e, tokens, mask=e < E)
+
+
+@triton.jit
+def weight_gradient(
+    dout_ptr, video_ptr, partial_ptr, scales, shifts, M, E, T, ROWS, COLUMNS, rows_per_split,
+    stride_db, stride_dt, stride_ds, stride_de, stride_vb, stride_vc, stride_vf, stride_vy, stride_vx,
+    C: tl.constexpr, F: tl.constexpr, Y: tl.constexpr, X: tl.constexpr, FOLDED: tl.constexpr, ALIGN: tl.constexpr,
+    NORMALISED: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """partial `[splits, E, K]` = dout^T @ tubelets, a part of the rows in each. dout_ptr points behind a class row."""
+    K: tl.constexpr = C * F * Y * X
+    blocks_k: tl.constexpr = tl.cdiv(K, BLOCK_K)
+    blocks_e = tl.cdiv(E, BLOCK_E)
+    # the split slowest: what runs at the same time shares its rows
+    split = tl.program_id(0) // (blocks_e * blocks_k)
+    e = tl.program_id(0) // blocks_k % blocks_e * BLOCK_E + tl.arange(0, BLOCK_E)
+    k = tl.program_id(0) % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    columns = e.to(tl.int64) * stride_de
+    total = tl.zeros([BLOCK_E, BLOCK_K], tl.float32)
+    for start in range(split * rows_per_split, tl.minimum((split + 1) * rows_per_split, M), BLOCK_M):
+        m = start + tl.arange(0, BLOCK_M)
+        b, t, row, column = split_rows(tl.minimum(m, M - 1), T, ROWS, COLUMNS)
+        rows = row_offsets(b, t, row, column, stride_vb, stride_vf, stride_vy, stride_vx, F, Y, X)
+        # [BLOCK_M, BLOCK_K]
+        pixels = load_pixels(
+            video_ptr, rows, k, scales, shifts, stride_vc, stride_vf, stride_vy, stride_vx,
+            C, F, Y, X, FOLDED, ALIGN, NORMALISED, BLOCK_K, DTYPE,
+        )  # fmt: skip
+        token = (row * COLUMNS + column).to(tl.int64)
+        places = b.to(tl.int64) * stride_db + t.to(tl.int64) * stride_dt + token * stride_ds
+        inside = (m < M)[:, None] & (e < E)[None, :]
+        # [BLOCK_M, BLOCK_E]
+        dout = tl.load(dout_ptr + places[:, None] + columns[None, :], mask=inside, other=0.0).to(DTYPE)
+        total = tl.dot(tl.trans(dout), pixels, total, input_precision=PRECISION)
+    lines = (split.to(tl.int64) * E + e)[:, None] * K + k[None, :]
+    tl.store(partial_ptr + lines, total, mask=(e < E)[:, None] & (k < K)[None, :])
+
+
+@triton.jit
+def finish_parameters(
+    partial_ptr, rows_ptr, dweight_ptr, dbias_ptr, scales, shifts, E, splits, strips,
+    TAPS: tl.constexpr, C: tl.constexpr, FOLDED: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dbias `[E]`, and dweight `[E, K]` = scale * (sum of its parts) + shift * (sum of all rows of dout)."""
+    K: tl.constexpr = C * TAPS
+    blocks_k: tl.constexpr = tl.cdiv(K if HAS_WEIGHT else 1, BLOCK_K)
+    e = tl.program_id(0) // blocks_k * BLOCK_E + tl.arange(0, BLOCK_E)
+    k = tl.program_id(0) % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    summed = tl.zeros([BLOCK_E], tl.float32)
+    if HAS_ROWS:
+        s = tl.arange(0, BLOCK_S)
+        mask = (s < strips)[:, None] & (e < E)[None, :]
+        # [BLOCK_S, BLOCK_E]
+        summed += tl.sum(tl.load(rows_ptr + s.to(tl.int64)[:, None] * E + e[None, :], mask=mask, other=0.0), 0)
+    if HAS_BIAS:
+        first = tl.program_id(0) % blocks_k == 0
+        tl.store(dbias_ptr + e, summed.to(dbias_ptr.dtype.element_ty), mask=(e < E) & first)
+    if HAS_WEIGHT:
+        channels = k // TAPS
+        source = k
+        if FOLDED > 1:
+            source = k % TAPS * FOLDED + channels
+        inside = (e < E)[:, None] & (k < K)[None, :]
+        total = tl.zeros([BLOCK_E, BLOCK_K], tl.float32)
+        for split in range(0, splits):
+            lines = (e.to(tl.int64) + split * E)[:, None] * K
+            # [BLOCK_E, BLOCK_K]
+            total += tl.load(partial_ptr + lines + source[None, :], mask=inside, other=0.0)
+        total *= of_channels(scales, channels)[None, :]
+        if HAS_ROWS:
+            total += summed[:, None] * of_channels(shifts, channels)[None, :]
+        pointers = dweight_ptr + e.to(tl.int64)[:, None] * K + k[None, :]
+        tl.store(pointers, total.to(dweight_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def video_gradient(
+    dout_ptr, weight_ptr, dvideo_ptr, scales, M, E, T, ROWS, COLUMNS, stride_db, stride_dt, stride_ds, stride_de,
+    stride_vb, stride_vc, stride_vf, stride_vy,
+    C: tl.constexpr, F: tl.constexpr, Y: tl.constexpr, X: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """dvideo = scale * (dout @ weight), each pixel of a tubelet written once. dout_ptr points behind a class row."""
+    K: tl.constexpr = C * F * Y * X
+    blocks_k: tl.constexpr = tl.cdiv(K, BLOCK_K)
+    m = tl.program_id(0) // blocks_k * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.program_id(0) % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    b, t, row, column = split_rows(tl.minimum(m, M - 1), T, ROWS, COLUMNS)
+    token = (row * COLUMNS + column).to(tl.int64)
+    places = b.to(tl.int64) * stride_db + t.to(tl.int64) * stride_dt + token * stride_ds
+    total = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    for start in range(0, E, BLOCK_E):
+        e = start + tl.arange(0, BLOCK_E)
+        pointers = dout_ptr + places[:, None] + e.to(tl.int64)[None, :] * stride_de
+        # [BLOCK_M, BLOCK_E]
+        dout = tl.load(pointers, mask=(e < E)[None, :], other=0.0).to(weight_ptr.dtype.element_ty)
+        pointers = weight_ptr + e.to(tl.int64)[:, None] * K + k[None, :]
+        # [BLOCK_E, BLOCK_K]
+        weight = tl.load(pointers, mask=(e < E)[:, None] & (k < K)[None, :], other=0.0)
+        total = tl.dot(dout, weight, total, input_precision=PRECISION)
+    total *= of_channels(scales, tap_channels(k, F * Y * X, 1))[None, :]
+    rows = row_offsets(b, t, row, column, stride_vb, stride_vf, stride_vy, 1, F, Y, X)
+    pointers = dvideo_ptr + rows[:, None] + tap_offsets(k, stride_vc, stride_vf, stride_vy, 1, F, Y, X)[None, :]
+    tl.store(pointers, total.to(dvideo_ptr.dtype.element_ty), mask=(m < M)[:, None] & (k < K)[None, :])

@@ -1,0 +1,126 @@
+"""Forward kernels of the Triton backend: the product over gathered tubelets, and what the weight is prepared to."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_gather import load_pixels, of_channels, row_offsets, split_rows, tap_channels
+
+
+@triton.jit
+def prepare_weight(
+    weight_ptr, bias_ptr, scaled_ptr, row_ptr, scales, shifts, stride_bias, E,
+    TAPS: tl.constexpr, C: tl.constexpr, FOLDED: tl.constexpr, HAS_BIAS: tl.constexpr, WRITES_SCALED: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """row `[E]` = bias + W @ shift in fp32; and, if WRITES_SCALED, W * scale `[E, K]` in the order of the video's taps.
+
+    TAPS: pixels of a tubelet in one of the C channels."""
+    K: tl.constexpr = C * TAPS
+    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    lines = e.to(tl.int64) * K
+    total = tl.zeros([BLOCK_E], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        inside = (e < E)[:, None] & (k < K)[None, :]
+        channels = tap_channels(k, TAPS, FOLDED)
+        source = k
+        if FOLDED > 1:
+            source = k % FOLDED * TAPS + k // FOLDED
+        # [BLOCK_E, BLOCK_K]
+        weight = tl.load(weight_ptr + lines[:, None] + source[None, :], mask=inside, other=0.0).to(tl.float32)
+        total += tl.sum(weight * of_channels(shifts, channels)[None, :], 1)
+        if WRITES_SCALED:
+            scaled = (weight * of_channels(scales, channels)[None, :]).to(scaled_ptr.dtype.element_ty)
+            tl.store(scaled_ptr + lines[:, None] + k[None, :], scaled, mask=inside)
+    if HAS_BIAS:
+        # [BLOCK_E]
+        total += tl.load(bias_ptr + e.to(tl.int64) * stride_bias, mask=e < E, other=0.0).to(tl.float32)
+    tl.store(row_ptr + e, total, mask=e < E)
+
+
+@triton.jit
+def forward(
+    video_ptr, weight_ptr, row_ptr, position_ptr, class_ptr, out_ptr, scale, scales, shifts, M, E, T, ROWS, COLUMNS,
+    stride_vb, stride_vc, stride_vf, stride_vy, stride_vx, stride_row, stride_pn, stride_pe, stride_class,
+    stride_ob, stride_ot, stride_os,
+    C: tl.constexpr, F: tl.constexpr, Y: tl.constexpr, X: tl.constexpr, FOLDED: tl.constexpr, ALIGN: tl.constexpr,
+    NORMALISED: tl.constexpr, HAS_ROW: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_CLASS: tl.constexpr,
+    PER_FRAME: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out = scale * (tubelets @ weight^T) + row + position, and the class rows, whose program is the one of the token
+    that follows. out_ptr and position_ptr point to the first token's row, behind the class row."""
+    K: tl.constexpr = C * F * Y * X
+    # neighbours in the grid share their tubelets: the video is read once, the weight stays in L2
+    blocks_e = tl.cdiv(E, BLOCK_E)
+    m = tl.program_id(0) // blocks_e * BLOCK_M + tl.arange(0, BLOCK_M)
+    e = tl.program_id(0) % blocks_e * BLOCK_E + tl.arange(0, BLOCK_E)
+    b, t, row, column = split_rows(tl.minimum(m, M - 1), T, ROWS, COLUMNS)  # rows beyond the last are not stored
+    rows = row_offsets(b, t, row, column, stride_vb, stride_vf, stride_vy, stride_vx, F, Y, X)
+    taps = tl.minimum(e, E - 1).to(tl.int64) * K  # nor are columns
+
+    total = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        # [BLOCK_M, BLOCK_K]
+        pixels = load_pixels(
+            video_ptr, rows, k, scales, shifts, stride_vc, stride_vf, stride_vy, stride_vx,
+            C, F, Y, X, FOLDED, ALIGN, NORMALISED, BLOCK_K, weight_ptr.dtype.element_ty,
+        )  # fmt: skip
+        # [BLOCK_K, BLOCK_E]
+        pointers = weight_ptr + taps[None, :] + k[:, None]
+        if K % BLOCK_K == 0:
+            weight = tl.load(pointers)
+        else:
+            weight = tl.load(pointers, mask=(k < K)[:, None], other=0.0)
+        total = tl.dot(pixels, weight, total, input_precision=PRECISION)
+    inside, token = m < M, row * COLUMNS + column
+    lines = b.to(tl.int64) * stride_ob + t.to(tl.int64) * stride_ot + token.to(tl.int64) * stride_os
+    if not PER_FRAME:
+        token += t * ROWS * COLUMNS
+    if BLOCK_E == 256:
+        # half of the columns at a time: with the positions of all of them there are not enough registers
+        left, right = tl.split(tl.permute(tl.reshape(total, [BLOCK_M, 2, BLOCK_E // 2]), (0, 2, 1)))
+        e = tl.program_id(0) % blocks_e * BLOCK_E + tl.arange(0, BLOCK_E // 2)
+        store_tokens(
+            left, scale, lines, token, inside, e, row_ptr, position_ptr, class_ptr, out_ptr, E, stride_row, stride_pn,
+            stride_pe, stride_class, stride_os, HAS_ROW, HAS_POSITION, HAS_CLASS,
+        )  # fmt: skip
+        store_tokens(
+            right, scale, lines, token, inside, e + BLOCK_E // 2, row_ptr, position_ptr, class_ptr, out_ptr, E,
+            stride_row, stride_pn, stride_pe, stride_class, stride_os, HAS_ROW, HAS_POSITION, HAS_CLASS,
+        )  # fmt: skip
+    else:
+        store_tokens(
+            total, scale, lines, token, inside, e, row_ptr, position_ptr, class_ptr, out_ptr, E, stride_row, stride_pn,
+            stride_pe, stride_class, stride_os, HAS_ROW, HAS_POSITION, HAS_CLASS,
+        )  # fmt: skip
+
+
+@triton.jit
+def store_tokens(
+    products, scale, lines, token, inside, e, row_ptr, position_ptr, class_ptr, out_ptr, E, stride_row, stride_pn,
+    stride_pe, stride_class, stride_os,
+    HAS_ROW: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_CLASS: tl.constexpr,
+):  # fmt: skip
+    """Columns e `[BLOCK]` of the rows of out at `lines` `[BLOCK_M]`, and of the class rows before first tokens."""
+    total, inside = products * scale, inside[:, None] & (e < E)[None, :]
+    if HAS_ROW:
+        # [BLOCK]
+        total += tl.load(row_ptr + e.to(tl.int64) * stride_row, mask=e < E, other=0.0).to(tl.float32)[None, :]
+    if HAS_POSITION:
+        positions = token.to(tl.int64)[:, None] * stride_pn + e.to(tl.int64)[None, :] * stride_pe
+        # [BLOCK_M, BLOCK]
+        total += tl.load(position_ptr + positions, mask=inside, other=0.0).to(tl.float32)
+    pointers = out_ptr + lines[:, None] + e[None, :]
+    tl.store(pointers, total.to(out_ptr.dtype.element_ty), mask=inside)
+    if HAS_CLASS:
+        # [BLOCK]
+        first = tl.load(class_ptr + e.to(tl.int64) * stride_class, mask=e < E, other=0.0).to(tl.float32)
+        if HAS_POSITION:
+            before = position_ptr - stride_pn + e.to(tl.int64) * stride_pe
+            first += tl.load(before, mask=e < E, other=0.0).to(tl.float32)
+        first = tl.broadcast_to(first[None, :], total.shape)
+        tl.store(pointers - stride_os, first.to(out_ptr.dtype.element_ty), mask=inside & (token == 0)[:, None])

@@ -1,0 +1,248 @@
+"""Backend `triton` of tubelet_embedding: an implicit matrix product that gathers its tubelets from the video itself.
+
+Forward is one kernel that writes the output once, class rows included. Before it, where pixels count as scale*u + shift
+or the video is channels-last, a small one reads the weight once: uint8 pixels enter the product as u - 128, so that
+W @ shift is folded into the bias in fp32 (E*4 bytes of workspace), a scale common to all channels is applied to the
+fp32 products, and one per channel goes into a copy of the weight, rounded once (E*K*itemsize bytes of workspace; a
+channels-last video has its weight copied in the order of its pixels). Floating-point pixels are normalised as they are
+loaded.
+
+Backward needs the same video: dW is dout^T @ tubelets in `splits` parts, added up in order (splits*E*K*4 bytes of
+workspace, at most 64 MiB unless one part is more), and the rows of dout are summed once for position, class row, bias
+and the shift's share of dW (at most 64*E*4 bytes). Nothing is atomic: results are the same bit for bit.
+"""
+
+# pyright: reportCallIssue=false
+# (launch options are no parameters of a kernel)
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from .. import _triton
+from . import tiles
+from .triton_backward import finish_parameters, sum_rows, video_gradient, weight_gradient
+from .triton_forward import forward, prepare_weight
+
+_STRIPS = 64  # parts of the sum of all rows of dout
+_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def _blocks(n: int, size: int) -> int:
+    return -(-n // size)
+
+
+def _grid(video: Tensor, weight: Tensor) -> tuple[int, int, int]:
+    """(T, rows, columns) of tubelets."""
+    T, rows, columns = (video.shape[2 + i] // weight.shape[2 + i] for i in range(3))
+    return T, rows, columns
+
+
+def _counts(video: Tensor, weight: Tensor) -> dict[str, int]:
+    T, rows, columns = _grid(video, weight)
+    return {"M": video.shape[0] * T * rows * columns, "E": weight.shape[0], "T": T, "ROWS": rows, "COLUMNS": columns}
+
+
+def _folded(video: Tensor) -> int:
+    """The channels that lie beside each other in every pixel, if they do, as in a decoder's frames; else 1."""
+    return video.shape[1] if video.stride(1) == 1 and video.stride(4) == video.shape[1] else 1
+
+
+def _gathering(video: Tensor, weight: Tensor) -> dict[str, int]:
+    """What device code wants to know about the video: its strides, the tubelet, the alignment of runs of pixels."""
+    folded, (stride_b, stride_c, stride_f, stride_y, stride_x) = _folded(video), video.stride()
+    C, (f, y, x) = video.shape[1], weight.shape[2:]
+    if folded > 1:
+        C, x, stride_c, stride_x = 1, x * C, 0, 1
+    size, align = video.element_size(), video.element_size()
+    if stride_x == 1:  # whatever is added to reach a run; frames, rows, ... of which there is one count like others
+        align = math.gcd(video.data_ptr(), 16, *(size * n for n in (stride_b, stride_c, stride_f, stride_y, x)))
+    return {
+        **{"stride_vb": stride_b, "stride_vc": stride_c, "stride_vf": stride_f, "stride_vy": stride_y},
+        **{"stride_vx": stride_x, "C": C, "F": f, "Y": y, "X": x, "FOLDED": folded, "ALIGN": align},
+    }
+
+
+def _pixels(video: Tensor, scale: list[float], shift: list[float]) -> tuple[list[float], list[float], bool]:
+    """(scale, shift) still to apply to the product of what is loaded, each one number if all are equal; and whether
+    floating-point pixels are normalised when they are loaded, instead."""
+    if video.dtype == torch.uint8:
+        shift = [o + 128 * a for a, o in zip(scale, shift, strict=True)]
+    return _short(scale), _short(shift), video.dtype != torch.uint8 and (any(shift) or set(scale) != {1.0})
+
+
+def _short(values: list[float]) -> list[float]:
+    return values[:1] if len(set(values)) == 1 else values
+
+
+def _tile(video: Tensor, weight: Tensor, direction: str) -> Any:
+    return tiles.current(
+        *video.shape, tuple(weight.shape[2:]), weight.shape[0], direction, weight.element_size(),
+        _triton.arch_of(video.device),
+    )  # fmt: skip
+
+
+def _prepared(
+    weight: Tensor, bias: Tensor | None, scale: list[float], shift: list[float], folded: int
+) -> tuple[Tensor, Tensor | None]:
+    """(weight `[E, K]` in the order of the video's taps, row `[E]` to add to the products)."""
+    E, C = weight.shape[:2]
+    copied = len(scale) > 1 or folded > 1
+    if not copied and not any(shift):
+        return weight, bias
+    scaled = torch.empty_like(weight) if copied else weight
+    row = torch.empty(E, dtype=torch.float32, device=weight.device)
+    prepare_weight[(_blocks(E, 4),)](
+        weight_ptr=weight, bias_ptr=row if bias is None else bias, scaled_ptr=scaled, row_ptr=row,
+        scales=tuple(scale) if len(scale) > 1 else (1.0,), shifts=tuple(shift),
+        stride_bias=0 if bias is None else bias.stride(0), E=E, TAPS=weight[0, 0].numel(), C=C, FOLDED=folded,
+        HAS_BIAS=bias is not None, WRITES_SCALED=copied, BLOCK_E=4, BLOCK_K=512, num_warps=4,
+    )  # fmt: skip
+    return scaled, row
+
+
+def launch_fwd(
+    video, weight, bias, position, class_token, per_frame: bool, scale: list[float], shift: list[float]
+) -> Tensor:
+    weight = weight.contiguous()
+    B, E, first, (T, rows, columns) = (
+        video.shape[0],
+        weight.shape[0],
+        int(class_token is not None),
+        _grid(video, weight),
+    )
+    groups, tokens = ((B, T), rows * columns) if per_frame else ((B,), T * rows * columns)
+    out = weight.new_empty(*groups, tokens + first, E)
+    gathering, tile = _gathering(video, weight), _tile(video, weight, "forward")
+    scale, shift, normalised = _pixels(video, scale, shift)
+    after = ([1.0], [0.0]) if normalised else (scale, shift)
+    with torch.cuda.device_of(video):
+        operand, row = _prepared(weight, bias, *after, gathering["FOLDED"])
+        counts = _counts(video, weight)
+        programs = _blocks(counts["M"], tile.block_m) * _blocks(E, tile.block_e)
+        forward[(programs,)](
+            video_ptr=video, weight_ptr=operand, row_ptr=out if row is None else row,
+            position_ptr=out if position is None else position[:, first:],
+            class_ptr=out if class_token is None else class_token, out_ptr=out[..., first:, :],
+            scale=after[0][0] if len(after[0]) == 1 else 1.0, scales=tuple(scale), shifts=tuple(shift), **counts,
+            stride_row=0 if row is None else row.stride(0),
+            stride_pn=0 if position is None else position.stride(1),
+            stride_pe=0 if position is None else position.stride(2),
+            stride_class=0 if class_token is None else class_token.stride(2),
+            stride_ob=out.stride(0), stride_ot=out.stride(1) if per_frame else rows * columns * E, stride_os=E,
+            **gathering, NORMALISED=normalised, HAS_ROW=row is not None, HAS_POSITION=position is not None,
+            HAS_CLASS=bool(first), PER_FRAME=per_frame, PRECISION=_triton.precision(weight.dtype),
+            BLOCK_M=tile.block_m, BLOCK_E=tile.block_e, BLOCK_K=tile.block_k, num_warps=tile.num_warps,
+            num_stages=tile.stages(video.element_size(), weight.element_size(), _triton.arch_of(video.device)),
+        )  # fmt: skip
+    return out
+
+
+def launch_bwd(
+    dout, video, weight, bias, position, class_token, per_frame: bool, scale, shift, needs: list[bool]
+) -> list[Tensor]:
+    """Gradients of (video, weight, bias, position, class_token); an empty tensor where `needs` says none is wanted."""
+    weight = weight.contiguous()
+    scale, shift, normalised = _pixels(video, scale, shift)
+    tokens = {"dout_ptr": dout[..., int(class_token is not None) :, :], "stride_db": dout.stride(0)}
+    tokens |= {"stride_ds": dout.stride(-2), "stride_de": dout.stride(-1)}
+    tokens["stride_dt"] = dout.stride(1) if per_frame else math.prod(_grid(video, weight)[1:]) * dout.stride(-2)
+    found: list[Tensor | None] = [None] * 5
+    with torch.cuda.device_of(video):
+        if needs[0]:
+            found[0] = _dvideo(tokens, video, weight, scale)
+        after = ([1.0], [0.0]) if normalised else (scale, shift)
+        rows = None
+        if any(needs[2:]) or (needs[1] and any(after[1])):
+            rows, *found[3:] = _row_sums(dout, position if needs[3] else None, class_token, needs[4])
+        if needs[1] or needs[2]:
+            parts = _weight_parts(tokens, video, weight, scale, shift, normalised) if needs[1] else None
+            found[1:3] = _finished(parts, rows, weight, bias if needs[2] else None, *after, _folded(video))
+    return [video.new_empty(0) if x is None else x for x in found]
+
+
+def _dvideo(tokens: dict[str, Any], video: Tensor, weight: Tensor, scale: list[float]) -> Tensor:
+    """The gradient of the video, contiguous `[B, C, F, Y, X]`; what fills no tubelet is zero."""
+    (E, C, f, y, x), arch = weight.shape, _triton.arch_of(video.device)
+    whole = all(n % part == 0 for n, part in zip(video.shape[2:], (f, y, x), strict=True))
+    dvideo = (torch.empty if whole else torch.zeros)(video.shape, dtype=video.dtype, device=video.device)
+    tile, counts = tiles.scattering(C * f * y * x, E, weight.element_size()), _counts(video, weight)
+    programs = _blocks(counts["M"], tile.block_m) * _blocks(C * f * y * x, tile.block_k)
+    video_gradient[(programs,)](
+        weight_ptr=weight, dvideo_ptr=dvideo, scales=tuple(scale), **counts, **tokens,
+        stride_vb=dvideo.stride(0), stride_vc=dvideo.stride(1), stride_vf=dvideo.stride(2), stride_vy=dvideo.stride(3),
+        C=C, F=f, Y=y, X=x, PRECISION=_triton.precision(weight.dtype),
+        BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_E=tile.block_e, num_warps=tile.num_warps,
+        num_stages=tile.stages(weight.element_size(), weight.element_size(), arch),
+    )  # fmt: skip
+    return dvideo
+
+
+def _row_sums(
+    dout: Tensor, position: Tensor | None, class_token: Tensor | None, needs_class: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(sums over all tokens by strips `[strips, E]`, dposition, dclass)."""
+    outer, inner = dout.shape[0], dout.shape[1] if dout.dim() == 4 else 1
+    table, E = dout.shape[-2:]
+    dposition = None if position is None else torch.empty(position.shape, dtype=position.dtype, device=dout.device)
+    dclass = None
+    if class_token is not None and needs_class:
+        dclass = torch.empty(class_token.shape, dtype=class_token.dtype, device=dout.device)
+    block_g, block_n, block_e = tiles.row_sums(outer * inner, E)
+    per_strip = max(1, _blocks(_blocks(table, block_n), _STRIPS))
+    strips = _blocks(_blocks(table, block_n), per_strip)
+    rows = torch.empty(strips, E, dtype=torch.float32, device=dout.device)
+    sum_rows[(strips * _blocks(E, block_e),)](
+        dout_ptr=dout, dposition_ptr=rows if dposition is None else dposition,
+        dclass_ptr=rows if dclass is None else dclass, partial_ptr=rows,
+        TABLE=table, OUTER=outer, INNER=inner, E=E, blocks_per_strip=per_strip,
+        stride_do=dout.stride(0), stride_di=dout.stride(1) if dout.dim() == 4 else 0, stride_dn=dout.stride(-2),
+        stride_de=dout.stride(-1), FIRST=int(class_token is not None), HAS_POSITION=dposition is not None,
+        HAS_CLASS=dclass is not None, BLOCK_G=block_g, BLOCK_N=block_n, BLOCK_E=block_e, num_warps=4,
+    )  # fmt: skip
+    return rows, dposition, dclass
+
+
+def _weight_parts(
+    tokens: dict[str, Any], video: Tensor, weight: Tensor, scale: list[float], shift: list[float], normalised: bool
+) -> Tensor:
+    """Parts of dout^T @ tubelets, fp32 `[splits, E, K]`, in the order of the video's taps."""
+    tile, counts, E = _tile(video, weight, "backward"), _counts(video, weight), weight.shape[0]
+    K = weight[0].numel()
+    # whole blocks in every part; parts that would be left without a row are not made
+    per_split = _blocks(_blocks(counts["M"], tile.block_m), tile.splits) * tile.block_m
+    splits = max(1, _blocks(counts["M"], max(1, per_split)))
+    parts = torch.empty(splits, E, K, dtype=torch.float32, device=weight.device)
+    weight_gradient[(splits * _blocks(E, tile.block_e) * _blocks(K, tile.block_k),)](
+        video_ptr=video, partial_ptr=parts, scales=tuple(scale), shifts=tuple(shift), **counts, **tokens,
+        rows_per_split=per_split, **_gathering(video, weight), NORMALISED=normalised,
+        PRECISION=_triton.precision(weight.dtype), DTYPE=_DTYPES[weight.dtype],
+        BLOCK_M=tile.block_m, BLOCK_E=tile.block_e, BLOCK_K=tile.block_k, num_warps=tile.num_warps,
+        num_stages=tile.stages(video.element_size(), weight.element_size(), _triton.arch_of(video.device)),
+    )  # fmt: skip
+    return parts
+
+
+def _finished(
+    parts: Tensor | None, rows: Tensor | None, weight: Tensor, bias: Tensor | None, scale: list[float],
+    shift: list[float], folded: int,
+) -> list[Tensor | None]:  # fmt: skip
+    """[dweight if there are parts, dbias if there is a bias]."""
+    (E, C), taps = weight.shape[:2], weight[0, 0].numel()
+    dweight = None if parts is None else torch.empty_like(weight)
+    dbias = None if bias is None else torch.empty(E, dtype=bias.dtype, device=weight.device)
+    unused = weight  # stands for a tensor that is neither read nor written
+    finish_parameters[(_blocks(E, 4) * (1 if parts is None else _blocks(C * taps, 512)),)](
+        partial_ptr=unused if parts is None else parts, rows_ptr=unused if rows is None else rows,
+        dweight_ptr=unused if dweight is None else dweight, dbias_ptr=unused if dbias is None else dbias,
+        scales=tuple(scale), shifts=tuple(shift), E=E, splits=0 if parts is None else parts.shape[0],
+        strips=0 if rows is None else rows.shape[0], TAPS=taps, C=C, FOLDED=folded, HAS_ROWS=rows is not None,
+        HAS_WEIGHT=dweight is not None, HAS_BIAS=dbias is not None, BLOCK_S=_STRIPS, BLOCK_E=4, BLOCK_K=512,
+        num_warps=4,
+    )  # fmt: skip
+    return [dweight, dbias]

@@ -1,0 +1,201 @@
+"""Backend `triton` of tubelet_embedding: the grid of the `torch` backend, and what only a kernel can get wrong."""
+
+import pytest
+import torch
+from parity_grid import check, grid
+from test_tubelet_embedding import AXES, CROSSES, check_case
+
+from vivit_kernels import tubelet_embedding
+from vivit_kernels.tubelet_embedding import api, reference, tiles
+
+pytestmark = pytest.mark.interpreted
+HALVES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.mark.parametrize("case", grid(AXES | {"dtype": HALVES}, CROSSES))
+def test_parity(case, device):
+    check_case(case, device, "triton")
+
+
+def embed(video, *parameters, layout="BCFYX", backend="triton", **options):
+    weight, bias, position, token = [*parameters, None, None, None][:4]
+    return tubelet_embedding(video, weight, bias, position, token, layout=layout, backend=backend, **options)
+
+
+def parity(video, parameters, dtype, device, per="clip", **options):
+    """Output and every gradient; parameters: weight, bias, position, class token, all there."""
+    pixels = video.permute(api._LAYOUTS[options.get("layout", "BCFYX")])
+    names = ["tokens", *(["dvideo"] if video.is_floating_point() else []), "dweight", "dbias", "dposition", "dclass"]
+
+    def given(x):
+        return (x[0], x[1:]) if video.is_floating_point() else (video, x)
+
+    def defined(*x):
+        (clip, rest), mean, std = given(x), options.get("mean"), options.get("std")
+        clip = clip.permute(api._LAYOUTS[options.get("layout", "BCFYX")])
+        return reference.tubelet_embedding(clip, *rest, per == "frame", *api._normalisation(pixels, mean, std))
+
+    def actual(*x):
+        clip, rest = given(x)
+        return embed(clip, *rest, class_token_per=per, **options)
+
+    tensors = [*([video] if video.is_floating_point() else []), *parameters]
+    do = torch.randn(defined(*tensors).shape, device=device)
+    check(actual, defined, tensors, do, dtype, names, terms=parameters[0][0].numel())
+
+
+def parameters(E, C, tubelet, size, per="clip", device="cpu"):
+    T, rows, columns = (n // part for n, part in zip(size, tubelet, strict=True))
+    table = rows * columns * (T if per == "clip" else 1) + 1
+    shapes = ((E, C, *tubelet), (E,), (1, table, E), (1, 1, E))
+    return [torch.randn(shape, device=device) * (0.05 if len(shape) == 5 else 1.0) for shape in shapes]
+
+
+# Blocks are powers of two: widths below, at and above one, a tail of one column; two blocks of tubelets and a tail.
+@pytest.mark.parametrize("E", [1, 16, 65, 192, 257, 768])
+@pytest.mark.parametrize("per", ["clip", "frame"])
+def test_widths(E, per, device):
+    size = (2, 37, 35)
+    video = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8, device=device)
+    parity(video, parameters(E, 3, (2, 4, 4), size, per, device), torch.bfloat16, device, per)
+
+
+@pytest.mark.parametrize("tile", [tiles.Forward(128, 256, 64, 8, 3), tiles.Forward(32, 256, 16, 4, 2)])
+def test_columns_stored_in_halves(tile, device):
+    size = (2, 37, 35)
+    video = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8, device=device)
+    with tiles.forced(tile):
+        parity(video, parameters(300, 3, (1, 8, 4), size, "frame", device), torch.float16, device, "frame")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("channels", [1, 2, 4, 5])
+@pytest.mark.parametrize("layout", ["BCFYX", "BFYXC"])
+def test_channels(channels, layout, dtype, device):
+    size = (2, 9, 13)
+    video = torch.randint(0, 256, (1, channels, *size), dtype=torch.uint8, device=device)
+    video = video.permute(0, 2, 3, 4, 1).contiguous() if layout == "BFYXC" else video
+    mean, std = [0.3 + 0.1 * c for c in range(channels)], [0.2 + 0.1 * c for c in range(channels)]
+    values = parameters(24, channels, (1, 3, 4), size, device=device)
+    parity(video, values, dtype, device, layout=layout, mean=mean, std=std)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("layout", ["BCFYX", "BFCYX", "BFYXC"])
+@pytest.mark.parametrize("normalise", [{}, {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}])
+def test_nothing_around_the_video_is_read(normalise, layout, dtype, device):
+    """Every margin of the video is NaN, and so are the pixels that fill no tubelet: one of them read would show."""
+    size, tubelet = (5, 18, 26), (2, 4, 8)
+    inside = torch.rand(2, 3, *size, device=device)
+    video = torch.full((3, 5, *(n + 3 for n in size)), float("nan"), device=device, dtype=dtype)
+    order = api._LAYOUTS[layout]
+    inverse = [order.index(i) for i in range(5)]
+    clip = (
+        video.permute(inverse).contiguous().permute(order)[:2, 1:4, 1 : 1 + size[0], 2 : 2 + size[1], 1 : 1 + size[2]]
+    )
+    clip.copy_(inside)
+    for dim, n, part in zip((2, 3, 4), size, tubelet, strict=True):
+        clip.narrow(dim, n // part * part, n % part).fill_(float("nan"))
+    values = parameters(24, 3, tubelet, size, device=device)
+    parity(clip.permute(inverse), values, dtype, device, layout=layout, **normalise)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_nothing_around_the_parameters_or_the_gradient_is_read(dtype, device):
+    size, tubelet = (2, 12, 12), (1, 4, 4)
+    video = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8, device=device)
+    values = [x.to(dtype) for x in parameters(40, 3, tubelet, size, device=device)]
+
+    def poisoned(x):
+        wide = torch.full([n + 2 for n in x.shape], float("nan"), dtype=x.dtype, device=device)
+        inner = wide[tuple(slice(1, n + 1) for n in x.shape)]
+        return inner.copy_(x)
+
+    do = torch.randn(embed(video, *values).shape, device=device).to(dtype)
+    results = []
+    for wrap in (poisoned, torch.clone):
+        leaves = [wrap(x).detach().requires_grad_() for x in values]
+        tokens = embed(video, *leaves)
+        results.append([tokens, *torch.autograd.grad(tokens, leaves, wrap(do))])
+    for found, clean in zip(*results, strict=True):
+        torch.testing.assert_close(found, clean, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("per", ["clip", "frame"])
+def test_twice_the_same_bits(per, device):
+    size, tubelet = (4, 24, 24), (2, 4, 4)
+    video = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8, device=device)
+    values = [x.bfloat16().requires_grad_() for x in parameters(24, 3, tubelet, size, per, device)]
+    tile = tiles.Backward(16, 16, 64, 4, 2, splits=3)  # several parts, whose order must not matter
+
+    def once():
+        tokens = embed(video, *values, class_token_per=per)
+        do = torch.linspace(-1, 1, tokens.numel(), device=device).view(tokens.shape).bfloat16()
+        with tiles.forced(tile):
+            return [tokens, *torch.autograd.grad(tokens, values, do)]
+
+    for one, other in zip(once(), once(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5, 1000])
+def test_parts_of_the_weight_gradient(splits, device):
+    size = (2, 20, 28)
+    video = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8, device=device)
+    with tiles.forced(tiles.Backward(16, 32, 32, 4, 2, splits)):
+        parity(video, parameters(40, 3, (2, 4, 4), size, device=device), torch.bfloat16, device)
+
+
+@pytest.mark.parametrize("wanted", range(5))
+def test_one_gradient_alone(wanted, device):
+    """What is not wanted is not computed, and does not change what is."""
+    size, tubelet = (2, 8, 12), (1, 4, 4)
+    tensors = [torch.rand(2, 3, *size, device=device), *parameters(24, 3, tubelet, size, device=device)]
+    do = torch.randn(2, 13, 24, device=device)
+
+    def gradients(leaves, backend):
+        tokens = embed(*tensors, backend=backend, mean=0.5, std=0.25)
+        return torch.autograd.grad(tokens, leaves, do)
+
+    together = gradients([x.requires_grad_() for x in tensors], "triton")[wanted]
+    for i, x in enumerate(tensors):
+        x.requires_grad_(i == wanted)
+    assert torch.equal(gradients([tensors[wanted]], "triton")[0], together)
+
+
+def test_expanded_gradient_and_expanded_parameters(device):
+    """sum() sends a gradient of strides 0; a position that all tokens share has strides 0 too."""
+    size, tubelet = (2, 8, 8), (1, 4, 4)
+    video = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8, device=device)
+    weight, bias, position, token = parameters(24, 3, tubelet, size, device=device)
+    leaves = [weight.transpose(3, 4), bias[:1].expand(24), position[:, :1].expand(1, 9, 24), token]
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    results = {}
+    for backend in ("triton", "torch"):
+        tokens = embed(video, *leaves, backend=backend)
+        results[backend] = [tokens, *torch.autograd.grad(tokens.sum(), leaves)]
+    for one, other in zip(*results.values(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_no_clip(device):
+    weight = torch.randn(8, 3, 1, 4, 4, device=device, requires_grad=True)
+    tokens = embed(torch.zeros(0, 3, 2, 8, 8, dtype=torch.uint8, device=device), weight)
+    assert tokens.shape == (0, 8, 8)
+    assert torch.equal(torch.autograd.grad(tokens.sum(), weight)[0], torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize("kind", ["uint8", "float32"])
+@pytest.mark.parametrize("per", ["clip", "frame"])
+def test_opcheck(kind, per, device):
+    size, tubelet = (2, 8, 8), (1, 4, 4)
+    video = torch.randint(0, 256, (2, 2, *size), dtype=torch.uint8, device=device)
+    video = video if kind == "uint8" else (video / 255).requires_grad_()
+    values = [x.requires_grad_() for x in parameters(8, 2, tubelet, size, per, device)]
+    arguments = (video, *values, per == "frame", [0.5, 0.25], [-1.0, 0.5], "triton")
+    torch.library.opcheck(torch.ops.vivit_kernels.tubelet_embedding_fwd, arguments)
+
+
+def test_float64_is_refused(device):
+    with pytest.raises(NotImplementedError, match="float64 is not one of float16, bfloat16, float32"):
+        embed(torch.zeros(1, 3, 2, 8, 8, device=device), torch.zeros(8, 3, 1, 4, 4, dtype=torch.float64, device=device))
