@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-COMMANDS = ("models", "memory", "report", "tune", "static", "gpu")
+COMMANDS = ("models", "memory", "report", "tune", "static", "gate", "gpu")
 
 
 def main() -> int:

@@ -93,24 +93,27 @@ class Kernel:
 
 # An address, a predicate if any, an opcode with its modifiers: `/*01a0*/   @!P0 LDG.E.128 R4, ...`
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)((?:\.\w+)*)", re.MULTILINE)
-_WIDE = ("LDG", "STG", "LDS", "STS")
+_MEMORY = ("LDG", "STG", "LDS", "STS", "LDGSTS")
+_WIDTHS = {"128": "128", "256": "128", "U16": "16", "S16": "16", "U8": "8", "S8": "8"}  # 32 and 64 bits go uncounted
 # The instructions worth a look; `MUFU` and those with a width stand beside the sum they are part of.
 NOTABLE = (
-    *("HGMMA", "HMMA", "UTCHMMA", "MUFU", "MUFU.EX2", "FFMA", "FADD", "FMUL", "HFMA2", "LDG", "LDG.128"),
-    *("STG", "STG.128", "LDS", "LDS.128", "STS", "STS.128", "LDSM", "UTMALDG", "UTMASTG", "LDGSTS", "SHFL", "BAR"),
-    *("RED", "ATOMG", "LDL", "STL"),
+    *("HGMMA", "HMMA", "UTCHMMA", "MUFU", "MUFU.EX2", "FFMA", "FADD", "FMUL", "HFMA2", "LDG", "LDG.128", "STG"),
+    *("STG.128", "LDS", "LDS.128", "STS", "STS.128", "LDSM", "UTMALDG", "UTMASTG", "LDGSTS", "LDGSTS.128", "SHFL"),
+    *("BAR", "RED", "ATOMG", "LDL", "STL"),
 )
 
 
 def instructions(sass: str) -> Counter[str]:
-    """Counts by opcode, as written: the body of a loop once. Of them again `MUFU.EX2` and its like, `LDG.128`, ..."""
+    """Counts by opcode, as written: the body of a loop once. Of them again `MUFU.EX2` and its like, `LDG.128` (or
+    more bits), `LDG.16`, `LDG.8`, ..."""
     mix: Counter[str] = Counter()
     for opcode, modifiers in _INSTRUCTION.findall(sass):
         mix[opcode] += 1
         if opcode == "MUFU":
             mix[opcode + modifiers] += 1
-        elif opcode in _WIDE and ".128" in modifiers:
-            mix[f"{opcode}.128"] += 1
+        elif opcode in _MEMORY:
+            widths = [_WIDTHS[word] for word in modifiers.split(".") if word in _WIDTHS]
+            mix.update(f"{opcode}.{width}" for width in widths[:1])
     return mix
 
 

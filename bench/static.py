@@ -10,28 +10,23 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import os
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import vivit_kernels
 
 from . import ceilings, cubin, record
-from .cases import OPS, PACKAGES, AttentionCase, Case, TubeletCase, select
+from .cases import OPS, Case, select
+from .launches import DIRECTIONS, Compiled, case_launches, compile_launches, has_kernel, unavailable
 
-DIRECTIONS = ("forward", "backward")
 CEILINGS = "ceilings"  # the kernel that measures exponentials, listed like those of an operation
 
 # Assumed, not measured here: the best that one such GPU was seen to reach. In float32 products run in TF32, at half the
@@ -44,152 +39,6 @@ ASSUMED: dict[int, dict[str, Any]] = {
         "exp_gops": 3700.0,
     },
 }
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """A launch of a Triton kernel. shared: bytes a block, tensor_columns: of tensor memory (Blackwell)."""
-
-    kernel: cubin.Kernel
-    grid: tuple[int, ...]
-    threads: int
-    shared: int
-    tensor_columns: int = 0
-
-    @property
-    def occupancy(self) -> cubin.Occupancy:
-        return cubin.occupancy(self.kernel.arch, self.kernel.registers, self.shared, self.threads)
-
-    @property
-    def complaints(self) -> list[str]:
-        """What is wrong with it: it could not be launched, or was written to keep in registers what is not."""
-        limit = cubin.ARCHS[self.kernel.arch]
-        found = [f"spills: {self.kernel.spills} loads and stores of local memory"] if self.kernel.spills else []
-        if self.tensor_columns > limit.tensor_columns:
-            found.append(f"tensor memory: {self.tensor_columns} columns, {limit.tensor_columns} at most")
-        if not self.occupancy.blocks:
-            found.append(f"no block fits: {', '.join(self.occupancy.limits)}")
-        return found
-
-
-class NoGPU:
-    """Stands in for Triton's CUDA driver. The JIT caches per device: every architecture gets an id of its own."""
-
-    def __init__(self, arch: int):
-        from triton.backends.compiler import GPUTarget
-
-        self.target = GPUTarget("cuda", arch, 32)
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self) -> int:
-        return int(self.target.arch)
-
-    def get_current_stream(self, device=None) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def get_benchmarker(self) -> Callable:
-        return lambda *_, **__: [0.0, 0.0, 0.0]  # an autotuner compiles every configuration and takes the first
-
-
-def compile_launches(function: Callable[[], object], arch: int) -> list[Compiled]:
-    """Runs `function`; each Triton launch in it is compiled for sm_<arch> with its real arguments, and not launched.
-
-    Raises RuntimeError without Triton, or where kernels are interpreted instead of compiled.
-    """
-    if why := unavailable():
-        raise RuntimeError(f"bench static: {why}")
-    launched: list[Compiled] = []
-    with _instead_of_launches(arch, launched):
-        function()
-    return launched
-
-
-def unavailable() -> str:
-    """Why Triton kernels cannot be compiled here, or ''."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed, so its kernels cannot be compiled here\n  -> pip install triton; no GPU needed"
-    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        return "TRITON_INTERPRET is set: kernels are interpreted, not compiled\n  -> use a process without it"
-    return ""
-
-
-@contextmanager
-def _instead_of_launches(arch: int, launched: list[Compiled]) -> Iterator[None]:
-    from triton.runtime import JITFunction, driver
-
-    launch, before = JITFunction.run, driver._active
-
-    def run(self, *args, grid: Any, warmup: bool, **options):
-        kernel = launch(self, *args, grid=grid, warmup=True, **options)
-        if callable(grid):
-            grid = grid(dict(zip(self.arg_names, args, strict=False)) | options)
-        launched.append(_compiled(kernel, tuple(grid)))
-        return kernel
-
-    JITFunction.run = run
-    driver.set_active(NoGPU(arch))  # pyright: ignore[reportArgumentType]
-    try:
-        yield
-    finally:
-        JITFunction.run = launch
-        driver.set_active(before)  # pyright: ignore[reportArgumentType]
-
-
-def _compiled(kernel: Any, grid: tuple[int, ...]) -> Compiled:
-    facts, read = kernel.metadata, _read_bytes(kernel.asm["cubin"])
-    threads = read.threads or 32 * facts.num_warps  # with warp specialisation more than num_warps
-    return Compiled(read, grid, threads, max(facts.shared, read.shared), getattr(facts, "tmem_size", 0) or 0)
-
-
-@cache
-def _read_bytes(binary: bytes) -> cubin.Kernel:
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(binary)
-        return cubin.read(path)[0]
-
-
-# ---- what is launched for a case ----
-
-
-def has_kernel(op: str) -> bool:
-    return importlib.util.find_spec(f"vivit_kernels.{PACKAGES[op]}.triton_kernels") is not None
-
-
-def case_launches(case: Case, dtype: torch.dtype, direction: str, arch: int) -> list[Compiled]:
-    """What backend `triton` launches for a case in one direction; a backward's forward is run and left out."""
-    results: list[Tensor] = []
-
-    def run() -> None:
-        results.append(_attention(case, dtype) if isinstance(case, AttentionCase) else _tubelet(case, dtype))
-
-    forward = compile_launches(run, arch)
-    if direction == "forward":
-        return forward
-    return compile_launches(lambda: results[0].backward(torch.empty_like(results[0])), arch)
-
-
-def _attention(case: AttentionCase, dtype: torch.dtype) -> Tensor:
-    tokens = (case.S,) if case.op == "joint" else (case.T, case.S)
-    qkv = torch.empty(case.B, *tokens, 3, case.H, case.D, dtype=dtype, requires_grad=True)
-    op = getattr(torch.ops.vivit_kernels, f"{PACKAGES[case.op]}_fwd")
-    options = (case.temporal_heads, case.D**-0.5, case.softcap or 0.0, 0.0)
-    return op(qkv, None, None, None, None, None, None, *options, "triton")[0]
-
-
-def _tubelet(case: TubeletCase, dtype: torch.dtype) -> Tensor:
-    video = torch.empty(case.B, case.C, case.F, case.Y, case.X, dtype=torch.uint8)
-    shapes = ((case.E, case.C, *case.tubelet), (case.E,), (1, case.tokens, case.E))
-    weight, bias, position = (torch.empty(shape, dtype=dtype, requires_grad=True) for shape in shapes)
-    scale, shift = [1 / 127.5] * case.C, [-1.0] * case.C
-    return torch.ops.vivit_kernels.tubelet_embedding_fwd(
-        video, weight, bias, position, None, False, scale, shift, "triton"
-    )
 
 
 # ---- the least time of a case ----
