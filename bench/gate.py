@@ -131,26 +131,29 @@ def _of_accesses(launch: Compiled) -> Iterator[str]:
 
 def tile_name(launch: Compiled) -> str:
     def text(value) -> str:
-        return "+".join(map(text, value)) if isinstance(value, tuple) else str(value)
+        return f"({','.join(map(text, value))})" if isinstance(value, tuple) else str(value)
 
     return " ".join(f"{name}={text(value)}" for name, value in launch.tile)
 
 
-def rows(launches: Iterable[tuple[str, Compiled]]) -> list[tuple[str, ...]]:
-    """One of each kernel and tile, with the first case that launches it."""
-    seen: dict[tuple, tuple[str, ...]] = {}
+def distinct(launches: Iterable[tuple[str, Compiled]]) -> list[tuple[str, Compiled]]:
+    """The first launch of each kernel."""
+    first: dict[tuple, tuple[str, Compiled]] = {}
     for what, launch in launches:
-        mix, fits = launch.kernel.mix, launch.occupancy
-        opcodes = " ".join(f"{name} {mix[name]}" for name in TENSOR_OPCODES if mix[name])
-        loads = f"{mix['LDG.128'] + mix['LDGSTS.128'] + mix['UTMALDG']}/{mix['LDG'] + mix['LDGSTS'] + mix['UTMALDG']}"
-        stores = f"{mix['STG.128'] + mix['UTMASTG']}/{mix['STG'] + mix['UTMASTG']}"
-        line = (
-            f"sm_{launch.kernel.arch}", launch.kernel.name, tile_name(launch), opcodes or "-",
-            str(launch.kernel.registers), str(launch.shared), str(launch.threads), str(fits.warps),
-            loads, stores, str(mix["MUFU.EX2"]),
-        )  # fmt: skip
-        seen.setdefault((launch.kernel.arch, launch.kernel.sass, launch.shared), (what, *line))
-    return list(seen.values())
+        first.setdefault((launch.kernel.arch, launch.kernel.sass, launch.shared), (what, launch))
+    return list(first.values())
+
+
+def row(what: str, launch: Compiled) -> tuple[str, ...]:
+    mix = launch.kernel.mix
+    opcodes = " ".join(f"{name} {mix[name]}" for name in TENSOR_OPCODES if mix[name])
+    loads = f"{mix['LDG.128'] + mix['LDGSTS.128'] + mix['UTMALDG']}/{mix['LDG'] + mix['LDGSTS'] + mix['UTMALDG']}"
+    stores = f"{mix['STG.128'] + mix['UTMASTG']}/{mix['STG'] + mix['UTMASTG']}"
+    return (
+        what, f"sm_{launch.kernel.arch}", launch.kernel.name, tile_name(launch), opcodes or "-",
+        str(launch.kernel.registers), str(launch.shared), str(launch.threads), str(launch.occupancy.warps),
+        loads, stores, str(mix["MUFU.EX2"]),
+    )  # fmt: skip
 
 
 HEADER = (
@@ -206,6 +209,13 @@ def write_record(path: Path = RECORD) -> None:
     path.write_text(f'{{\n  "triton": "{triton.__version__}",\n' + ",\n".join(lines) + "\n}\n")
 
 
+def _reason(error: BaseException) -> str:
+    """Triton reports the line of the outermost call; what is wrong there is the last cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m bench gate", description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("op", nargs="*", help=f"{', '.join(OPS)}; all without")
@@ -238,9 +248,10 @@ def main(argv: list[str]) -> int:
             try:
                 launches += [(what, x) for x in case_launches(case, getattr(torch, dtype), direction, arch)]
             except Exception as error:  # whatever a launcher or the compiler raises belongs in the report
-                failed.append(f"{what} sm_{arch}: could not be compiled: {type(error).__name__}: {error}")
-    failed += [f"{what} sm_{x.kernel.arch} {x.kernel.name}: {why}" for what, x in launches for why in complaints(x)]
-    print(table(HEADER, rows(launches), 5))
+                failed.append(f"{what} sm_{arch}: could not be compiled: {_reason(error)}")
+    kernels = distinct(launches)
+    failed += [f"{what} sm_{x.kernel.arch} {x.kernel.name}: {why}" for what, x in kernels for why in complaints(x)]
+    print(table(HEADER, [row(*kernel) for kernel in kernels], 5))
     print("\nloads, stores: those of 128 bits of all, loop bodies once; warps: on one multiprocessor at once")
     print("\n".join(f"! {line}" for line in failed))
     return 1 if failed else 0

@@ -142,9 +142,7 @@ def _compiled(kernel: Any, grid: tuple[int, ...], constants: dict[str, Any]) -> 
 
 def _is_size(value: Any) -> bool:
     """Flags and names are no part of a tile."""
-    if isinstance(value, tuple):
-        return all(map(_is_size, value))
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, tuple) or (isinstance(value, int) and not isinstance(value, bool))
 
 
 @cache
