@@ -8,6 +8,8 @@ from test_tubelet_embedding import AXES, CROSSES, check_case
 from vivit_kernels import tubelet_embedding
 from vivit_kernels.tubelet_embedding import api, reference, tiles
 
+triton_kernels = pytest.importorskip("vivit_kernels.tubelet_embedding.triton_kernels", reason="needs Triton")
+
 pytestmark = pytest.mark.interpreted
 HALVES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -78,6 +80,21 @@ def test_channels(channels, layout, dtype, device):
     mean, std = [0.3 + 0.1 * c for c in range(channels)], [0.2 + 0.1 * c for c in range(channels)]
     values = parameters(24, channels, (1, 3, 4), size, device=device)
     parity(video, values, dtype, device, layout=layout, mean=mean, std=std)
+
+
+# Runs of 14 bytes: even and odd columns are two products where columns come in pairs and rows at multiples of 4 bytes.
+@pytest.mark.parametrize("layout", ["BCFYX", "BFYXC"])
+@pytest.mark.parametrize("columns, pitch, phases", [(4, 56, 2), (3, 44, 1), (2, 30, 1), (2, 40, 2)])
+def test_runs_that_begin_between_words(columns, pitch, phases, layout, device):
+    size = (2, 15, columns * 14)
+    video = torch.randint(0, 256, (2, 3, *size[:2], pitch), dtype=torch.uint8, device=device)
+    video = video.permute(0, 2, 3, 4, 1).contiguous() if layout == "BFYXC" else video
+    video = video.narrow(layout.index("X"), 0, size[2])
+    values = parameters(24, 3, (2, 7, 14), size, device=device)
+    seen = triton_kernels._gathering(video.permute(api._LAYOUTS[layout]), values[0])
+    assert seen.phases == phases or layout == "BFYXC"
+    with tiles.forced(tiles.Forward(16, 16, 64, 4, 2)):
+        parity(video, values, torch.bfloat16, device, layout=layout, std=[0.5, 0.6, 0.7])
 
 
 @pytest.mark.parametrize("dtype", HALVES)

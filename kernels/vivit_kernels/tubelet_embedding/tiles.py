@@ -25,6 +25,11 @@ class Forward:
     num_warps: int
     num_stages: int
 
+    @property
+    def halved(self) -> bool:
+        """Whether columns are stored in two halves: 128 sums and 128 positions a thread are more than its registers."""
+        return self.block_m * self.block_e >= 128 * 32 * self.num_warps and self.block_e >= 32
+
     def stages(self, pixel_bytes: int, itemsize: int, arch: int) -> int:
         """As many stages as fit into shared memory, at most num_stages."""
         step = self.block_k * (self.block_m * pixel_bytes + self.block_e * itemsize)
@@ -86,47 +91,57 @@ def choose(
     B: int, C: int, F: int, Y: int, X: int, tubelet: tuple[int, int, int], E: int, direction: str, itemsize: int,
     arch: int | None,
 ) -> Tile:  # fmt: skip
+    arch = arch or 90
     M, K = _sizes(B, C, F, Y, X, tubelet)
-    multiprocessors = _MULTIPROCESSORS.get(arch or 90, 132)
-    wide, taps = _power(E, 16, 256), _power(K, 16, 64)
+    multiprocessors = _MULTIPROCESSORS.get(arch, 132)
     if direction == "forward":
         if itemsize == 4:  # no tensor cores in IEEE float32: accumulators and operands share the registers
-            return Forward(64, min(wide, 64), min(taps, 32), 4, 3)
-        return _forward_16_bits(M, wide, taps, multiprocessors)
-    if itemsize == 4:
-        block_k, block_e = _power(K, 16, 64), min(wide, 64)
-        programs = math.ceil(E / block_e) * math.ceil(K / block_k)
-        return Backward(32, block_e, block_k, 4, 3, _splits(M, E, K, 32, programs, 2 * multiprocessors))
-    # 128 x 128: two programs a multiprocessor, of which one converts pixels while the other multiplies
-    block_k, block_e = _power(K, 16, 128), min(wide, 128)
+            return Forward(_rows_of_float32(arch), _power(E, 16, 64), _power(K, 16, 32), 4, 3)
+        return _forward_16_bits(M, E, K, arch, multiprocessors)
+    # Two programs a multiprocessor, of which one converts pixels while the other multiplies. sm_80 has its accumulators
+    # and operands in registers, and spills 128 x 128 of 4 warps.
+    block_m, block_e, block_k, warps = (64, 128, 128, 4) if arch >= 90 else (64, 128, 64, 4)
+    if itemsize == 4:  # 202 registers at 4 warps, 127 at 8
+        block_m, block_e, block_k, warps = 16, _rows_of_float32(arch), 64, 8 if _rows_of_float32(arch) == 64 else 4
+    block_e, block_k = _power(E, 16, block_e), _power(K, 16, block_k)
     programs = math.ceil(E / block_e) * math.ceil(K / block_k)
-    return Backward(64, block_e, block_k, 4, 3, _splits(M, E, K, 64, programs, 2 * multiprocessors))
+    return Backward(block_m, block_e, block_k, warps, 3, _splits(M, E, K, block_m, programs, 2 * multiprocessors))
 
 
-def _forward_16_bits(M: int, wide: int, taps: int, multiprocessors: int) -> Forward:
-    """The larger a tile, the fewer times a pixel is converted and a weight fetched; the smaller, the fewer
-    multiprocessors are idle in the last round. Speeds relative to the largest are estimates."""
+def _rows_of_float32(arch: int) -> int:
+    """For sm_100 Triton 3.6 compiles products of 64 rows and more to TF32, also where IEEE float32 is asked for."""
+    return 32 if arch >= 100 else 64
+
+
+def _forward_16_bits(M: int, E: int, K: int, arch: int, multiprocessors: int) -> Forward:
+    """The larger a tile, the fewer times a pixel is converted and a weight fetched; the smaller, the more even the load
+    of the multiprocessors. Speeds relative to the largest are estimates."""
     found = []
-    for block_m, block_e, warps, together, speed in (
-        (128, 256, 8, 1, 1.0), (128, 128, 4, 2, 0.95), (64, 128, 4, 3, 0.75), (64, 64, 4, 4, 0.5),
-    ):  # fmt: skip
-        block_e = min(block_e, wide)
-        programs = math.ceil(M / block_m) * math.ceil(wide / block_e)
-        found.append((_idle(programs, multiprocessors * together) / speed, Forward(block_m, block_e, taps, warps, 4)))
+    # 128 x 128 of 4 warps and steps of 64 spills 3 registers on sm_90; sm_80, operands in registers, more than that
+    if arch >= 90:
+        tried = ((128, 256, 64, 8, 1.0), (128, 128, 32, 4, 0.9), (64, 128, 64, 4, 0.75), (64, 64, 64, 4, 0.5))
+    else:
+        tried = ((128, 256, 32, 8, 1.0), (128, 128, 32, 8, 0.9), (64, 128, 64, 4, 0.75), (64, 64, 64, 4, 0.5))
+    for block_m, block_e, block_k, warps, speed in tried:
+        block_e = _power(E, 16, block_e)
+        programs = math.ceil(M / block_m) * math.ceil(E / block_e)
+        load = math.ceil(programs / multiprocessors) * block_m * block_e
+        found.append((load / speed, Forward(block_m, block_e, _power(K, 16, block_k), warps, 4)))
     return min(found, key=lambda entry: entry[0])[1]
 
 
-def scattering(K: int, E: int, itemsize: int) -> Forward:
+def scattering(K: int, E: int, pixel_bytes: int, itemsize: int, arch: int) -> Forward:
     """The tile of the video's gradient: there block_k taps are the columns of a program, block_e the steps."""
     if itemsize == 4:
-        return Forward(64, _power(E, 16, 32), _power(K, 16, 64), 4, 3)
-    return Forward(128, _power(E, 16, 64), _power(K, 16, 128), 4, 3)
+        return Forward(_rows_of_float32(arch), _power(E, 16, 32), _power(K, 16, 64), 4, 3)
+    # pixels of 4 bytes take twice the addresses of 2: 128 columns spill
+    return Forward(128, _power(E, 16, 64), _power(K, 16, 128 if pixel_bytes <= 2 else 64), 4, 3)
 
 
-def row_sums(groups: int, E: int) -> tuple[int, int, int]:
-    """(groups, table rows, columns) of a block of the sums over dout: 64 KB or less, all of it in flight at once."""
+def row_sums(groups: int, E: int, itemsize: int) -> tuple[int, int, int]:
+    """(groups, table rows, columns) of a block of the sums over dout: 8 KB or less, all of it in flight at once."""
     block_g = _power(groups, 1, 8)
-    return block_g, 8 if block_g < 8 else 4, _power(E, 16, 128)
+    return block_g, 8 if block_g < 8 else 4, _power(E, 16, 128 if itemsize <= 2 else 64)
 
 
 def candidates(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_gather import load_pixels, of_channels, row_offsets, split_rows, tap_channels, tap_offsets
+from .triton_gather import gathered_rows, load_pixels, of_channels, row_offsets, split_rows, tap_channels, tap_offsets
 
 
 @triton.jit
@@ -54,44 +54,48 @@ def sum_rows(
 def weight_gradient(
     dout_ptr, video_ptr, partial_ptr, scales, shifts, M, E, T, ROWS, COLUMNS, rows_per_split,
     stride_db, stride_dt, stride_ds, stride_de, stride_vb, stride_vc, stride_vf, stride_vy, stride_vx,
-    C: tl.constexpr, F: tl.constexpr, Y: tl.constexpr, X: tl.constexpr, FOLDED: tl.constexpr, ALIGN: tl.constexpr,
-    NORMALISED: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    C: tl.constexpr, F: tl.constexpr, Y: tl.constexpr, X: tl.constexpr, STEP: tl.constexpr, PHASES: tl.constexpr,
+    FOLDED: tl.constexpr, ALIGN: tl.constexpr, NORMALISED: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """partial `[splits, E, K]` = dout^T @ tubelets, a part of the rows in each. dout_ptr points behind a class row."""
+    """partial `[splits, PHASES, E, K]` = dout^T @ tubelets, a part of the rows in each. dout_ptr points behind a class
+    row."""
     K: tl.constexpr = C * F * Y * X
     blocks_k: tl.constexpr = tl.cdiv(K, BLOCK_K)
     blocks_e = tl.cdiv(E, BLOCK_E)
     # the split slowest: what runs at the same time shares its rows
-    split = tl.program_id(0) // (blocks_e * blocks_k)
+    part = tl.program_id(0) // (blocks_e * blocks_k)
+    phase, split = part % PHASES, part // PHASES
     e = tl.program_id(0) // blocks_k % blocks_e * BLOCK_E + tl.arange(0, BLOCK_E)
     k = tl.program_id(0) % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
     columns = e.to(tl.int64) * stride_de
     total = tl.zeros([BLOCK_E, BLOCK_K], tl.float32)
     for start in range(split * rows_per_split, tl.minimum((split + 1) * rows_per_split, M), BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
-        b, t, row, column = split_rows(tl.minimum(m, M - 1), T, ROWS, COLUMNS)
-        rows = row_offsets(b, t, row, column, stride_vb, stride_vf, stride_vy, stride_vx, F, Y, X)
+        b, t, token, rows = gathered_rows(
+            tl.minimum(m, M - 1), phase, T, ROWS, COLUMNS, stride_vb, stride_vf, stride_vy, stride_vx,
+            F, Y, X, STEP, PHASES,
+        )  # fmt: skip
         # [BLOCK_M, BLOCK_K]
         pixels = load_pixels(
             video_ptr, rows, k, scales, shifts, stride_vc, stride_vf, stride_vy, stride_vx,
             C, F, Y, X, FOLDED, ALIGN, NORMALISED, BLOCK_K, DTYPE,
         )  # fmt: skip
-        token = (row * COLUMNS + column).to(tl.int64)
-        places = b.to(tl.int64) * stride_db + t.to(tl.int64) * stride_dt + token * stride_ds
+        places = b.to(tl.int64) * stride_db + t.to(tl.int64) * stride_dt + token.to(tl.int64) * stride_ds
         inside = (m < M)[:, None] & (e < E)[None, :]
         # [BLOCK_M, BLOCK_E]
         dout = tl.load(dout_ptr + places[:, None] + columns[None, :], mask=inside, other=0.0).to(DTYPE)
         total = tl.dot(tl.trans(dout), pixels, total, input_precision=PRECISION)
-    lines = (split.to(tl.int64) * E + e)[:, None] * K + k[None, :]
+    lines = (part.to(tl.int64) * E + e)[:, None] * K + k[None, :]
     tl.store(partial_ptr + lines, total, mask=(e < E)[:, None] & (k < K)[None, :])
 
 
 @triton.jit
 def finish_parameters(
-    partial_ptr, rows_ptr, dweight_ptr, dbias_ptr, scales, shifts, E, splits, strips,
-    TAPS: tl.constexpr, C: tl.constexpr, FOLDED: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+    partial_ptr, rows_ptr, dweight_ptr, dbias_ptr, scales, shifts, E, parts, strips,
+    TAPS: tl.constexpr, C: tl.constexpr, FOLDED: tl.constexpr, X: tl.constexpr, STEP: tl.constexpr,
+    PHASES: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dbias `[E]`, and dweight `[E, K]` = scale * (sum of its parts) + shift * (sum of all rows of dout)."""
     K: tl.constexpr = C * TAPS
@@ -112,10 +116,11 @@ def finish_parameters(
         source = k
         if FOLDED > 1:
             source = k % TAPS * FOLDED + channels
+        source = source // STEP * X + source % STEP
         inside = (e < E)[:, None] & (k < K)[None, :]
         total = tl.zeros([BLOCK_E, BLOCK_K], tl.float32)
-        for split in range(0, splits):
-            lines = (e.to(tl.int64) + split * E)[:, None] * K
+        for part in range(0, parts):
+            lines = (e.to(tl.int64) + part * E)[:, None] * (K // STEP * X) + part % PHASES * (X - STEP)
             # [BLOCK_E, BLOCK_K]
             total += tl.load(partial_ptr + lines + source[None, :], mask=inside, other=0.0)
         total *= of_channels(scales, channels)[None, :]

@@ -5,35 +5,42 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_gather import load_pixels, of_channels, row_offsets, split_rows, tap_channels
+from .triton_gather import gathered_rows, load_pixels, of_channels, tap_channels
 
 
 @triton.jit
 def prepare_weight(
     weight_ptr, bias_ptr, scaled_ptr, row_ptr, scales, shifts, stride_bias, E,
-    TAPS: tl.constexpr, C: tl.constexpr, FOLDED: tl.constexpr, HAS_BIAS: tl.constexpr, WRITES_SCALED: tl.constexpr,
+    TAPS: tl.constexpr, C: tl.constexpr, FOLDED: tl.constexpr, X: tl.constexpr, STEP: tl.constexpr,
+    PHASES: tl.constexpr, HAS_BIAS: tl.constexpr, WRITES_SCALED: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """row `[E]` = bias + W @ shift in fp32; and, if WRITES_SCALED, W * scale `[E, K]` in the order of the video's taps.
+    """row `[E]` = bias + W @ shift in fp32; and, if WRITES_SCALED, W * scale `[PHASES, E, K]` in the order of the
+    video's taps, with zeros where a run of X is longer than the tubelet's STEP.
 
     TAPS: pixels of a tubelet in one of the C channels."""
-    K: tl.constexpr = C * TAPS
+    K: tl.constexpr = C * TAPS // STEP * X
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    lines = e.to(tl.int64) * K
     total = tl.zeros([BLOCK_E], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        inside = (e < E)[:, None] & (k < K)[None, :]
-        channels = tap_channels(k, TAPS, FOLDED)
-        source = k
-        if FOLDED > 1:
-            source = k % FOLDED * TAPS + k // FOLDED
-        # [BLOCK_E, BLOCK_K]
-        weight = tl.load(weight_ptr + lines[:, None] + source[None, :], mask=inside, other=0.0).to(tl.float32)
-        total += tl.sum(weight * of_channels(shifts, channels)[None, :], 1)
-        if WRITES_SCALED:
-            scaled = (weight * of_channels(scales, channels)[None, :]).to(scaled_ptr.dtype.element_ty)
-            tl.store(scaled_ptr + lines[:, None] + k[None, :], scaled, mask=inside)
+    for phase in tl.static_range(PHASES):
+        for start in range(0, K, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            x = k % X - phase * (X - STEP)
+            tap = k // X * STEP + x
+            inside = (e < E)[:, None] & (k < K)[None, :]
+            channels = tap_channels(tap, TAPS, FOLDED)
+            source = tap
+            if FOLDED > 1:
+                source = tap % FOLDED * TAPS + tap // FOLDED
+            pointers = weight_ptr + (e.to(tl.int64) * (C * TAPS))[:, None] + source[None, :]
+            # [BLOCK_E, BLOCK_K]
+            weight = tl.load(pointers, mask=inside & ((x >= 0) & (x < STEP))[None, :], other=0.0).to(tl.float32)
+            if phase == 0:
+                total += tl.sum(weight * of_channels(shifts, channels)[None, :], 1)
+            if WRITES_SCALED:
+                scaled = (weight * of_channels(scales, channels)[None, :]).to(scaled_ptr.dtype.element_ty)
+                lines = (e.to(tl.int64) + phase * E) * K
+                tl.store(scaled_ptr + lines[:, None] + k[None, :], scaled, mask=inside)
     if HAS_BIAS:
         # [BLOCK_E]
         total += tl.load(bias_ptr + e.to(tl.int64) * stride_bias, mask=e < E, other=0.0).to(tl.float32)
@@ -45,9 +52,10 @@ def forward(
     video_ptr, weight_ptr, row_ptr, position_ptr, class_ptr, out_ptr, scale, scales, shifts, M, E, T, ROWS, COLUMNS,
     stride_vb, stride_vc, stride_vf, stride_vy, stride_vx, stride_row, stride_pn, stride_pe, stride_class,
     stride_ob, stride_ot, stride_os,
-    C: tl.constexpr, F: tl.constexpr, Y: tl.constexpr, X: tl.constexpr, FOLDED: tl.constexpr, ALIGN: tl.constexpr,
-    NORMALISED: tl.constexpr, HAS_ROW: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_CLASS: tl.constexpr,
-    PER_FRAME: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, F: tl.constexpr, Y: tl.constexpr, X: tl.constexpr, STEP: tl.constexpr, PHASES: tl.constexpr,
+    FOLDED: tl.constexpr, ALIGN: tl.constexpr, NORMALISED: tl.constexpr,
+    HAS_ROW: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_CLASS: tl.constexpr,
+    PER_FRAME: tl.constexpr, HALVED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out = scale * (tubelets @ weight^T) + row + position, and the class rows, whose program is the one of the token
@@ -55,11 +63,13 @@ def forward(
     K: tl.constexpr = C * F * Y * X
     # neighbours in the grid share their tubelets: the video is read once, the weight stays in L2
     blocks_e = tl.cdiv(E, BLOCK_E)
-    m = tl.program_id(0) // blocks_e * BLOCK_M + tl.arange(0, BLOCK_M)
+    phase = tl.program_id(0) // blocks_e % PHASES
+    m = tl.program_id(0) // (blocks_e * PHASES) * BLOCK_M + tl.arange(0, BLOCK_M)
     e = tl.program_id(0) % blocks_e * BLOCK_E + tl.arange(0, BLOCK_E)
-    b, t, row, column = split_rows(tl.minimum(m, M - 1), T, ROWS, COLUMNS)  # rows beyond the last are not stored
-    rows = row_offsets(b, t, row, column, stride_vb, stride_vf, stride_vy, stride_vx, F, Y, X)
-    taps = tl.minimum(e, E - 1).to(tl.int64) * K  # nor are columns
+    b, t, token, rows = gathered_rows(
+        tl.minimum(m, M - 1), phase, T, ROWS, COLUMNS, stride_vb, stride_vf, stride_vy, stride_vx, F, Y, X, STEP, PHASES
+    )  # rows beyond the last are not stored
+    taps = (phase.to(tl.int64) * E + tl.minimum(e, E - 1)) * K  # nor are columns
 
     total = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     for start in range(0, K, BLOCK_K):
@@ -76,12 +86,12 @@ def forward(
         else:
             weight = tl.load(pointers, mask=(k < K)[:, None], other=0.0)
         total = tl.dot(pixels, weight, total, input_precision=PRECISION)
-    inside, token = m < M, row * COLUMNS + column
+    inside = m < M
     lines = b.to(tl.int64) * stride_ob + t.to(tl.int64) * stride_ot + token.to(tl.int64) * stride_os
     if not PER_FRAME:
-        token += t * ROWS * COLUMNS
-    if BLOCK_E == 256:
-        # half of the columns at a time: with the positions of all of them there are not enough registers
+        token += t * (ROWS * COLUMNS * PHASES)
+    if HALVED:
+        # with the positions of all columns there are not enough registers
         left, right = tl.split(tl.permute(tl.reshape(total, [BLOCK_M, 2, BLOCK_E // 2]), (0, 2, 1)))
         e = tl.program_id(0) % blocks_e * BLOCK_E + tl.arange(0, BLOCK_E // 2)
         store_tokens(

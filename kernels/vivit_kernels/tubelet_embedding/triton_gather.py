@@ -4,7 +4,14 @@ A row m is a tubelet, (b, t, row, column) with the column fastest; a tap k is a 
 fastest. Channels-last video is seen as one channel of C times as many columns (`FOLDED` = C): its runs stay whole and
 its taps come in the order (f, y, x, c). All sizes of a tubelet are compile-time constants, so that no tap costs a
 division at run time and the compiler sees which taps are neighbours in memory.
+
+Runs of 14 bytes start at odd multiples of 2, where the hardware copies nothing asynchronously: that takes 4 bytes. So
+runs are read 2 bytes longer, `X` = `STEP` + 2, from 2 bytes earlier in every second column, and these bytes meet a zero
+in the weight. Even and odd columns are then rows of two products (`PHASES` = 2), M and COLUMNS those of one.
 """
+
+# pyright: reportGeneralTypeIssues=false
+# (it takes a device function for one that never returns)
 
 from __future__ import annotations
 
@@ -28,6 +35,18 @@ def row_offsets(
     """Where each tubelet's first pixel lies, `[BLOCK_M]`."""
     frames = b.to(tl.int64) * stride_b + t.to(tl.int64) * F * stride_f
     return frames + row.to(tl.int64) * Y * stride_y + column.to(tl.int64) * X * stride_x
+
+
+@triton.jit
+def gathered_rows(
+    m, phase, T, ROWS, COLUMNS, stride_b, stride_f, stride_y, stride_x,
+    F: tl.constexpr, Y: tl.constexpr, X: tl.constexpr, STEP: tl.constexpr, PHASES: tl.constexpr,
+):  # fmt: skip
+    """Of the tubelets m `[BLOCK_M]` of a phase: (b, t, token in the frame, where the pixels to read begin)."""
+    b, t, row, column = split_rows(m, T, ROWS, COLUMNS)
+    column = column * PHASES + phase
+    rows = row_offsets(b, t, row, column, stride_b, stride_f, stride_y, stride_x, F, Y, STEP)
+    return b, t, row * (COLUMNS * PHASES) + column, rows - phase * (X - STEP)
 
 
 @triton.jit

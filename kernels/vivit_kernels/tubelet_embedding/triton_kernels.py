@@ -18,6 +18,7 @@ and the shift's share of dW (at most 64*E*4 bytes). Nothing is atomic: results a
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,29 +44,44 @@ def _grid(video: Tensor, weight: Tensor) -> tuple[int, int, int]:
     return T, rows, columns
 
 
-def _counts(video: Tensor, weight: Tensor) -> dict[str, int]:
-    T, rows, columns = _grid(video, weight)
-    return {"M": video.shape[0] * T * rows * columns, "E": weight.shape[0], "T": T, "ROWS": rows, "COLUMNS": columns}
+def _counts(video: Tensor, weight: Tensor, phases: int = 1) -> dict[str, int]:
+    (T, rows, columns), E = _grid(video, weight), weight.shape[0]
+    columns //= phases
+    return {"M": video.shape[0] * T * rows * columns, "E": E, "T": T, "ROWS": rows, "COLUMNS": columns}
 
 
-def _folded(video: Tensor) -> int:
-    """The channels that lie beside each other in every pixel, if they do, as in a decoder's frames; else 1."""
-    return video.shape[1] if video.stride(1) == 1 and video.stride(4) == video.shape[1] else 1
+@dataclass(frozen=True)
+class Gathering:
+    """How a video is read: what the products are told; the order of its taps, for the weight; taps in all, padding
+    counted."""
+
+    keywords: dict[str, int]
+    order: dict[str, int]
+    taps: int
+
+    @property
+    def phases(self) -> int:
+        return self.order["PHASES"]
 
 
-def _gathering(video: Tensor, weight: Tensor) -> dict[str, int]:
-    """What device code wants to know about the video: its strides, the tubelet, the alignment of runs of pixels."""
-    folded, (stride_b, stride_c, stride_f, stride_y, stride_x) = _folded(video), video.stride()
+def _gathering(video: Tensor, weight: Tensor) -> Gathering:
+    (stride_b, stride_c, stride_f, stride_y, stride_x), size = video.stride(), video.element_size()
     C, (f, y, x) = video.shape[1], weight.shape[2:]
+    # the channels that lie beside each other in every pixel, if they do, as in a decoder's frames
+    folded = C if stride_c == 1 and stride_x == C else 1
     if folded > 1:
         C, x, stride_c, stride_x = 1, x * C, 0, 1
-    size, align = video.element_size(), video.element_size()
-    if stride_x == 1:  # whatever is added to reach a run; frames, rows, ... of which there is one count like others
-        align = math.gcd(video.data_ptr(), 16, *(size * n for n in (stride_b, stride_c, stride_f, stride_y, x)))
-    return {
-        **{"stride_vb": stride_b, "stride_vc": stride_c, "stride_vf": stride_f, "stride_vy": stride_y},
-        **{"stride_vx": stride_x, "C": C, "F": f, "Y": y, "X": x, "FOLDED": folded, "ALIGN": align},
-    }
+    align, phases = size, 1
+    if stride_x == 1:
+        align = math.gcd(video.data_ptr(), 16, *(size * n for n in (stride_b, stride_c, stride_f, stride_y)))
+        # a neighbour's bytes are read along: they are finite, and there, where every column is one of a pair
+        if video.dtype == torch.uint8 and x % 4 == 2 and align % 4 == 0 and _grid(video, weight)[2] % 2 == 0:
+            align, phases = 4, 2
+        align = math.gcd(align, phases * size * x)
+    order = {"FOLDED": folded, "X": x + 2 * (phases - 1), "STEP": x, "PHASES": phases}
+    strides = {"stride_vb": stride_b, "stride_vc": stride_c, "stride_vf": stride_f, "stride_vy": stride_y}
+    keywords = {**strides, "stride_vx": stride_x, "C": C, "F": f, "Y": y, "ALIGN": align, **order}
+    return Gathering(keywords, order, C * f * y * order["X"])
 
 
 def _pixels(video: Tensor, scale: list[float], shift: list[float]) -> tuple[list[float], list[float], bool]:
@@ -88,19 +104,19 @@ def _tile(video: Tensor, weight: Tensor, direction: str) -> Any:
 
 
 def _prepared(
-    weight: Tensor, bias: Tensor | None, scale: list[float], shift: list[float], folded: int
+    weight: Tensor, bias: Tensor | None, scale: list[float], shift: list[float], gathering: Gathering
 ) -> tuple[Tensor, Tensor | None]:
-    """(weight `[E, K]` in the order of the video's taps, row `[E]` to add to the products)."""
+    """(weight `[PHASES, E, K]` in the order of the video's taps, row `[E]` to add to the products)."""
     E, C = weight.shape[:2]
-    copied = len(scale) > 1 or folded > 1
+    copied = len(scale) > 1 or gathering.order["FOLDED"] > 1 or gathering.phases > 1
     if not copied and not any(shift):
         return weight, bias
-    scaled = torch.empty_like(weight) if copied else weight
+    scaled = weight.new_empty(gathering.phases, E, gathering.taps) if copied else weight
     row = torch.empty(E, dtype=torch.float32, device=weight.device)
     prepare_weight[(_blocks(E, 4),)](
         weight_ptr=weight, bias_ptr=row if bias is None else bias, scaled_ptr=scaled, row_ptr=row,
         scales=tuple(scale) if len(scale) > 1 else (1.0,), shifts=tuple(shift),
-        stride_bias=0 if bias is None else bias.stride(0), E=E, TAPS=weight[0, 0].numel(), C=C, FOLDED=folded,
+        stride_bias=0 if bias is None else bias.stride(0), E=E, TAPS=weight[0, 0].numel(), C=C, **gathering.order,
         HAS_BIAS=bias is not None, WRITES_SCALED=copied, BLOCK_E=4, BLOCK_K=512, num_warps=4,
     )  # fmt: skip
     return scaled, row
@@ -110,21 +126,17 @@ def launch_fwd(
     video, weight, bias, position, class_token, per_frame: bool, scale: list[float], shift: list[float]
 ) -> Tensor:
     weight = weight.contiguous()
-    B, E, first, (T, rows, columns) = (
-        video.shape[0],
-        weight.shape[0],
-        int(class_token is not None),
-        _grid(video, weight),
-    )
+    B, E, first = video.shape[0], weight.shape[0], int(class_token is not None)
+    T, rows, columns = _grid(video, weight)
     groups, tokens = ((B, T), rows * columns) if per_frame else ((B,), T * rows * columns)
     out = weight.new_empty(*groups, tokens + first, E)
     gathering, tile = _gathering(video, weight), _tile(video, weight, "forward")
     scale, shift, normalised = _pixels(video, scale, shift)
     after = ([1.0], [0.0]) if normalised else (scale, shift)
     with torch.cuda.device_of(video):
-        operand, row = _prepared(weight, bias, *after, gathering["FOLDED"])
-        counts = _counts(video, weight)
-        programs = _blocks(counts["M"], tile.block_m) * _blocks(E, tile.block_e)
+        operand, row = _prepared(weight, bias, *after, gathering)
+        counts = _counts(video, weight, gathering.phases)
+        programs = _blocks(counts["M"], tile.block_m) * gathering.phases * _blocks(E, tile.block_e)
         forward[(programs,)](
             video_ptr=video, weight_ptr=operand, row_ptr=out if row is None else row,
             position_ptr=out if position is None else position[:, first:],
@@ -135,8 +147,8 @@ def launch_fwd(
             stride_pe=0 if position is None else position.stride(2),
             stride_class=0 if class_token is None else class_token.stride(2),
             stride_ob=out.stride(0), stride_ot=out.stride(1) if per_frame else rows * columns * E, stride_os=E,
-            **gathering, NORMALISED=normalised, HAS_ROW=row is not None, HAS_POSITION=position is not None,
-            HAS_CLASS=bool(first), PER_FRAME=per_frame, PRECISION=_triton.precision(weight.dtype),
+            **gathering.keywords, NORMALISED=normalised, HAS_ROW=row is not None, HAS_POSITION=position is not None,
+            HAS_CLASS=bool(first), PER_FRAME=per_frame, HALVED=tile.halved, PRECISION=_triton.precision(weight.dtype),
             BLOCK_M=tile.block_m, BLOCK_E=tile.block_e, BLOCK_K=tile.block_k, num_warps=tile.num_warps,
             num_stages=tile.stages(video.element_size(), weight.element_size(), _triton.arch_of(video.device)),
         )  # fmt: skip
@@ -162,7 +174,8 @@ def launch_bwd(
             rows, *found[3:] = _row_sums(dout, position if needs[3] else None, class_token, needs[4])
         if needs[1] or needs[2]:
             parts = _weight_parts(tokens, video, weight, scale, shift, normalised) if needs[1] else None
-            found[1:3] = _finished(parts, rows, weight, bias if needs[2] else None, *after, _folded(video))
+            order = _gathering(video, weight).order
+            found[1:3] = _finished(parts, rows, weight, bias if needs[2] else None, *after, order)
     return [video.new_empty(0) if x is None else x for x in found]
 
 
@@ -171,7 +184,10 @@ def _dvideo(tokens: dict[str, Any], video: Tensor, weight: Tensor, scale: list[f
     (E, C, f, y, x), arch = weight.shape, _triton.arch_of(video.device)
     whole = all(n % part == 0 for n, part in zip(video.shape[2:], (f, y, x), strict=True))
     dvideo = (torch.empty if whole else torch.zeros)(video.shape, dtype=video.dtype, device=video.device)
-    tile, counts = tiles.scattering(C * f * y * x, E, weight.element_size()), _counts(video, weight)
+    tile, counts = (
+        tiles.scattering(C * f * y * x, E, video.element_size(), weight.element_size(), arch),
+        _counts(video, weight),
+    )
     programs = _blocks(counts["M"], tile.block_m) * _blocks(C * f * y * x, tile.block_k)
     video_gradient[(programs,)](
         weight_ptr=weight, dvideo_ptr=dvideo, scales=tuple(scale), **counts, **tokens,
@@ -193,7 +209,7 @@ def _row_sums(
     dclass = None
     if class_token is not None and needs_class:
         dclass = torch.empty(class_token.shape, dtype=class_token.dtype, device=dout.device)
-    block_g, block_n, block_e = tiles.row_sums(outer * inner, E)
+    block_g, block_n, block_e = tiles.row_sums(outer * inner, E, dout.element_size())
     per_strip = max(1, _blocks(_blocks(table, block_n), _STRIPS))
     strips = _blocks(_blocks(table, block_n), per_strip)
     rows = torch.empty(strips, E, dtype=torch.float32, device=dout.device)
@@ -211,16 +227,17 @@ def _row_sums(
 def _weight_parts(
     tokens: dict[str, Any], video: Tensor, weight: Tensor, scale: list[float], shift: list[float], normalised: bool
 ) -> Tensor:
-    """Parts of dout^T @ tubelets, fp32 `[splits, E, K]`, in the order of the video's taps."""
-    tile, counts, E = _tile(video, weight, "backward"), _counts(video, weight), weight.shape[0]
-    K = weight[0].numel()
+    """Parts of dout^T @ tubelets, fp32 `[splits, PHASES, E, K]`, in the order of the video's taps."""
+    tile, gathering, E = _tile(video, weight, "backward"), _gathering(video, weight), weight.shape[0]
+    counts, K = _counts(video, weight, gathering.phases), gathering.taps
     # whole blocks in every part; parts that would be left without a row are not made
-    per_split = _blocks(_blocks(counts["M"], tile.block_m), tile.splits) * tile.block_m
-    splits = max(1, _blocks(counts["M"], max(1, per_split)))
-    parts = torch.empty(splits, E, K, dtype=torch.float32, device=weight.device)
-    weight_gradient[(splits * _blocks(E, tile.block_e) * _blocks(K, tile.block_k),)](
+    per_split = max(1, _blocks(_blocks(counts["M"], tile.block_m), tile.splits)) * tile.block_m
+    splits = max(1, _blocks(counts["M"], per_split))
+    parts = torch.empty(splits, gathering.phases, E, K, dtype=torch.float32, device=weight.device)
+    programs = splits * gathering.phases * _blocks(E, tile.block_e) * _blocks(K, tile.block_k)
+    weight_gradient[(programs,)](
         video_ptr=video, partial_ptr=parts, scales=tuple(scale), shifts=tuple(shift), **counts, **tokens,
-        rows_per_split=per_split, **_gathering(video, weight), NORMALISED=normalised,
+        rows_per_split=per_split, **gathering.keywords, NORMALISED=normalised,
         PRECISION=_triton.precision(weight.dtype), DTYPE=_DTYPES[weight.dtype],
         BLOCK_M=tile.block_m, BLOCK_E=tile.block_e, BLOCK_K=tile.block_k, num_warps=tile.num_warps,
         num_stages=tile.stages(video.element_size(), weight.element_size(), _triton.arch_of(video.device)),
@@ -230,7 +247,7 @@ def _weight_parts(
 
 def _finished(
     parts: Tensor | None, rows: Tensor | None, weight: Tensor, bias: Tensor | None, scale: list[float],
-    shift: list[float], folded: int,
+    shift: list[float], order: dict[str, int],
 ) -> list[Tensor | None]:  # fmt: skip
     """[dweight if there are parts, dbias if there is a bias]."""
     (E, C), taps = weight.shape[:2], weight[0, 0].numel()
@@ -240,8 +257,8 @@ def _finished(
     finish_parameters[(_blocks(E, 4) * (1 if parts is None else _blocks(C * taps, 512)),)](
         partial_ptr=unused if parts is None else parts, rows_ptr=unused if rows is None else rows,
         dweight_ptr=unused if dweight is None else dweight, dbias_ptr=unused if dbias is None else dbias,
-        scales=tuple(scale), shifts=tuple(shift), E=E, splits=0 if parts is None else parts.shape[0],
-        strips=0 if rows is None else rows.shape[0], TAPS=taps, C=C, FOLDED=folded, HAS_ROWS=rows is not None,
+        scales=tuple(scale), shifts=tuple(shift), E=E, parts=0 if parts is None else parts.shape[:2].numel(),
+        strips=0 if rows is None else rows.shape[0], TAPS=taps, C=C, **order, HAS_ROWS=rows is not None,
         HAS_WEIGHT=dweight is not None, HAS_BIAS=dbias is not None, BLOCK_S=_STRIPS, BLOCK_E=4, BLOCK_K=512,
         num_warps=4,
     )  # fmt: skip
