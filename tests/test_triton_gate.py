@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -14,11 +15,15 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 import triton.language as tl  # noqa: E402
 
 from bench import gate  # noqa: E402
-from bench.cases import CASES, AttentionCase  # noqa: E402
+from bench.cases import CASES, AttentionCase, Case  # noqa: E402
 from bench.launches import DIRECTIONS, OPTIONS, Compiled, case_launches, compile_launches, has_kernel  # noqa: E402
 
 # (kernel, what the complaint begins with): why it is right all the same
-ALLOWED: dict[tuple[str, str], str] = {}
+ALLOWED: dict[tuple[str, str], str] = {
+    # both touch the weight once, between runs of 14 and runs padded to 16: in one of the two orders nothing is wide
+    ("prepare_weight", "loads"): "a run of 14 taps begins at a multiple of 4 bytes",
+    ("finish_parameters", "loads"): "a run of 14 sums begins at a multiple of 8 bytes",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -162,6 +167,14 @@ SHAPES = [
 ]
 
 
+def unlike(cases: Iterable[Case]) -> list[Case]:
+    """Of cases that differ in the number of clips alone, one: but for a single clip, which compiles otherwise."""
+    first: dict[Case, Case] = {}
+    for case in cases:
+        first.setdefault(dataclasses.replace(case, B=min(case.B, 2), name="", rank=0), case)
+    return list(first.values())
+
+
 def runs() -> list:
     """pytest parameters (case, dtype, arch, options)."""
     bf16, chosen = torch.bfloat16, []
@@ -169,7 +182,8 @@ def runs() -> list:
     attention = [case for case in ops if isinstance(case, AttentionCase)]
     quick = [(case, bf16, 90, ()) for case in HEADLINE]
     quick += [(case, torch.float32, 90, ()) for case in ops] + [(case, bf16, 90, OPTIONS) for case in attention]
-    full = [(case, bf16, 90, ()) for case in (*CASES, *SHAPES) if has_kernel(case.op) and case not in HEADLINE]
+    others = [case for case in unlike((*CASES, *SHAPES)) if has_kernel(case.op) and case not in HEADLINE]
+    full = [(case, bf16, 90, ()) for case in others]
     full += [(case, torch.float16, 90, ()) for case in HEADLINE]
     full += [(case, bf16, arch, ()) for case in HEADLINE for arch in (80, 100)]
     full += [(case, bf16, 90, (option,)) for case in attention for option in OPTIONS]

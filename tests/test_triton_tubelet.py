@@ -1,5 +1,7 @@
 """Backend `triton` of tubelet_embedding: the grid of the `torch` backend, and what only a kernel can get wrong."""
 
+import itertools
+
 import pytest
 import torch
 from parity_grid import check, grid
@@ -216,3 +218,25 @@ def test_opcheck(kind, per, device):
 def test_float64_is_refused(device):
     with pytest.raises(NotImplementedError, match="float64 is not one of float16, bfloat16, float32"):
         embed(torch.zeros(1, 3, 2, 8, 8, device=device), torch.zeros(8, 3, 1, 4, 4, dtype=torch.float64, device=device))
+
+
+@pytest.mark.parametrize("arch", [None, 80, 90, 100, 120])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_tiles_keep_their_promises(itemsize, arch):
+    """Powers of two that the hardware can multiply, at most 64 MiB of parts, stages that fit; one direction forced."""
+    for clips, E, (x, X) in itertools.product([0, 1, 8, 200], [1, 24, 768, 1280], [(16, 224), (14, 224), (7, 40)]):
+        facts = (clips, 3, 32, 224, X, (2, x, x), E)
+        for direction, kind in (("forward", tiles.Forward), ("backward", tiles.Backward)):
+            chosen = tiles.choose(*facts, direction, itemsize, arch)
+            for tile in [chosen, *tiles.candidates(*facts, direction, itemsize, arch)]:
+                assert isinstance(tile, kind)
+                blocks = [tile.block_m, tile.block_e, tile.block_k]
+                assert all(n >= 16 and n & (n - 1) == 0 for n in blocks)
+                assert all(1 <= tile.stages(size, itemsize, arch or 90) <= tile.num_stages for size in (1, 2, 4))
+                if isinstance(tile, tiles.Backward):
+                    padded = E * 3 * 2 * x * (x + 2) * 2
+                    assert tile.splits == 1 or tile.splits * E * 3 * 2 * x * x * 4 <= 64 << 20
+                    assert x != 14 or tile.splits == 1 or tile.splits * padded * 4 <= 64 << 20
+            with tiles.forced(tiles.Forward(16, 16, 16, 4, 1)):
+                forced = tiles.current(*facts, direction, itemsize, arch)
+                assert forced == (chosen if direction == "backward" else tiles.Forward(16, 16, 16, 4, 1))

@@ -74,17 +74,29 @@ def _idle(programs: int, slots: int) -> float:
     return math.ceil(programs / slots) * slots / max(1, programs)
 
 
-def _splits(M: int, E: int, K: int, block_m: int, programs: int, slots: int) -> int:
+def _splits(M: int, weights: int, block_m: int, programs: int, slots: int) -> int:
     """Of the numbers of parts that the workspace and M allow, the one with the least time: rounds of programs left
-    unfinished against parts written and read again, E*K*4 bytes each way, worth about 40 tubelets of products
-    (2*E*K operations at 800e12/s against 8*E*K bytes at 3e12/s is 1000 tubelets; from L2, where parts stay, fewer:
-    300)."""
-    most = max(1, min(_WORKSPACE // (4 * E * K), math.ceil(M / block_m), 64))
+    unfinished against parts written and read again. The two ways of `weights` fp32 numbers, 8 bytes each, take as long
+    as their products, 2 operations each, with 1000 tubelets (3e12 bytes/s, 800e12 operations/s); parts mostly stay in
+    L2: about 300."""
+    most = max(1, min(_WORKSPACE // (4 * weights), math.ceil(M / block_m), 64))
 
     def cost(splits: int) -> float:
         return M * _idle(programs * splits, slots) + 300 * splits
 
     return min(range(1, most + 1), key=cost)
+
+
+def _backward(M: int, K: int, X: int, x: int, E: int, arch: int, sizes: tuple[int, int, int, int, int]) -> Backward:
+    """sizes: block_m, block_e, block_k, num_warps, num_stages; and as many splits as are best with them."""
+    block_m, block_e, block_k, warps, stages = sizes
+    block_e, block_k = _power(E, 16, block_e), _power(K, 16, block_k)
+    # of uint8 video, whose runs are then 2 longer, two products: see triton_gather.py
+    phases = 2 if x % 4 == 2 and X // x % 2 == 0 else 1
+    K = K // x * (x + 2 * (phases - 1))
+    programs = phases * math.ceil(E / block_e) * math.ceil(K / block_k)
+    slots = _MULTIPROCESSORS.get(arch, 132) * max(1, 8 // warps)
+    return Backward(block_m, block_e, block_k, warps, stages, _splits(M, phases * E * K, block_m, programs, slots))
 
 
 def choose(
@@ -100,12 +112,10 @@ def choose(
         return _forward_16_bits(M, E, K, arch, multiprocessors)
     # Two programs a multiprocessor, of which one converts pixels while the other multiplies. sm_80 has its accumulators
     # and operands in registers, and spills 128 x 128 of 4 warps.
-    block_m, block_e, block_k, warps = (64, 128, 128, 4) if arch >= 90 else (64, 128, 64, 4)
+    sizes = (64, 128, 128, 4, 3) if arch >= 90 else (64, 128, 64, 4, 3)
     if itemsize == 4:  # 202 registers at 4 warps, 127 at 8
-        block_m, block_e, block_k, warps = 16, _rows_of_float32(arch), 64, 8 if _rows_of_float32(arch) == 64 else 4
-    block_e, block_k = _power(E, 16, block_e), _power(K, 16, block_k)
-    programs = math.ceil(E / block_e) * math.ceil(K / block_k)
-    return Backward(block_m, block_e, block_k, warps, 3, _splits(M, E, K, block_m, programs, 2 * multiprocessors))
+        sizes = (16, 64, 64, 8, 3) if _rows_of_float32(arch) == 64 else (16, 32, 64, 4, 3)
+    return _backward(M, K, X, tubelet[2], E, arch, sizes)
 
 
 def _rows_of_float32(arch: int) -> int:
@@ -134,8 +144,8 @@ def scattering(K: int, E: int, pixel_bytes: int, itemsize: int, arch: int) -> Fo
     """The tile of the video's gradient: there block_k taps are the columns of a program, block_e the steps."""
     if itemsize == 4:
         return Forward(_rows_of_float32(arch), _power(E, 16, 32), _power(K, 16, 64), 4, 3)
-    # pixels of 4 bytes take twice the addresses of 2: 128 columns spill
-    return Forward(128, _power(E, 16, 64), _power(K, 16, 128 if pixel_bytes <= 2 else 64), 4, 3)
+    # 128 columns spill: of pixels of 4 bytes, which take twice the addresses of 2, and on sm_80 and sm_100 a few of any
+    return Forward(128, _power(E, 16, 64), _power(K, 16, 128 if pixel_bytes <= 2 and arch == 90 else 64), 4, 3)
 
 
 def row_sums(groups: int, E: int, itemsize: int) -> tuple[int, int, int]:
@@ -159,11 +169,9 @@ def candidates(
                 found.append(Forward(block_m, min(block_e, wide), min(block_k, taps), warps, stages))
         return found
     for block_e, block_k, warps in ((128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8), (64, 128, 4)):
-        block_e, block_k = min(block_e, wide), min(block_k, taps)
-        programs = math.ceil(E / block_e) * math.ceil(K / block_k)
         for block_m, stages in ((64, 3), (64, 4), (32, 4), (128, 2)):
-            slots = _MULTIPROCESSORS.get(arch or 90, 132) * (8 // warps)
-            tile = Backward(block_m, block_e, block_k, warps, stages, _splits(M, E, K, block_m, programs, slots))
+            sizes = (block_m, block_e, block_k, warps, stages)
+            tile = _backward(M, K, X, tubelet[2], E, arch or 90, sizes)
             found += [tile, replace(tile, splits=max(1, tile.splits // 2))]
     return found
 
