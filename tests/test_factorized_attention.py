@@ -16,8 +16,8 @@ AXES = ATTENTION_AXES | {
 CROSSES = [["dtype", "heads", "mask", "dropout_p", "extra"], ["dtype", "T", "S"], ["dtype", "D", "layout"]]
 
 
-@pytest.mark.parametrize("case", grid(AXES, CROSSES))
-def test_parity(case, device):
+def check_case(case, device, backend):
+    """One combination of the grid, against the reference."""
     (H, temporal_heads), T, S, D = case["heads"], case["T"], case["S"], case["D"]
     q, k, v = make_inputs(case["inputs"], (2, T, S, H, D), (2, T, S, H, D), device)
     options = make_options(case, (2, T, S), (2, T, S), device)
@@ -34,9 +34,14 @@ def test_parity(case, device):
     cancels = min(T, S) == 1 or case["inputs"] == "constant" or case["dtype"] == torch.float64
     scales = gradient_scales(q, k, v, do, options.get("scale", D**-0.5)) if cancels else None
     check(
-        lambda *x: factorized_attention(*x, temporal_heads=temporal_heads, backend="torch", **options),
+        lambda *x: factorized_attention(*x, temporal_heads=temporal_heads, backend=backend, **options),
         defined, tensors, do, case["dtype"], ["o", "dq", "dk", "dv"], scales,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", grid(AXES, CROSSES))
+def test_parity(case, device):
+    check_case(case, device, "torch")
 
 
 def test_named_ends():

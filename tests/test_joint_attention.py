@@ -12,8 +12,8 @@ AXES = ATTENTION_AXES | {"N": [1, 2, 17, 64, 128, 197], "N_k": ["same", 33, 150]
 CROSSES = [["dtype", "layout", "mask", "dropout_p", "extra"], ["dtype", "N", "N_k", "D"]]
 
 
-@pytest.mark.parametrize("case", grid(AXES, CROSSES))
-def test_parity(case, device):
+def check_case(case, device, backend):
+    """One combination of the grid, against the reference."""
     B, H, N, D = 2, 3, case["N"], case["D"]
     N_k = N if case["N_k"] == "same" else case["N_k"]
     q, k, v = make_inputs(case["inputs"], (B, N, H, D), (B, N_k, H, D), device)
@@ -31,7 +31,7 @@ def test_parity(case, device):
     cancels = N_k == 1 or case["inputs"] == "constant" or case["dtype"] == torch.float64
     scales = gradient_scales(q, k, v, do, options.get("scale", D**-0.5)) if cancels else None
     check(
-        lambda *x: joint_attention(*x, backend="torch", **options),
+        lambda *x: joint_attention(*x, backend=backend, **options),
         defined,
         tensors,
         do,
@@ -39,6 +39,11 @@ def test_parity(case, device):
         ["o", "dq", "dk", "dv"],
         scales,
     )
+
+
+@pytest.mark.parametrize("case", grid(AXES, CROSSES))
+def test_parity(case, device):
+    check_case(case, device, "torch")
 
 
 def test_the_reference_is_scaled_dot_product_attention():

@@ -27,4 +27,4 @@ def call(
     chosen = _dispatch.choose(facts, support, backend)
     scale, softcap, dropout_p, mask, seed, cos, sin = options
     fwd = getattr(torch.ops.vivit_kernels, f"{op}_fwd")
-    return fwd(*tensors, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, chosen)[0]
+    return fwd(*tensors, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, chosen, needs_grad)[0]

@@ -7,7 +7,7 @@ would make autograd copy three gradients into a fourth tensor.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -19,8 +19,12 @@ _LIBRARY = torch.library.Library("vivit_kernels", "FRAGMENT")
 _QKV = "Tensor q, Tensor? k, Tensor? v"
 _AUXILIARY = "Tensor? mask, Tensor? seed, Tensor? cos, Tensor? sin"
 _OPTIONS = "int temporal_heads, float scale, float softcap, float dropout_p, str backend"
+_KEEP = "bool keep=True"  # o and lse for a backward; without one they need not be written
 _MODULES = {"torch": "composed", "cpu": "cpu_kernels", "cuda": "cuda_kernels", "triton": "triton_kernels"}
-_KEEPS_OUTPUT = {"torch": False}  # does the backend's backward read the forward's o and lse?
+
+# Per backend, whether its backward reads the forward's o and lse, from the shapes and dtype of q and k (unpacked) and
+# temporal_heads; False for those not named. lse is what the backend makes of it, fp32 `[2, B, H, N]`.
+KeepsOutput = Mapping[str, Callable[[tuple, tuple, torch.dtype, int], bool]]
 
 
 def unpack(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,7 +34,7 @@ def unpack(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tenso
     return q, k, v
 
 
-def register(op: str, package: str, flops: Callable[..., int]) -> None:
+def register(op: str, package: str, flops: Callable[..., int], keeps_output: KeepsOutput | None = None) -> None:
     """Defines `vivit_kernels::<op>_fwd` and `<op>_bwd`.
 
     package: its modules, one per backend (`_MODULES`), hold the launchers `launch_fwd` and `launch_bwd`.
@@ -38,17 +42,24 @@ def register(op: str, package: str, flops: Callable[..., int]) -> None:
     recomputes the scores, has five products. PyTorch's FlopCounterMode uses it.
     """
 
+    def keeps(q, k, v, temporal_heads: int, backend: str) -> bool:
+        q, k, _ = unpack(q, k, v)
+        rule = (keeps_output or {}).get(backend)
+        return rule is not None and rule(tuple(q.shape), tuple(k.shape), q.dtype, temporal_heads)
+
     def launcher(backend: str, name: str):
         return getattr(importlib.import_module(f"{package}.{_MODULES[backend]}"), name)
 
-    def fwd(q, k, v, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, backend):
+    def fwd(q, k, v, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, backend, keep=True):
         options = Options(scale, softcap, dropout_p, mask, seed, cos, sin)
-        o, lse = launcher(backend, "launch_fwd")(*unpack(q, k, v), temporal_heads, options)
+        kept = {"keep": True} if keep and keeps(q, k, v, temporal_heads, backend) else {}
+        o, lse = launcher(backend, "launch_fwd")(*unpack(q, k, v), temporal_heads, options, **kept)
         return o, q.new_empty(0, dtype=torch.float32) if lse is None else lse
 
-    def fwd_fake(q, k, v, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, backend):
+    def fwd_fake(q, k, v, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, backend, keep=True):
+        kept = keep and keeps(q, k, v, temporal_heads, backend)
         q = unpack(q, k, v)[0]
-        lse = (q.shape[0], q.shape[-2], q.shape[1:-2].numel()) if _KEEPS_OUTPUT[backend] else (0,)
+        lse = (2, q.shape[0], q.shape[-2], q.shape[1:-2].numel()) if kept else (0,)
         return q.new_empty(q.shape), q.new_empty(lse, dtype=torch.float32)
 
     def bwd(do, q, k, v, o, lse, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, backend):
@@ -62,14 +73,14 @@ def register(op: str, package: str, flops: Callable[..., int]) -> None:
         return _empty_gradients(q, k, v)
 
     def setup_context(ctx, inputs, output):
-        q, k, v, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, backend = inputs
+        q, k, v, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, backend, keep = inputs
         ctx.options = temporal_heads, scale, softcap, dropout_p, backend
-        o, lse = output if _KEEPS_OUTPUT[backend] else (None, None)
+        o, lse = output if keep and keeps(q, k, v, temporal_heads, backend) else (None, None)
         ctx.save_for_backward(q, k, v, mask, seed, cos, sin, o, lse)
         ctx.set_materialize_grads(False)
 
     def backward(ctx, do, _):
-        nothing = (None,) * 12
+        nothing = (None,) * 13
         if do is None:
             return nothing
         q, k, v, mask, seed, cos, sin, o, lse = ctx.saved_tensors
@@ -85,7 +96,7 @@ def register(op: str, package: str, flops: Callable[..., int]) -> None:
         )
 
     lib, name = _LIBRARY, f"vivit_kernels::{op}"
-    lib.define(f"{op}_fwd({_QKV}, {_AUXILIARY}, {_OPTIONS}) -> (Tensor, Tensor)")
+    lib.define(f"{op}_fwd({_QKV}, {_AUXILIARY}, {_OPTIONS}, {_KEEP}) -> (Tensor, Tensor)")
     lib.define(f"{op}_bwd(Tensor do, {_QKV}, Tensor? o, Tensor? lse, {_AUXILIARY}, {_OPTIONS}) -> Tensor[]")
     lib.impl(f"{op}_fwd", fwd, "CompositeExplicitAutograd")
     lib.impl(f"{op}_bwd", bwd, "CompositeExplicitAutograd")

@@ -1,5 +1,5 @@
 """What each backend of factorized_attention can run."""
 
-from .._attention.support import torch_refusals
+from .._attention.support import torch_refusals, triton_attention_refusals
 
-SUPPORT = {"torch": torch_refusals}
+SUPPORT = {"triton": triton_attention_refusals, "torch": torch_refusals}

@@ -1,6 +1,9 @@
 """Registers vivit_kernels::joint_attention_fwd and _bwd; what they run is chosen by the backend's name."""
 
+import torch
+
 from .._attention.registration import register
+from . import tiles
 
 
 def _flops(q: tuple, k: tuple, _: int) -> int:
@@ -8,4 +11,8 @@ def _flops(q: tuple, k: tuple, _: int) -> int:
     return 4 * B * H * N * k[1] * D
 
 
-register("joint_attention", __package__ or "", _flops)
+def _triton_keeps(q: tuple, k: tuple, dtype: torch.dtype, _: int) -> bool:
+    return tiles.current("backward", q[1], q[3], dtype.itemsize, k[1]).keeps_output
+
+
+register("joint_attention", __package__ or "", _flops, {"triton": _triton_keeps})

@@ -1,0 +1,24 @@
+"""Tiles of the Triton kernels of factorized_attention. Protocol: _attention/tiles.py; reasons: _attention/triton_tiles.py."""
+
+from __future__ import annotations
+
+from .._attention.triton_tiles import Override, Tiles, backward_axis, forward_axis, tiles
+
+BACKENDS = ("triton",)
+_override = Override()
+forced = _override.forced
+
+
+def choose(direction: str, T: int, S: int, H: int, temporal_heads: int, D: int, itemsize: int) -> Tiles:
+    rule = forward_axis if direction == "forward" else backward_axis
+    time = rule(T, T, D, itemsize) if temporal_heads else None
+    space = rule(S, S, D, itemsize) if temporal_heads < H else None
+    return tiles(direction, time, space)
+
+
+def candidates(direction: str, T: int, S: int, H: int, temporal_heads: int, D: int, itemsize: int) -> list[Tiles]:
+    return []
+
+
+def current(direction: str, T: int, S: int, H: int, temporal_heads: int, D: int, itemsize: int) -> Tiles:
+    return _override.of(direction) or choose(direction, T, S, H, temporal_heads, D, itemsize)

@@ -1,0 +1,30 @@
+"""Backend `triton` of factorized_attention: the launchers; the kernels are those of the token grid."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .._attention import triton_grid
+from .._attention.options import Options
+from . import tiles
+from .tiles import Tiles
+
+_OP = "factorized_attention"
+
+
+def _tile(direction: str, q: Tensor, temporal_heads: int) -> Tiles:
+    _, T, S, H, D = q.shape
+    return tiles.current(direction, T, S, H, temporal_heads, D, q.dtype.itemsize)
+
+
+def launch_fwd(q: Tensor, k: Tensor, v: Tensor, temporal_heads: int, options: Options, keep: bool = False):
+    """q, k, v `[B, T, S, H, D]` -> (o like q, statistics of every query for the backward, or None)."""
+    return triton_grid.launch_fwd(_OP, q, k, v, temporal_heads, options, _tile("forward", q, temporal_heads), keep)
+
+
+def launch_bwd(
+    do, q, k, v, o, lse, dq, dk, dv, temporal_heads: int, options: Options, o_again: Tensor | None = None
+) -> None:
+    """Writes dq, dk, dv, each once; o_again: memory in which packed sequences, which need no o, recompute theirs."""
+    tile = _tile("backward", q, temporal_heads)
+    triton_grid.launch_bwd(_OP, do, q, k, v, o, lse, dq, dk, dv, temporal_heads, options, tile, o_again)

@@ -1,0 +1,23 @@
+"""Tiles of the Triton kernels of joint_attention. Protocol: _attention/tiles.py; reasons: _attention/triton_tiles.py."""
+
+from __future__ import annotations
+
+from .._attention.triton_tiles import Override, Tiles, backward_axis, forward_axis, tiles
+
+BACKENDS = ("triton",)
+_override = Override()
+forced = _override.forced
+
+
+def choose(direction: str, S: int, D: int, itemsize: int, S_k: int | None = None) -> Tiles:
+    """S, S_k: tokens of the queries and, where they differ, of the keys."""
+    rule = forward_axis if direction == "forward" else backward_axis
+    return tiles(direction, None, rule(S, S if S_k is None else S_k, D, itemsize))
+
+
+def candidates(direction: str, S: int, D: int, itemsize: int) -> list[Tiles]:
+    return []
+
+
+def current(direction: str, S: int, D: int, itemsize: int, S_k: int | None = None) -> Tiles:
+    return _override.of(direction) or choose(direction, S, D, itemsize, S_k)

@@ -1,0 +1,138 @@
+"""Backend `triton` of both attention ops: the grids of the `torch` backend, and what only a kernel can get wrong."""
+
+import pytest
+import test_factorized_attention as factorized
+import test_joint_attention as joint
+import torch
+from allocations import scratch
+from parity_grid import grid
+
+from vivit_kernels import factorized_attention, joint_attention
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+pytestmark = pytest.mark.interpreted
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+SIZES = [16, 32, 40, 64, 72, 80, 96, 128, 160]  # of heads
+FACTORIZED = factorized.AXES | {
+    "dtype": DTYPES,
+    "D": SIZES,
+    "T": [1, 2, 7, 8, 13, 16, 25, 49, 64],
+    "S": [1, 4, 16, 49, 65, 70],
+    "heads": [(2, 2), (2, 0), (2, 1), (3, 1)],
+}
+JOINT = joint.AXES | {"dtype": DTYPES, "D": SIZES, "N": [1, 2, 17, 63, 64, 65, 130], "N_k": ["same", 1, 33, 129]}
+
+
+@pytest.mark.parametrize("case", grid(FACTORIZED, factorized.CROSSES))
+def test_factorized_parity(case, device):
+    factorized.check_case(case, device, "triton")
+
+
+@pytest.mark.parametrize("case", grid(JOINT, joint.CROSSES))
+def test_joint_parity(case, device):
+    joint.check_case(case, device, "triton")
+
+
+@pytest.mark.parametrize("T, S, temporal_heads", [(16, 5, 2), (25, 3, 2), (2, 67, 0), (8, 65, 1)])
+def test_the_same_bits_every_time(T, S, temporal_heads, device):
+    qkv = torch.randn(1, T, S, 3, 2, 32, dtype=torch.bfloat16, device=device).requires_grad_()
+    do = torch.randn(1, T, S, 2, 32, dtype=torch.bfloat16, device=device)
+    runs = []
+    for _ in range(2):
+        o = factorized_attention(qkv, temporal_heads=temporal_heads, backend="triton")
+        runs.append([o, *torch.autograd.grad(o, qkv, do)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("T, S, temporal_heads", [(16, 5, 2), (2, 67, 0), (8, 65, 1)])
+def test_nothing_is_allocated_but_what_is_returned(T, S, temporal_heads, device):
+    qkv = torch.randn(1, T, S, 3, 2, 16, dtype=torch.bfloat16, device=device).requires_grad_()
+    do = torch.randn(1, T, S, 2, 16, dtype=torch.bfloat16, device=device)
+
+    def step():
+        o, lse = torch.ops.vivit_kernels.factorized_attention_fwd(
+            qkv, None, None, None, None, None, None, temporal_heads, 0.25, 0.0, 0.0, "triton"
+        )
+        return o, lse, *torch.autograd.grad(o, qkv, do)
+
+    assert scratch(step) == []
+
+
+def test_statistics_are_written_for_a_backward_only(device):
+    """A packed sequence needs none; without a gradient nobody does."""
+    for T, S, heads, needs in ((8, 3, 2, True), (2, 66, 0, False)):
+        qkv = torch.randn(1, T, S, 3, 2, 16, dtype=torch.bfloat16, device=device)
+        lse = torch.ops.vivit_kernels.factorized_attention_fwd(
+            qkv, None, None, None, None, None, None, heads, 0.25, 0.0, 0.0, "triton", needs
+        )[1]
+        assert lse.numel() == 0
+
+
+@pytest.mark.parametrize("shape", ["noncontiguous", "expanded"])
+def test_gradient_of_the_output_may_lie_anyhow(shape, device):
+    qkv = torch.randn(1, 8, 3, 3, 2, 16, device=device)
+    do = torch.randn(1, 8, 3, 2, 16, device=device)
+    do = do.transpose(3, 4).contiguous().transpose(3, 4) if shape == "noncontiguous" else do[..., :1].expand(do.shape)
+    gradients = []
+    for grad in (do, do.contiguous()):
+        x = qkv.clone().requires_grad_()
+        factorized_attention(x, temporal_heads=1, backend="triton").backward(grad)
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize(
+    "function, shape", [(factorized_attention, (1, 4, 3, 3, 2, 16)), (joint_attention, (1, 70, 3, 2, 16))]
+)
+def test_opcheck(function, shape, device):
+    qkv = torch.randn(*shape, dtype=torch.float32, device=device).requires_grad_()
+    op = getattr(torch.ops.vivit_kernels, f"{function.__name__}_fwd")
+    arguments = (qkv, None, None, None, None, None, None, 1 if len(shape) == 6 else 0, 0.25, 0.0, 0.0, "triton")
+    torch.library.opcheck(op, arguments)
+
+
+def test_checkpointing_runs_the_forward_twice_and_drops_the_same_pairs(device):
+    qkv = torch.randn(1, 8, 66, 3, 2, 16, device=device).requires_grad_()
+    do = torch.randn(1, 8, 66, 2, 16, device=device)
+
+    def block(x):
+        return factorized_attention(x, temporal_heads=1, dropout_p=0.3, backend="triton")
+
+    torch.manual_seed(3)
+    plain = torch.autograd.grad(block(qkv), qkv, do)[0]
+    torch.manual_seed(3)
+    again = torch.autograd.grad(torch.utils.checkpoint.checkpoint(block, qkv, use_reentrant=False), qkv, do)[0]
+    assert torch.equal(plain, again)
+
+
+def test_compiles_without_a_graph_break(device):
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: factorized_attention(x, temporal_heads=1, backend="triton"), fullgraph=True, backend="aot_eager"
+    )
+    for B in (1, 2, 3):
+        qkv = torch.randn(B, 4, 5, 3, 2, 16, device=device)
+        assert torch.equal(compiled(qkv), factorized_attention(qkv, temporal_heads=1, backend="triton"))
+
+
+def test_output_again(device):
+    """The output that a packed backward recomputes for the projection's weight gradient is the forward's."""
+    from vivit_kernels._attention.options import Options
+    from vivit_kernels.factorized_attention import triton_kernels
+
+    q, k, v = torch.randn(3, 1, 16, 5, 2, 32, dtype=torch.float32, device=device)
+    options = Options(0.2)
+    o, _ = triton_kernels.launch_fwd(q, k, v, 2, options)
+    again, *gradients = (torch.empty_like(q) for _ in range(4))
+    triton_kernels.launch_bwd(torch.randn_like(q), q, k, v, None, None, *gradients, 2, options, o_again=again)
+    torch.testing.assert_close(again, o)
+
+
+def test_more_sequences_than_a_grid_dimension(device):
+    q, k, v = (torch.randn(1, 2, 33_000, 2, 16, device=device, dtype=torch.float16) for _ in range(3))
+    if device.type == "cpu":  # interpreted one program at a time: the last ones only, by their strides
+        q, k, v = (x.as_strided((1, 2, 3, 2, 16), x.stride()) for x in (q, k, v))
+    o = factorized_attention(q, k, v, temporal_heads=2, backend="triton")
+    few = [x[:, :, -3:].contiguous() for x in (q, k, v)]
+    torch.testing.assert_close(o[:, :, -3:], factorized_attention(*few, temporal_heads=2, backend="triton"))
