@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
@@ -23,6 +24,51 @@ def arch_of(device: torch.device) -> int:
     if device.type != "cuda":
         return 90
     return _arch_of(torch.cuda.current_device() if device.index is None else device.index)
+
+
+class Launch:
+    """A launch that is made again and again with other tensors.
+
+    Triton looks at every argument of every launch to find the kernel compiled for it: 60 us for the views of an
+    attention on the host of one H200, several times what a small call takes there. Where `reusable`, the first launch
+    goes that way and the others start what it found: everything but the addresses, and whether these are multiples of
+    16 bytes, must then be the same. Not reusable are launches that do not reach a GPU (interpreted, only compiled).
+    """
+
+    def __init__(self, kernel: Any, programs: int, reusable: bool, **options: int) -> None:
+        self._kernel, self._programs, self._reusable, self._options = kernel, programs, reusable, options
+        self._compiled: Any = None
+
+    def take(self, x: torch.Tensor) -> Any:
+        """A tensor as an argument: its address is enough from the second launch on."""
+        return x if self._compiled is None else x.data_ptr()
+
+    def __call__(self, **arguments: Any) -> None:
+        """arguments: all of the kernel's, in its order."""
+        if self._compiled is not None:
+            self._compiled[(self._programs, 1, 1)](*arguments.values())
+            return
+        assert list(arguments) == self._kernel.arg_names, (list(arguments), self._kernel.arg_names)
+        compiled = self._kernel[(self._programs,)](**arguments, **self._options)
+        if self._reusable:
+            self._compiled = compiled
+
+
+class Plans(dict):
+    """What was prepared for a call, by whatever decides it."""
+
+    _MOST = 4096  # a program with more signatures than that has other worries
+
+    def keep(self, key: tuple, plan: Any) -> Any:
+        if len(self) >= self._MOST:
+            self.clear()
+        self[key] = plan
+        return plan
+
+
+def aligned(*tensors: torch.Tensor | None) -> tuple:
+    """What a kernel's compilation sees of pointers: whether they are there, and at multiples of 16 bytes."""
+    return tuple(None if x is None else x.data_ptr() % 16 == 0 for x in tensors)
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -22,9 +22,9 @@ _OPTIONS = "int temporal_heads, float scale, float softcap, float dropout_p, str
 _KEEP = "bool keep=True"  # o and lse for a backward; without one they need not be written
 _MODULES = {"torch": "composed", "cpu": "cpu_kernels", "cuda": "cuda_kernels", "triton": "triton_kernels"}
 
-# Per backend, whether its backward reads the forward's o and lse, from the shapes and dtype of q and k (unpacked) and
-# temporal_heads; False for those not named. lse is what the backend makes of it, fp32 `[2, B, H, N]`.
-KeepsOutput = Mapping[str, Callable[[tuple, tuple, torch.dtype, int], bool]]
+# Per backend, the shape of the fp32 `lse` that its backward reads beside the forward's o, from the shapes and dtype of q
+# and k (unpacked) and temporal_heads; None where it reads neither, as for those not named. What it holds is up to them.
+SavedShape = Mapping[str, Callable[[tuple, tuple, torch.dtype, int], "tuple[int, ...] | None"]]
 
 
 def unpack(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,7 +34,7 @@ def unpack(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tenso
     return q, k, v
 
 
-def register(op: str, package: str, flops: Callable[..., int], keeps_output: KeepsOutput | None = None) -> None:
+def register(op: str, package: str, flops: Callable[..., int], saved: SavedShape | None = None) -> None:
     """Defines `vivit_kernels::<op>_fwd` and `<op>_bwd`.
 
     package: its modules, one per backend (`_MODULES`), hold the launchers `launch_fwd` and `launch_bwd`.
@@ -42,25 +42,26 @@ def register(op: str, package: str, flops: Callable[..., int], keeps_output: Kee
     recomputes the scores, has five products. PyTorch's FlopCounterMode uses it.
     """
 
-    def keeps(q, k, v, temporal_heads: int, backend: str) -> bool:
+    def saved_shape(q, k, v, temporal_heads: int, backend: str) -> tuple[int, ...] | None:
         q, k, _ = unpack(q, k, v)
-        rule = (keeps_output or {}).get(backend)
-        return rule is not None and rule(tuple(q.shape), tuple(k.shape), q.dtype, temporal_heads)
+        rule = (saved or {}).get(backend)
+        return None if rule is None else rule(tuple(q.shape), tuple(k.shape), q.dtype, temporal_heads)
 
     def launcher(backend: str, name: str):
         return getattr(importlib.import_module(f"{package}.{_MODULES[backend]}"), name)
 
     def fwd(q, k, v, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, backend, keep=True):
         options = Options(scale, softcap, dropout_p, mask, seed, cos, sin)
-        kept = {"keep": True} if keep and keeps(q, k, v, temporal_heads, backend) else {}
-        o, lse = launcher(backend, "launch_fwd")(*unpack(q, k, v), temporal_heads, options, **kept)
+        saves = keep and saved_shape(q, k, v, temporal_heads, backend) is not None
+        o, lse = launcher(backend, "launch_fwd")(
+            *unpack(q, k, v), temporal_heads, options, **({"keep": True} if saves else {})
+        )
         return o, q.new_empty(0, dtype=torch.float32) if lse is None else lse
 
     def fwd_fake(q, k, v, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, backend, keep=True):
-        kept = keep and keeps(q, k, v, temporal_heads, backend)
+        shape = saved_shape(q, k, v, temporal_heads, backend) if keep else None
         q = unpack(q, k, v)[0]
-        lse = (2, q.shape[0], q.shape[-2], q.shape[1:-2].numel()) if kept else (0,)
-        return q.new_empty(q.shape), q.new_empty(lse, dtype=torch.float32)
+        return q.new_empty(q.shape), q.new_empty((0,) if shape is None else shape, dtype=torch.float32)
 
     def bwd(do, q, k, v, o, lse, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, backend):
         options = Options(scale, softcap, dropout_p, mask, seed, cos, sin)
@@ -75,7 +76,8 @@ def register(op: str, package: str, flops: Callable[..., int], keeps_output: Kee
     def setup_context(ctx, inputs, output):
         q, k, v, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, backend, keep = inputs
         ctx.options = temporal_heads, scale, softcap, dropout_p, backend
-        o, lse = output if keep and keeps(q, k, v, temporal_heads, backend) else (None, None)
+        saves = keep and saved_shape(q, k, v, temporal_heads, backend) is not None
+        o, lse = output if saves else (None, None)
         ctx.save_for_backward(q, k, v, mask, seed, cos, sin, o, lse)
         ctx.set_materialize_grads(False)
 

@@ -249,17 +249,40 @@ def reciprocal(total):
 
 
 @triton.jit
-def store_stats(stats, rows, valid, m, total):
-    """What a streamed backward reads of every query: its largest score and its sum of exponentials."""
-    tl.store(stats[0] + rows, m, mask=valid)
-    tl.store(stats[1] + rows, total, mask=valid)
+def store_stats(stats, rows, valid, m, total, rules):
+    """What a backward that reads o reads, too, of every query: its largest score and its sum of exponentials; if not
+    exact, the one number that takes their place, infinite where there is no key."""
+    if rules.exact is not None:
+        tl.store(stats[0] + rows, m, mask=valid)
+        tl.store(stats[1] + rows, total, mask=valid)
+    else:
+        lse = m * rules.unit + tl.log2(tl.where(total > 0, total, 1.0))
+        tl.store(stats[0] + rows, tl.where(total > 0, lse, float("inf")), mask=valid)
 
 
 @triton.jit
-def load_stats(stats, rows, valid):
-    """(largest score, 1 / sum of exponentials) of queries; 0 of those that are not there, so that nothing counts."""
-    m = tl.load(stats[0] + rows, mask=valid, other=0.0)
-    return m, reciprocal(tl.load(stats[1] + rows, mask=valid, other=0.0))
+def load_stats(stats, rows, valid, rules):
+    """A tuple for `weights`; of queries that are not there such that nothing counts."""
+    if rules.exact is not None:
+        m = tl.load(stats[0] + rows, mask=valid, other=0.0)
+        return (m, reciprocal(tl.load(stats[1] + rows, mask=valid, other=0.0)))
+    else:
+        return (tl.load(stats[0] + rows, mask=valid, other=float("inf")),)
+
+
+@triton.jit
+def weights(scores, stats, rules, QUERIES_FIRST: tl.constexpr):
+    """Probabilities, before dropout, from scores and the statistics of their queries."""
+    if QUERIES_FIRST:
+        first = stats[0][:, None]
+    else:
+        first = stats[0][None, :]
+    if rules.exact is None:
+        return tl.exp2(scores * rules.unit - first)
+    elif QUERIES_FIRST:
+        return exponential(scores, first, rules) * stats[1][:, None]
+    else:
+        return exponential(scores, first, rules) * stats[1][None, :]
 
 
 @triton.jit

@@ -7,19 +7,21 @@ its own regime (packed, resident, streaming). joint_attention is a grid of one f
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import precision
+from .._triton import Launch, Plans, aligned, precision
 from .options import Options
 from .triton_device import Rules, Sizes, View
 from .triton_packed import packed_bwd, packed_fwd
-from .triton_resident import resident_bwd, resident_fwd
+from .triton_resident import resident_fwd
 from .triton_streaming import streaming_bwd_keys, streaming_bwd_queries, streaming_fwd
-from .triton_tiles import PACKED, RESIDENT, STREAMING, Axis, Tiles, columns, placed, power_of_two
+from .triton_tiles import PACKED, RESIDENT, STREAMING, Axis, Tiles, columns, placed, power_of_two, statistics
 
 _LOG2E = math.log2(math.e)
 _MOST_PROGRAMS = 2**31 - 1  # of a one-dimensional sizes, and what the kernels' 32-bit numbers of sequences count to
@@ -43,8 +45,8 @@ def _axis_fwd(
         )  # fmt: skip
     else:
         streaming_fwd(
-            program, q, k, v, o, stats, sizes, rules, first_head, heads, N, N_k, TIME, AXIS[2], AXIS[3], COLS, UNIT,
-            PRECISION,
+            program, q, k, v, o, stats, sizes, rules, first_head, heads, N, N_k, TIME, AXIS[2], AXIS[3], AXIS[5],
+            AXIS[6], COLS, UNIT, PRECISION,
         )  # fmt: skip
 
 
@@ -122,15 +124,10 @@ def _axis_bwd(
             program, do, q, k, v, o, dq, dk, dv, sizes, rules, first_head, heads, EMIT, TIME, AXIS[1], AXIS[2], COLS,
             UNIT, PRECISION,
         )  # fmt: skip
-    elif REGIME == "resident":
-        resident_bwd(
-            program, do, q, k, v, o, dq, dk, dv, stats, sizes, rules, first_head, heads, N, TIME, AXIS[2], AXIS[3],
-            AXIS[4], COLS, UNIT, PRECISION,
-        )  # fmt: skip
     else:
         streaming_bwd_queries(
-            program, do, q, k, v, o, dq, stats, delta, sizes, rules, first_head, heads, N, N_k, TIME, AXIS[4],
-            AXIS[2], AXIS[3], COLS, UNIT, PRECISION,
+            program, do, q, k, v, o, dq, stats, delta, sizes, rules, first_head, heads, N, N_k, TIME, AXIS[2], AXIS[3],
+            AXIS[5], AXIS[6], AXIS[4], COLS, UNIT, PRECISION,
         )  # fmt: skip
 
 
@@ -167,17 +164,16 @@ def grid_bwd(
 @triton.jit
 def grid_bwd_keys(
     do, q, k, v, dk, dv, stats, delta, sizes, rules, first_head, heads, N, N_k,
-    OVER_TIME: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    OVER_TIME: tl.constexpr, AXIS: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of streamed sequences, after their delta."""
     streaming_bwd_keys(
         tl.program_id(0), do, q, k, v, dk, dv, stats, delta, sizes, rules, first_head, heads, N, N_k,
-        OVER_TIME, BLOCK_Q, BLOCK_K, COLS, UNIT, PRECISION,
+        OVER_TIME, AXIS[2], AXIS[3], AXIS[5], AXIS[6], COLS, UNIT, PRECISION,
     )  # fmt: skip
 
 
-# ---- launches ----
+# ---- what a kernel is told ----
 
 
 def _rules(options: Options, dtype: torch.dtype) -> Rules:
@@ -190,12 +186,12 @@ def _rules(options: Options, dtype: torch.dtype) -> Rules:
         scale=None if plain else (scale / softcap if softcap else scale),
         slope=scale,
         cap=softcap or None,
-        mask=None if mask is None else mask.contiguous().view(torch.uint8),
+        mask=mask,
         seed=seed,
         threshold=None if seed is None else threshold,
         keep=None if seed is None else (1 / (1 - dropout_p) if dropout_p < 1 else 0.0),
-        cos=None if cos is None else cos.contiguous(),
-        sin=None if sin is None else sin.contiguous(),
+        cos=cos,
+        sin=sin,
     )
 
 
@@ -205,8 +201,8 @@ def _unit(*tensors: Tensor | None) -> int:
     return 8 if all(stride % 8 == 0 for stride in strides) else 1
 
 
-def _view(x: Tensor, unit: int) -> View:
-    return View(x, *(stride // unit for stride in x.stride()[:4]))
+def _strides(x: Tensor, unit: int) -> tuple:
+    return tuple(stride // unit for stride in x.stride()[:4])
 
 
 def _sizes(q: Tensor, k: Tensor) -> Sizes:
@@ -222,99 +218,179 @@ def _programs(axis: Axis | None, sequences: int, N: int) -> int:
     return sequences * (axis.parts if axis.regime == RESIDENT else -(-N // axis.rows))
 
 
-def _counted(op: str, q: Tensor, time: int, space: int) -> tuple[int]:
-    if time + space > _MOST_PROGRAMS:
+def _counted(op: str, q: Tensor, programs: int) -> int:
+    if programs > _MOST_PROGRAMS:
         raise ValueError(
-            f"{op}: {tuple(q.shape)} makes {time + space} programs of the Triton kernel, {_MOST_PROGRAMS} at most; "
+            f"{op}: {tuple(q.shape)} makes {programs} programs of the Triton kernel, {_MOST_PROGRAMS} at most; "
             "give fewer clips a call"
         )
-    return (time + space,)
+    return programs
 
 
-def _axis(axis: Axis | None, N: int, N_k: int, backward: bool) -> tuple | None:
-    """The constants of an axis for a kernel."""
+def _axis(axis: Axis | None, N: int, N_k: int) -> tuple | None:
+    """The constants of an axis for a kernel: (regime, N if packed, rows of a block, keys of a block, one more, rows of
+    the last block of queries and keys of the last block of keys, 0 where these are blocks like the others)."""
     if axis is None:
         return None
     if axis.regime == PACKED:
-        return PACKED, N, axis.rows, 0, 1
+        return PACKED, N, axis.rows, 0, 0, 0, 0
     if axis.regime == RESIDENT:
-        blocks = power_of_two(-(-N // axis.rows), 1)
-        return RESIDENT, 0, axis.rows, axis.keys[0], blocks if backward else axis.parts
-    return STREAMING, 0, axis.rows, axis.keys[0], N_k <= axis.keys[0] if backward else 1
+        return RESIDENT, 0, axis.rows, 0, axis.parts, 0, 0
+    block = axis.keys[0]
+    only = power_of_two(N_k) if N_k <= block else 0
+    tails = (power_of_two(n % size) if n % size else 0 for n, size in ((N, axis.rows), (N_k, block)))
+    return STREAMING, 0, axis.rows, block, only, *tails
 
 
 def _pieces(axis: Axis | None) -> tuple[tuple[int, int], ...] | None:
     return placed(axis.keys) if axis is not None and axis.regime == RESIDENT else None
 
 
-def _split_stats(stats: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    return None if stats is None else (stats[0], stats[1])
+# ---- launches ----
+
+
+class _Plan(NamedTuple):
+    """A launch as it is prepared for all calls that differ in their tensors only.
+
+    strides: of the kernel's views, by name, None for one that it does without."""
+
+    launch: Launch
+    strides: dict[str, tuple | None]
+    rules: Rules
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+    def __call__(self, tensors: dict[str, Tensor], options: Options, **others: Any) -> None:
+        """tensors: of the views, by name; others: statistics and the like, which come after the views."""
+        take = self.launch.take
+        views = {name: None if at is None else View(take(tensors[name]), *at) for name, at in self.strides.items()}
+        rules = self.rules
+        if options.mask is not None or options.seed is not None or options.cos is not None:
+            given = {"mask": options.mask, "seed": options.seed, "cos": options.cos, "sin": options.sin}
+            rules = rules._replace(**{name: take(x) for name, x in given.items() if x is not None})
+        self.launch(**views, **others, **self.before, rules=rules, **self.after)
+
+
+_PLANS = Plans()
+
+
+def _key(q: Tensor, k: Tensor, temporal_heads: int, options: Options, tensors: Iterable[Tensor | None]) -> tuple:
+    """All that decides how a call is launched, but for a forced tile."""
+    strides = tuple(None if x is None else x.stride() for x in tensors)
+    scalars = q.shape, k.shape, q.dtype, q.device, temporal_heads, *options[:3], precision(q.dtype)
+    return *scalars, strides, aligned(*options[3:], *tensors)
+
+
+def _flat(options: Options) -> Options:
+    """Masks and tables as the kernels read them: without gaps, a mask as bytes."""
+    if options.mask is not None:
+        options = options._replace(mask=options.mask.contiguous().view(torch.uint8))
+    if options.cos is not None and options.sin is not None:
+        options = options._replace(cos=options.cos.contiguous(), sin=options.sin.contiguous())
+    return options
+
+
+def _constants(tile: Tiles, q: Tensor, k: Tensor, options: Options, unit: int) -> dict[str, Any]:
+    D = q.shape[-1]
+    return {"COLS": columns(D, tile.split, options.cos is not None), "UNIT": unit, "PRECISION": precision(q.dtype)}
+
+
+def _axes(tile: Tiles, q: Tensor, k: Tensor, temporal_heads: int, op: str) -> tuple[int, dict[str, Any]]:
+    """(programs, what a kernel of both axes is told of them)."""
+    B, T, S, H, _ = q.shape
+    time = _programs(tile.time, B * S * temporal_heads, T)
+    programs = _counted(op, q, time + _programs(tile.space, B * T * (H - temporal_heads), S))
+    axes = {"TIME": _axis(tile.time, T, T), "SPACE": _axis(tile.space, S, k.shape[2])}
+    return programs, {"temporal_heads": temporal_heads, "time_programs": time, **axes}
 
 
 def launch_fwd(
-    op: str, q: Tensor, k: Tensor, v: Tensor, temporal_heads: int, options: Options, tile: Tiles, keep: bool
-) -> tuple[Tensor, Tensor | None]:
-    """q `[B, T, S, H, D]`, k, v `[B, T, S_k, H, D]` -> o, and if `keep` the statistics `[2, B, H, T * S]`."""
-    (B, T, S, H, D), unit = q.shape, _unit(q, k, v)
+    op: str, q: Tensor, k: Tensor, v: Tensor, temporal_heads: int, options: Options,
+    choose: Callable[[str], Tiles], remember: bool, keep: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """q `[B, T, S, H, D]`, k, v `[B, T, S_k, H, D]` -> o, and if `keep` the statistics `[1 or 2, B, H, T * S]`.
+
+    choose: the tile of a direction. remember: it follows from the call, so that the launch may be made again."""
+    (B, T, S, H, _), options = q.shape, _flat(options)
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    stats = torch.empty(2, B, H, T * S, dtype=torch.float32, device=q.device) if keep else None
+    stats = None
+    if keep:
+        stats = torch.empty(statistics(q.dtype.itemsize), B, H, T * S, dtype=torch.float32, device=q.device)
     if not q.numel():
         return o, stats
-    time = _programs(tile.time, B * S * temporal_heads, T)
-    programs = _counted(op, q, time, _programs(tile.space, B * T * (H - temporal_heads), S))
+    key = (op, "forward", keep, _key(q, k, temporal_heads, options, (q, k, v)))
+    plan = _PLANS.get(key) if remember else None
+    if plan is None:
+        tile, unit = choose("forward"), _unit(q, k, v)
+        programs, axes = _axes(tile, q, k, temporal_heads, op)
+        pieces = {"TIME_KEYS": _pieces(tile.time), "SPACE_KEYS": _pieces(tile.space)}
+        launch = Launch(grid_fwd, programs, remember and q.is_cuda, num_warps=tile.warps, num_stages=tile.stages)
+        strides = {name: _strides(x, unit) for name, x in zip("qkvo", (q, k, v, o), strict=True)}
+        after = axes | pieces | _constants(tile, q, k, options, unit)
+        plan = _Plan(launch, strides, _rules(options, q.dtype), {"sizes": _sizes(q, k)}, after)
+        if remember:
+            _PLANS.keep(key, plan)
     with torch.cuda.device_of(q):
-        grid_fwd[programs](
-            q=_view(q, unit), k=_view(k, unit), v=_view(v, unit), o=_view(o, unit), stats=_split_stats(stats),
-            sizes=_sizes(q, k), rules=_rules(options, q.dtype), temporal_heads=temporal_heads, time_programs=time,
-            TIME=_axis(tile.time, T, T, False), SPACE=_axis(tile.space, S, k.shape[2], False),
-            TIME_KEYS=_pieces(tile.time), SPACE_KEYS=_pieces(tile.space),
-            COLS=columns(D, tile.split, options.cos is not None), UNIT=unit, PRECISION=precision(q.dtype),
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        plan({"q": q, "k": k, "v": v, "o": o}, options, stats=None if stats is None else _parts(stats, plan))
     return o, stats
 
 
+def _parts(stats: Tensor, plan: _Plan) -> tuple:
+    return tuple(plan.launch.take(part) for part in stats.unbind(0))
+
+
 def launch_bwd(
-    op: str, do, q, k, v, o, stats, dq, dk, dv, temporal_heads: int, options: Options, tile: Tiles,
-    o_again: Tensor | None = None,
+    op: str, do, q, k, v, o, stats, dq, dk, dv, temporal_heads: int, options: Options,
+    choose: Callable[[str], Tiles], remember: bool, o_again: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Writes dq, dk, dv; o and stats are the forward's, read where a sequence is not packed.
 
     o_again: packed sequences write o again, recomputed, into it."""
     if not q.numel():
         return
-    if tile.keeps_output and (o is None or stats is None):
-        raise RuntimeError(f"{op}: this backward reads o and statistics; run the forward with keep=True")
     do = do if do.stride(-1) == 1 or do.shape[-1] == 1 else do.contiguous()
-    (B, T, S, H, D), S_k = q.shape, k.shape[2]
-    o = o_again if tile.keeps_output is False else o
-    unit = _unit(do, q, k, v, o, dq, dk, dv)
-    views = {name: _view(x, unit) for name, x in (("do", do), ("q", q), ("k", k), ("v", v), ("dk", dk), ("dv", dv))}
-    shared = {
-        "stats": _split_stats(stats) if tile.keeps_output else None,
-        "delta": torch.empty(B, H, T * S, dtype=torch.float32, device=q.device) if tile.streams else None,
-        "sizes": _sizes(q, k), "rules": _rules(options, q.dtype), "UNIT": unit, "PRECISION": precision(q.dtype),
-    }  # fmt: skip
-    halves = options.cos is not None
-    time = _programs(tile.time, B * S * temporal_heads, T)
-    programs = _counted(op, q, time, _programs(tile.space, B * T * (H - temporal_heads), S))
+    (B, T, S, H, _), options = q.shape, _flat(options)
+    tensors = {"do": do, "q": q, "k": k, "v": v, "o": o if o_again is None else o_again, "dq": dq, "dk": dk, "dv": dv}
+    key = (op, "backward", o_again is None, _key(q, k, temporal_heads, options, tensors.values()))
+    plans = _PLANS.get(key) if remember else None
+    if plans is None:
+        tile = choose("backward")
+        if tile.keeps_output and (o is None or stats is None):
+            raise RuntimeError(f"{op}: this backward reads o and statistics; run the forward with keep=True")
+        plans = _plans_bwd(op, tensors, temporal_heads, options, tile, remember, o_again is not None)
+        if remember:
+            _PLANS.keep(key, plans)
+    delta = torch.empty(B, H, T * S, dtype=torch.float32, device=q.device) if len(plans) > 1 else None
     with torch.cuda.device_of(q):
-        grid_bwd[programs](
-            **views, o=None if o is None else _view(o, unit), dq=_view(dq, unit), **shared,
-            temporal_heads=temporal_heads, time_programs=time, EMIT=o_again is not None,
-            TIME=_axis(tile.time, T, T, True), SPACE=_axis(tile.space, S, S_k, True),
-            COLS=columns(D, tile.split, halves), num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-        if tile.keys is None:
-            return
-        for axis, over_time, first, heads, sequences, N, N_k in (
-            (tile.keys.time, True, 0, temporal_heads, B * S, T, T),
-            (tile.keys.space, False, temporal_heads, H - temporal_heads, B * T, S, S_k),
-        ):
-            if axis is None:
-                continue
-            grid_bwd_keys[_counted(op, q, 0, sequences * heads * -(-N_k // axis.keys[0]))](
-                **views, **shared, first_head=first, heads=heads, N=N, N_k=N_k,
-                OVER_TIME=over_time, BLOCK_Q=axis.rows, BLOCK_K=axis.keys[0],
-                COLS=columns(D, tile.keys.split, halves), num_warps=tile.keys.warps, num_stages=tile.keys.stages,
-            )  # fmt: skip
+        for plan in plans:
+            given = None if stats is None else _parts(stats, plan)
+            plan(tensors, options, stats=given, delta=None if delta is None else plan.launch.take(delta))
+
+
+def _plans_bwd(op, tensors, temporal_heads: int, options: Options, tile: Tiles, remember: bool, emit: bool) -> list:
+    """The launches of a backward: of everything but the dk and dv of streamed sequences, and then of those per axis."""
+    q, k = tensors["q"], tensors["k"]
+    (B, T, S, H, _), S_k = q.shape, k.shape[2]
+    unit = _unit(*tensors.values())
+    strides = {name: None if x is None else _strides(x, unit) for name, x in tensors.items()}
+    if not tile.keeps_output and not emit:
+        strides["o"] = None
+    programs, axes = _axes(tile, q, k, temporal_heads, op)
+    reusable, rules, before = remember and q.is_cuda, _rules(options, q.dtype), {"sizes": _sizes(q, k)}
+    launch = Launch(grid_bwd, programs, reusable, num_warps=tile.warps, num_stages=tile.stages)
+    after = axes | {"EMIT": emit} | _constants(tile, q, k, options, unit)
+    plans = [_Plan(launch, strides, rules, before, after)]
+    if tile.keys is None:
+        return plans
+    strides = {name: at for name, at in strides.items() if name not in ("o", "dq")}
+    for axis, over_time, first, heads, sequences, N, N_k in (
+        (tile.keys.time, True, 0, temporal_heads, B * S, T, T),
+        (tile.keys.space, False, temporal_heads, H - temporal_heads, B * T, S, S_k),
+    ):
+        if axis is not None:
+            programs = _counted(op, q, sequences * heads * -(-N_k // axis.keys[0]))
+            launch = Launch(grid_bwd_keys, programs, reusable, num_warps=tile.keys.warps, num_stages=tile.keys.stages)
+            after = {"first_head": first, "heads": heads, "N": N, "N_k": N_k, "OVER_TIME": over_time}
+            after |= {"AXIS": _axis(axis, N, N_k)} | _constants(tile.keys, q, k, options, unit)
+            plans.append(_Plan(launch, strides, rules, before, after))
+    return plans

@@ -1,13 +1,11 @@
-"""Resident regime: all keys of a sequence on chip, softmax exact in one pass, no running maximum.
+"""Resident regime, forward: all keys of a sequence on chip, softmax exact in one pass, no running maximum.
 
 A program takes one sequence (one head of one frame or position) and walks over its queries block by block; K and V are
 read once and stay in shared memory. The keys lie in pieces, each a power of two: 196 are 128 + 64 + 16.
 
-Backward: one program, too, walks over the queries for dq and then over the keys for dk and dv. The sequence is read from
-memory once, again and again from the cache; delta stays in registers; dq, dk and dv are each written once, no
-workspace, no atomics. It reads o and the statistics that the forward left. (Without them, one walk with the whole softmax
-and with dk and dv of all keys in registers, or two walks with s and dp of all keys in them, spilled 100 to 700 registers
-with every tile tried: Triton 3.6, sm_90, 196 x 64.)
+There is no resident backward: with dk and dv of all keys in registers, or s and dp of all keys, Triton 3.6 spilled 100
+to 700 registers with every tile tried (sm_90, 196 x 64), and one program that walks twice over its sequence was no
+faster than the two launches of triton_streaming.py (385 against 333 us, 1536 sequences of 196 x 64, H200).
 """
 
 from __future__ import annotations
@@ -32,7 +30,6 @@ from .triton_device import (
     zero_rows,
 )
 from .triton_sequences import clip_tokens, sequence_place, token_offsets
-from .triton_streaming import gradient_of_queries, gradients_of_keys
 
 
 @triton.jit
@@ -114,27 +111,4 @@ def resident_fwd(
         sums = scaled_rows(sums, reciprocal(total)[:, None])
         store_rows(o, token_offsets(o, b, g, i, h, TIME, UNIT), i < N, sums, COLS)
         if stats is not None:
-            store_stats(stats, rows, i < N, m, total)
-
-
-@triton.jit
-def resident_bwd(
-    program, do, q, k, v, o, dq, dk, dv, stats, sizes, rules, first_head, heads, N, TIME: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCKS: tl.constexpr,
-    COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Writes dq, dk and dv of one sequence. BLOCKS: a power of two of blocks that hold its queries."""
-    b, g, h = sequence_place(program, sizes, first_head, heads, TIME)
-    delta_all = tl.zeros([BLOCKS, BLOCK_Q], tl.float32)
-    for first in range(0, N, BLOCK_Q):
-        _, _, delta = gradient_of_queries(
-            do, q, k, v, o, dq, stats, sizes, rules, b, g, h, first, N, N,
-            TIME, False, BLOCK_Q, BLOCK_K, COLS, UNIT, PRECISION,
-        )  # fmt: skip
-        here = (tl.arange(0, BLOCKS) == first // BLOCK_Q)[:, None]
-        delta_all = tl.where(here, delta[None, :], delta_all)
-    for first in range(0, N, BLOCK_K):
-        gradients_of_keys(
-            do, q, k, v, dk, dv, stats, delta_all, sizes, rules, b, g, h, first, N, N,
-            TIME, BLOCK_Q, BLOCK_K, BLOCKS, COLS, UNIT, PRECISION,
-        )  # fmt: skip
+            store_stats(stats, rows, i < N, m, total, rules)

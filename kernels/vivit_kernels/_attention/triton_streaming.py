@@ -1,9 +1,12 @@
 """Streaming regime: sequences of any length, keys block by block with an online softmax.
 
-Forward keeps of every query the largest score and the sum of exponentials, apart: their sum as one lse would round a
-score of 100 to 1e-5, more than float32 attention errs. Backward takes two passes: over blocks of queries for dq, which
-also leaves delta = sum(do * o) of every query behind, then over blocks of keys for dk and dv. That multiplies seven
-times where one pass with atomic additions to dq would five times, and gives the same bits in every run.
+A length that is no multiple of a block ends in a smaller one, for queries and for keys: 196 in blocks of 64 are
+3 x 64 + 16, not 4 x 64.
+
+Forward leaves the lse of every query to the backward (in float32 its parts: their sum would round a score of 100 to
+1e-5, more than float32 attention errs). Backward takes two passes: over blocks of queries for dq, which also leaves
+delta = sum(do * o) of every query behind, then over blocks of keys for dk and dv. That multiplies seven times where one
+pass with atomic additions to dq would five times, and gives the same bits in every run.
 """
 
 from __future__ import annotations
@@ -26,9 +29,10 @@ from .triton_device import (
     store_rows,
     store_stats,
     times_slope,
+    weights,
     zero_rows,
 )
-from .triton_sequences import add_to_keys, block_rows, key_groups, sequence_place, token_offsets
+from .triton_sequences import block_rows, sequence_place, token_offsets
 
 
 @triton.jit
@@ -38,6 +42,11 @@ def _forbid(s, rules, at, valid, WHOLE: tl.constexpr):
         return s
     else:
         return tl.where(may_attend(rules, at, valid)[None, :], s, float("-inf"))
+
+
+@triton.jit
+def _key_groups(start, COUNT: tl.constexpr):
+    return start // 4 + tl.arange(0, COUNT // 4)
 
 
 @triton.jit
@@ -60,20 +69,17 @@ def _step(
     shrink = exponential(m, safe, rules)
     total = total * shrink + tl.sum(p, 1)
     v_rows, _, _ = block_rows(v, sizes, rules, b, g, h, start, N_k, sizes.S_k, False, WHOLE, TIME, BLOCK_K, COLS, UNIT)
-    kept = dropped(p, rules, rows, key_groups(start, BLOCK_K))
+    kept = dropped(p, rules, rows, _key_groups(start, BLOCK_K))
     return new_m, total, add_product(scaled_rows(sums, shrink[:, None]), kept, v_rows, PRECISION)
 
 
 @triton.jit
-def streaming_fwd(
-    program, q, k, v, o, stats, sizes, rules, first_head, heads, N, N_k,
-    TIME: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+def _attend(
+    q, k, v, o, stats, sizes, rules, b, g, h, first, N, N_k,
+    TIME: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_K: tl.constexpr,
     COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes o of one block of queries, and where stats is not None their (largest score, sum), see the module."""
-    blocks = tl.cdiv(N, BLOCK_Q)
-    b, g, h = sequence_place(program // blocks, sizes, first_head, heads, TIME)
-    first = program % blocks * BLOCK_Q
+    """o of the queries first, first + 1, ... of a sequence."""
     q_rows, valid, n = block_rows(q, sizes, rules, b, g, h, first, N, sizes.S, True, False, TIME, BLOCK_Q, COLS, UNIT)
     rows = (b * sizes.H + h) * sizes.T * sizes.S + n
     m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
@@ -85,21 +91,48 @@ def streaming_fwd(
             q_rows, k, v, sizes, rules, b, g, h, rows, start, N_k, m, total, sums, True, TIME,
             BLOCK_K, COLS, UNIT, PRECISION,
         )  # fmt: skip
-    if whole < N_k:
+    if TAIL_K:
         m, total, sums = _step(
             q_rows, k, v, sizes, rules, b, g, h, rows, whole, N_k, m, total, sums, False, TIME,
-            BLOCK_K, COLS, UNIT, PRECISION,
+            TAIL_K, COLS, UNIT, PRECISION,
         )  # fmt: skip
     i = (first + tl.arange(0, BLOCK_Q)).to(tl.int64)
     sums = scaled_rows(sums, reciprocal(total)[:, None])
     store_rows(o, token_offsets(o, b, g, i, h, TIME, UNIT), valid, sums, COLS)
     if stats is not None:
-        store_stats(stats, rows, valid, tl.where(m == float("-inf"), 0.0, m), total)
+        store_stats(stats, rows, valid, tl.where(m == float("-inf"), 0.0, m), total, rules)
+
+
+@triton.jit
+def streaming_fwd(
+    program, q, k, v, o, stats, sizes, rules, first_head, heads, N, N_k,
+    TIME: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_Q: tl.constexpr, TAIL_K: tl.constexpr,
+    COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Writes o of one block of queries, and where stats is not None what a backward reads of them."""
+    blocks = tl.cdiv(N, BLOCK_Q)
+    b, g, h = sequence_place(program // blocks, sizes, first_head, heads, TIME)
+    first = program % blocks * BLOCK_Q
+    if TAIL_Q == 0 or TAIL_Q == BLOCK_Q:
+        _attend(
+            q, k, v, o, stats, sizes, rules, b, g, h, first, N, N_k,
+            TIME, BLOCK_Q, BLOCK_K, TAIL_K, COLS, UNIT, PRECISION,
+        )  # fmt: skip
+    elif program % blocks == blocks - 1:
+        _attend(
+            q, k, v, o, stats, sizes, rules, b, g, h, first, N, N_k,
+            TIME, TAIL_Q, BLOCK_K, TAIL_K, COLS, UNIT, PRECISION,
+        )  # fmt: skip
+    else:
+        _attend(
+            q, k, v, o, stats, sizes, rules, b, g, h, first, N, N_k,
+            TIME, BLOCK_Q, BLOCK_K, TAIL_K, COLS, UNIT, PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit
 def _step_queries(
-    q_rows, do_rows, k, v, sizes, rules, b, g, h, rows, start, N_k, m, inverse, delta, dq_rows,
+    q_rows, do_rows, k, v, sizes, rules, b, g, h, rows, start, N_k, stats, delta, dq_rows,
     EXACT: tl.constexpr, WHOLE: tl.constexpr, TIME: tl.constexpr,
     BLOCK_K: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -110,8 +143,8 @@ def _step_queries(
     v_rows, _, _ = block_rows(v, sizes, rules, b, g, h, start, N_k, sizes.S_k, False, WHOLE, TIME, BLOCK_K, COLS, UNIT)
     s, slope = capped(across(q_rows, k_rows, PRECISION), rules)
     s = _forbid(s, rules, b * sizes.T * sizes.S_k + n, valid, WHOLE)
-    p = exponential(s, m[:, None], rules) * inverse[:, None]
-    dp = dropped(across(do_rows, v_rows, PRECISION), rules, rows, key_groups(start, BLOCK_K))
+    p = weights(s, stats, rules, True)
+    dp = dropped(across(do_rows, v_rows, PRECISION), rules, rows, _key_groups(start, BLOCK_K))
     if EXACT:
         delta = tl.sum(p * dp, 1)
     ds = times_slope(p * (dp - delta[:, None]), slope)
@@ -119,12 +152,12 @@ def _step_queries(
 
 
 @triton.jit
-def gradient_of_queries(
-    do, q, k, v, o, dq, stats, sizes, rules, b, g, h, first, N, N_k,
-    TIME: tl.constexpr, EXACT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+def _gradient_of_queries(
+    do, q, k, v, o, dq, stats, delta_ptr, sizes, rules, b, g, h, first, N, N_k,
+    TIME: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_K: tl.constexpr, EXACT: tl.constexpr,
     COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes dq of the queries first, first + 1, ... of a sequence -> (their rows among all queries, valid, delta).
+    """dq and delta of the queries first, first + 1, ... of a sequence.
 
     EXACT: all keys fit in one block, delta = sum(p * dp) comes of it, without the rounding of o."""
     q_rows, valid, n = block_rows(q, sizes, rules, b, g, h, first, N, sizes.S, True, False, TIME, BLOCK_Q, COLS, UNIT)
@@ -132,12 +165,12 @@ def gradient_of_queries(
         do, sizes, rules, b, g, h, first, N, sizes.S, False, False, TIME, BLOCK_Q, COLS, UNIT
     )
     rows = (b * sizes.H + h) * sizes.T * sizes.S + n
-    m, inverse = load_stats(stats, rows, valid)
+    stats_rows = load_stats(stats, rows, valid, rules)
     dq_rows = zero_rows(BLOCK_Q, COLS)
     if EXACT:
         delta, dq_rows = _step_queries(
-            q_rows, do_rows, k, v, sizes, rules, b, g, h, rows, 0, N_k, m, inverse, m, dq_rows, True, False, TIME,
-            BLOCK_K, COLS, UNIT, PRECISION,
+            q_rows, do_rows, k, v, sizes, rules, b, g, h, rows, 0, N_k, stats_rows, stats_rows[0], dq_rows,
+            True, False, TIME, EXACT, COLS, UNIT, PRECISION,
         )  # fmt: skip
     else:
         o_rows, valid, n = block_rows(
@@ -147,67 +180,92 @@ def gradient_of_queries(
         whole = N_k // BLOCK_K * BLOCK_K
         for start in range(0, whole, BLOCK_K):
             delta, dq_rows = _step_queries(
-                q_rows, do_rows, k, v, sizes, rules, b, g, h, rows, start, N_k, m, inverse, delta, dq_rows,
+                q_rows, do_rows, k, v, sizes, rules, b, g, h, rows, start, N_k, stats_rows, delta, dq_rows,
                 False, True, TIME, BLOCK_K, COLS, UNIT, PRECISION,
             )  # fmt: skip
-        if whole < N_k:
+        if TAIL_K:
             delta, dq_rows = _step_queries(
-                q_rows, do_rows, k, v, sizes, rules, b, g, h, rows, whole, N_k, m, inverse, delta, dq_rows,
-                False, False, TIME, BLOCK_K, COLS, UNIT, PRECISION,
+                q_rows, do_rows, k, v, sizes, rules, b, g, h, rows, whole, N_k, stats_rows, delta, dq_rows,
+                False, False, TIME, TAIL_K, COLS, UNIT, PRECISION,
             )  # fmt: skip
+    tl.store(delta_ptr + rows, delta, mask=valid)
     dq_rows = rotated(scaled_rows(dq_rows, rules.slope), rules, n, valid, -1, COLS)
     i = (first + tl.arange(0, BLOCK_Q)).to(tl.int64)
     store_rows(dq, token_offsets(dq, b, g, i, h, TIME, UNIT), valid, dq_rows, COLS)
-    return rows, valid, delta
 
 
 @triton.jit
 def streaming_bwd_queries(
-    program, do, q, k, v, o, dq, stats, delta_ptr, sizes, rules, first_head, heads, N, N_k,
-    TIME: tl.constexpr, EXACT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    program, do, q, k, v, o, dq, stats, delta, sizes, rules, first_head, heads, N, N_k,
+    TIME: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_Q: tl.constexpr, TAIL_K: tl.constexpr,
+    EXACT: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Writes dq and delta of one block of queries."""
     blocks = tl.cdiv(N, BLOCK_Q)
     b, g, h = sequence_place(program // blocks, sizes, first_head, heads, TIME)
-    rows, valid, delta = gradient_of_queries(
-        do, q, k, v, o, dq, stats, sizes, rules, b, g, h, program % blocks * BLOCK_Q, N, N_k,
-        TIME, EXACT, BLOCK_Q, BLOCK_K, COLS, UNIT, PRECISION,
-    )  # fmt: skip
-    tl.store(delta_ptr + rows, delta, mask=valid)
+    first = program % blocks * BLOCK_Q
+    if TAIL_Q == 0 or TAIL_Q == BLOCK_Q:
+        _gradient_of_queries(
+            do, q, k, v, o, dq, stats, delta, sizes, rules, b, g, h, first, N, N_k,
+            TIME, BLOCK_Q, BLOCK_K, TAIL_K, EXACT, COLS, UNIT, PRECISION,
+        )  # fmt: skip
+    elif program % blocks == blocks - 1:
+        _gradient_of_queries(
+            do, q, k, v, o, dq, stats, delta, sizes, rules, b, g, h, first, N, N_k,
+            TIME, TAIL_Q, BLOCK_K, TAIL_K, EXACT, COLS, UNIT, PRECISION,
+        )  # fmt: skip
+    else:
+        _gradient_of_queries(
+            do, q, k, v, o, dq, stats, delta, sizes, rules, b, g, h, first, N, N_k,
+            TIME, BLOCK_Q, BLOCK_K, TAIL_K, EXACT, COLS, UNIT, PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit
 def _step_keys(
     k_rows, v_rows, allowed, do, q, stats, delta, sizes, rules, b, g, h, first, start, N, dk_rows, dv_rows,
-    WHOLE: tl.constexpr, TIME: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCKS: tl.constexpr,
+    WHOLE: tl.constexpr, TIME: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries, read with its statistics, for dk and dv."""
+    """One block of queries for (dk, dv) of a block of keys first, ...: both with its share.
+
+    Scores lie keys first, so that no product has to transpose them."""
     q_rows, valid, n = block_rows(q, sizes, rules, b, g, h, start, N, sizes.S, True, WHOLE, TIME, BLOCK_Q, COLS, UNIT)
-    do_rows, _, _ = block_rows(do, sizes, rules, b, g, h, start, N, sizes.S, False, WHOLE, TIME, BLOCK_Q, COLS, UNIT)
+    do_rows, valid, n = block_rows(
+        do, sizes, rules, b, g, h, start, N, sizes.S, False, WHOLE, TIME, BLOCK_Q, COLS, UNIT
+    )
     rows = (b * sizes.H + h) * sizes.T * sizes.S + n
-    m, inverse = load_stats(stats, rows, valid)
-    if BLOCKS:
-        here = (tl.arange(0, BLOCKS) == start // BLOCK_Q)[:, None]
-        delta_rows = tl.sum(tl.where(here, delta, 0.0), 0)
+    stats_rows = load_stats(stats, rows, valid, rules)
+    delta_rows = tl.load(delta + rows, mask=valid, other=0.0)
+    if rules.exact is not None:  # summed as the forward did: a score of 100 that differs in its last bit shows
+        s, slope = capped(tl.trans(across(q_rows, k_rows, PRECISION)), rules)
     else:
-        delta_rows = tl.load(delta + rows, mask=valid, other=0.0)
-    return add_to_keys(
-        k_rows, v_rows, allowed, q_rows, do_rows, rules, rows, first, m, inverse, delta_rows, dk_rows, dv_rows,
-        BLOCK_K, PRECISION,
-    )  # fmt: skip
+        s, slope = capped(across(k_rows, q_rows, PRECISION), rules)  # [BLOCK_K, BLOCK_Q]
+    p = weights(s, stats_rows, rules, False)
+    if rules.mask is not None:
+        p = tl.where(allowed[:, None], p, 0.0)  # a key that is only not there has rows of its own, never written
+    dv_rows = add_product(dv_rows, _dropped_across(p, rules, rows, first, BLOCK_K), do_rows, PRECISION)
+    dp = _dropped_across(across(v_rows, do_rows, PRECISION), rules, rows, first, BLOCK_K)
+    ds = times_slope(p * (dp - delta_rows[None, :]), slope)
+    return add_product(dk_rows, ds, q_rows, PRECISION), dv_rows
 
 
 @triton.jit
-def gradients_of_keys(
+def _dropped_across(x, rules, rows, start, COUNT: tl.constexpr):
+    """`dropped` of scores that lie keys first, `[COUNT, M]`."""
+    if rules.seed is None:
+        return x
+    else:
+        return tl.trans(dropped(tl.trans(x), rules, rows, _key_groups(start, COUNT)))
+
+
+@triton.jit
+def _gradients_of_keys(
     do, q, k, v, dk, dv, stats, delta, sizes, rules, b, g, h, first, N, N_k,
-    TIME: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCKS: tl.constexpr,
+    TIME: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_Q: tl.constexpr,
     COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes dk and dv of the keys first, first + 1, ... of a sequence.
-
-    delta: of all queries in memory; or, if BLOCKS, of the sequence's in registers, `[BLOCKS, BLOCK_Q]`."""
+    """dk and dv of the keys first, first + 1, ... of a sequence."""
     k_rows, valid, n = block_rows(
         k, sizes, rules, b, g, h, first, N_k, sizes.S_k, True, False, TIME, BLOCK_K, COLS, UNIT
     )
@@ -221,12 +279,12 @@ def gradients_of_keys(
     for start in range(0, whole, BLOCK_Q):
         dk_rows, dv_rows = _step_keys(
             k_rows, v_rows, allowed, do, q, stats, delta, sizes, rules, b, g, h, first, start, N, dk_rows, dv_rows,
-            True, TIME, BLOCK_Q, BLOCK_K, BLOCKS, COLS, UNIT, PRECISION,
+            True, TIME, BLOCK_Q, BLOCK_K, COLS, UNIT, PRECISION,
         )  # fmt: skip
-    if whole < N:
+    if TAIL_Q:
         dk_rows, dv_rows = _step_keys(
             k_rows, v_rows, allowed, do, q, stats, delta, sizes, rules, b, g, h, first, whole, N, dk_rows, dv_rows,
-            False, TIME, BLOCK_Q, BLOCK_K, BLOCKS, COLS, UNIT, PRECISION,
+            False, TIME, TAIL_Q, BLOCK_K, COLS, UNIT, PRECISION,
         )  # fmt: skip
     j = (first + tl.arange(0, BLOCK_K)).to(tl.int64)
     dk_rows = rotated(scaled_rows(dk_rows, rules.slope), rules, n, valid, -1, COLS)
@@ -236,14 +294,26 @@ def gradients_of_keys(
 
 @triton.jit
 def streaming_bwd_keys(
-    program, do, q, k, v, dk, dv, stats, delta_ptr, sizes, rules, first_head, heads, N, N_k,
-    TIME: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    program, do, q, k, v, dk, dv, stats, delta, sizes, rules, first_head, heads, N, N_k,
+    TIME: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_Q: tl.constexpr, TAIL_K: tl.constexpr,
     COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Writes dk and dv of one block of keys."""
     blocks = tl.cdiv(N_k, BLOCK_K)
     b, g, h = sequence_place(program // blocks, sizes, first_head, heads, TIME)
-    gradients_of_keys(
-        do, q, k, v, dk, dv, stats, delta_ptr, sizes, rules, b, g, h, program % blocks * BLOCK_K, N, N_k,
-        TIME, BLOCK_Q, BLOCK_K, 0, COLS, UNIT, PRECISION,
-    )  # fmt: skip
+    first = program % blocks * BLOCK_K
+    if TAIL_K == 0 or TAIL_K == BLOCK_K:
+        _gradients_of_keys(
+            do, q, k, v, dk, dv, stats, delta, sizes, rules, b, g, h, first, N, N_k,
+            TIME, BLOCK_Q, BLOCK_K, TAIL_Q, COLS, UNIT, PRECISION,
+        )  # fmt: skip
+    elif program % blocks == blocks - 1:
+        _gradients_of_keys(
+            do, q, k, v, dk, dv, stats, delta, sizes, rules, b, g, h, first, N, N_k,
+            TIME, BLOCK_Q, TAIL_K, TAIL_Q, COLS, UNIT, PRECISION,
+        )  # fmt: skip
+    else:
+        _gradients_of_keys(
+            do, q, k, v, dk, dv, stats, delta, sizes, rules, b, g, h, first, N, N_k,
+            TIME, BLOCK_Q, BLOCK_K, TAIL_Q, COLS, UNIT, PRECISION,
+        )  # fmt: skip

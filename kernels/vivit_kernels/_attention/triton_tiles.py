@@ -50,6 +50,11 @@ class Tiles:
         return any(axis is not None and axis.regime == STREAMING for axis in (self.time, self.space))
 
 
+def statistics(itemsize: int) -> int:
+    """Numbers that a forward leaves of a query for a backward: one lse, in float32 its two parts apart."""
+    return 2 if itemsize == 4 else 1
+
+
 class Override:
     """The tile that a test or a search forces on every launch of its direction."""
 
@@ -64,6 +69,10 @@ class Override:
             yield
         finally:
             self._tiles = before
+
+    @property
+    def active(self) -> bool:
+        return bool(self._tiles)
 
     def of(self, direction: str) -> Tiles | None:
         return self._tiles.get(direction)
@@ -87,8 +96,6 @@ def backward_axis(N: int, N_k: int, D: int, itemsize: int) -> Axis:
         return Axis(PACKED, power_of_two(N)) if N == N_k <= 32 else Axis(STREAMING, 16, (32,))
     if N == N_k <= 64:
         return Axis(PACKED, 64)
-    if N == N_k <= 512:
-        return Axis(RESIDENT, 64, (64,))
     return Axis(STREAMING, 64, (64,))
 
 
@@ -98,8 +105,7 @@ def tiles(direction: str, time: Axis | None, space: Axis | None) -> Tiles:
         return Tiles(direction, time, space, warps=4, stages=2)
     over_time, over_space = (axis if axis is not None and axis.regime == STREAMING else None for axis in (time, space))
     keys = Tiles(direction, over_time, over_space, warps=4, stages=2) if over_time or over_space else None
-    stages = 1 if any(axis is not None and axis.regime == RESIDENT for axis in (time, space)) else 2
-    return Tiles(direction, time, space, warps=4, stages=stages, keys=keys)
+    return Tiles(direction, time, space, warps=4, stages=2, keys=keys)
 
 
 # ---- powers of two ----

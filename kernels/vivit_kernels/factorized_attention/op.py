@@ -3,6 +3,7 @@
 import torch
 
 from .._attention.registration import register
+from .._attention.triton_tiles import statistics
 from . import tiles
 
 
@@ -11,9 +12,10 @@ def _flops(q: tuple, _: tuple, temporal_heads: int) -> int:
     return 4 * B * T * S * D * (temporal_heads * T + (H - temporal_heads) * S)
 
 
-def _triton_keeps(q: tuple, _: tuple, dtype: torch.dtype, temporal_heads: int) -> bool:
-    _, T, S, H, D = q
-    return tiles.current("backward", T, S, H, temporal_heads, D, dtype.itemsize).keeps_output
+def _triton_saves(q: tuple, _: tuple, dtype: torch.dtype, temporal_heads: int) -> tuple[int, ...] | None:
+    B, T, S, H, D = q
+    tile = tiles.current("backward", T, S, H, temporal_heads, D, dtype.itemsize)
+    return (statistics(dtype.itemsize), B, H, T * S) if tile.keeps_output else None
 
 
-register("factorized_attention", __package__ or "", _flops, {"triton": _triton_keeps})
+register("factorized_attention", __package__ or "", _flops, {"triton": _triton_saves})

@@ -9,6 +9,11 @@ _override = Override()
 forced = _override.forced
 
 
+def chosen() -> bool:
+    """Whether tiles follow from the call alone: nothing is forced."""
+    return not _override.active
+
+
 def choose(direction: str, T: int, S: int, H: int, temporal_heads: int, D: int, itemsize: int) -> Tiles:
     rule = forward_axis if direction == "forward" else backward_axis
     time = rule(T, T, D, itemsize) if temporal_heads else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from .._attention import triton_grid
@@ -12,19 +14,20 @@ from .tiles import Tiles
 _OP = "factorized_attention"
 
 
-def _tile(direction: str, q: Tensor, temporal_heads: int) -> Tiles:
+def _tile(q: Tensor, temporal_heads: int) -> Callable[[str], Tiles]:
     _, T, S, H, D = q.shape
-    return tiles.current(direction, T, S, H, temporal_heads, D, q.dtype.itemsize)
+    return lambda direction: tiles.current(direction, T, S, H, temporal_heads, D, q.dtype.itemsize)
 
 
 def launch_fwd(q: Tensor, k: Tensor, v: Tensor, temporal_heads: int, options: Options, keep: bool = False):
     """q, k, v `[B, T, S, H, D]` -> (o like q, statistics of every query for the backward, or None)."""
-    return triton_grid.launch_fwd(_OP, q, k, v, temporal_heads, options, _tile("forward", q, temporal_heads), keep)
+    tile = _tile(q, temporal_heads)
+    return triton_grid.launch_fwd(_OP, q, k, v, temporal_heads, options, tile, tiles.chosen(), keep)
 
 
 def launch_bwd(
     do, q, k, v, o, lse, dq, dk, dv, temporal_heads: int, options: Options, o_again: Tensor | None = None
 ) -> None:
     """Writes dq, dk, dv, each once; o_again: memory in which packed sequences, which need no o, recompute theirs."""
-    tile = _tile("backward", q, temporal_heads)
-    triton_grid.launch_bwd(_OP, do, q, k, v, o, lse, dq, dk, dv, temporal_heads, options, tile, o_again)
+    tile = _tile(q, temporal_heads)
+    triton_grid.launch_bwd(_OP, do, q, k, v, o, lse, dq, dk, dv, temporal_heads, options, tile, tiles.chosen(), o_again)

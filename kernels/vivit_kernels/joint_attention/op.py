@@ -3,6 +3,7 @@
 import torch
 
 from .._attention.registration import register
+from .._attention.triton_tiles import statistics
 from . import tiles
 
 
@@ -11,8 +12,10 @@ def _flops(q: tuple, k: tuple, _: int) -> int:
     return 4 * B * H * N * k[1] * D
 
 
-def _triton_keeps(q: tuple, k: tuple, dtype: torch.dtype, _: int) -> bool:
-    return tiles.current("backward", q[1], q[3], dtype.itemsize, k[1]).keeps_output
+def _triton_saves(q: tuple, k: tuple, dtype: torch.dtype, _: int) -> tuple[int, ...] | None:
+    B, N, H, D = q
+    tile = tiles.current("backward", N, D, dtype.itemsize, k[1])
+    return (statistics(dtype.itemsize), B, H, N) if tile.keeps_output else None
 
 
-register("joint_attention", __package__ or "", _flops, {"triton": _triton_keeps})
+register("joint_attention", __package__ or "", _flops, {"triton": _triton_saves})

@@ -9,6 +9,11 @@ _override = Override()
 forced = _override.forced
 
 
+def chosen() -> bool:
+    """Whether tiles follow from the call alone: nothing is forced."""
+    return not _override.active
+
+
 def choose(direction: str, S: int, D: int, itemsize: int, S_k: int | None = None) -> Tiles:
     """S, S_k: tokens of the queries and, where they differ, of the keys."""
     rule = forward_axis if direction == "forward" else backward_axis

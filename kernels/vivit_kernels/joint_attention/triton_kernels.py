@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from .._attention import triton_grid
@@ -12,22 +14,22 @@ from .tiles import Tiles
 _OP = "joint_attention"
 
 
-def _tile(direction: str, q: Tensor, k: Tensor) -> Tiles:
-    return tiles.current(direction, q.shape[1], q.shape[3], q.dtype.itemsize, k.shape[1])
+def _tile(q: Tensor, k: Tensor) -> Callable[[str], Tiles]:
+    return lambda direction: tiles.current(direction, q.shape[1], q.shape[3], q.dtype.itemsize, k.shape[1])
 
 
-def _frame(*tensors: Tensor | None) -> list[Tensor | None]:
+def _frame(*tensors: Tensor | None) -> list:
     return [None if x is None else x.unsqueeze(1) for x in tensors]  # [B, N, H, D] -> [B, 1, N, H, D]
 
 
 def launch_fwd(q: Tensor, k: Tensor, v: Tensor, _: int, options: Options, keep: bool = False):
     """q `[B, N_q, H, D]`, k, v `[B, N_k, H, D]` -> (o like q, statistics of every query for the backward, or None)."""
-    o, stats = triton_grid.launch_fwd(_OP, *_frame(q, k, v), 0, options, _tile("forward", q, k), keep)
+    frames = _frame(q, k, v)
+    o, stats = triton_grid.launch_fwd(_OP, *frames, 0, options, _tile(q, k), tiles.chosen(), keep)
     return o.squeeze(1), stats
 
 
 def launch_bwd(do, q, k, v, o, lse, dq, dk, dv, _: int, options: Options) -> None:
     """Writes dq, dk, dv, each once."""
-    views = _frame(do, q, k, v, o), lse, *_frame(dq, dk, dv)
-    do, q_frame, k_frame, v_frame, o = views[0]
-    triton_grid.launch_bwd(_OP, do, q_frame, k_frame, v_frame, o, lse, *views[2:], 0, options, _tile("backward", q, k))
+    read, written = _frame(do, q, k, v, o), _frame(dq, dk, dv)
+    triton_grid.launch_bwd(_OP, *read, lse, *written, 0, options, _tile(q, k), tiles.chosen())
