@@ -57,7 +57,7 @@ def test_restriction_by_environment_variable():
     assert run("torch").stdout.strip() == "16.0"
     assert "NotImplementedError" in run("triton").stderr
     unknown = run("tritn").stderr
-    assert "'tritn' is not a backend; use some of cuda, triton, cpu, torch" in unknown
+    assert "'tritn' is not a backend; use some of cuda, triton, cpu, torch, sdpa, flash_attn, xformers," in unknown
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_restriction_by_environment_variable():
         (lambda: joint_attention(Q, Q, Q, key_mask=torch.ones(1, 9)), "True where a key may be attended; got torch.float32"),
         (lambda: joint_attention(Q, Q[:, :5], Q[:, :5], rotary=rotary_tables(9, 1, 1, 8)), "rotary needs as many keys as queries"),
         (lambda: joint_attention(Q, Q, Q, rotary=rotary_tables(8, 1, 1, 8)), "rotary cos must be float32 [(9, 4)] on cpu"),
-        (lambda: joint_attention(Q, Q, Q, backend="trition"), "backend='trition' is not known; it is one of cuda, triton, cpu, torch or None"),
+        (lambda: joint_attention(Q, Q, Q, backend="trition"), "backend='trition' is not known; it is one of cuda, triton, cpu, torch, sdpa, flash_attn, xformers or None"),
         (lambda: factorized_attention(GRID, GRID, GRID, temporal_heads=3), "temporal_heads=3 must lie between 0 (all spatial) and H=2"),
         (lambda: factorized_attention(GRID, GRID[:, :2], GRID[:, :2], temporal_heads=1), "must lie on one token grid; joint_attention takes other lengths"),
         (lambda: rotary_tables(2, 2, 2, 8, split=(1, 1, 1)), "split=(1, 1, 1) must add up to head_size / 2 = 4"),

@@ -7,9 +7,10 @@ import platform
 import torch
 
 from . import _environment
-from ._dispatch import Call, refusals
+from ._dispatch import Call, column, refusals
 from .factorized_attention.support import SUPPORT as FACTORIZED
 from .joint_attention.support import SUPPORT as JOINT
+from .joint_attention.support import order as joint_order
 from .tubelet_embedding.support import SUPPORT as TUBELET
 
 # One ordinary call per op: ViViT-B/16x2, one clip.
@@ -35,23 +36,35 @@ def device_lines() -> list[str]:
 def backend_lines(device: str, dtype: torch.dtype) -> list[str]:
     lines = []
     for op, (support, shape) in SHAPES.items():
-        call = Call(op, shape, dtype, device, needs_grad=True)
+        call = Call(op, shape, dtype, device, needs_grad=True, arch=_arch(device))
+        order = _environment.allowed_backends(joint_order(call) if support is JOINT else _environment.BACKENDS)
+        order += tuple(name for name in support if name not in order and not _environment.RESTRICTED)
+        width = column(name for name in order)
         lines.append(f"{op}  {call}")
-        for backend, reasons in refusals(call, support, _environment.allowed_backends()).items():
-            lines.append(f"  {backend:<8}{'runs' if not reasons else reasons[0].reason}")
-            lines += [f"          -> {reason.remedy}" for reason in reasons]
+        for backend, reasons in refusals(call, support, order).items():
+            lines += [f"  {backend:<{width}}runs"] * (not reasons)
+            for i, reason in enumerate(reasons):
+                lines.append(f"  {'' if i else backend:<{width}}{reason.reason}")
+                lines.append(f"  {'':<{width}}-> {reason.remedy}")
     return lines
+
+
+def _arch(device: str) -> int:
+    if device != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
 
 
 def main() -> None:
     triton = "installed" if _environment.HAS_TRITON else "not installed"
-    print(f"vivit_kernels on Python {platform.python_version()}, torch {torch.__version__}, triton {triton}\n")
+    print(f"vivit_kernels on Python {platform.python_version()}, torch {torch.__version__}, triton {triton}")
+    flash = ", ".join(map(str, _environment.FLASH_ATTN)) or "not installed"
+    print(f"FlashAttention {flash}, xformers {'installed' if _environment.HAS_XFORMERS else 'not installed'}\n")
     print("\n".join(device_lines()) + "\n")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print("\n".join(backend_lines(device, torch.bfloat16)))
-    restriction = (
-        ",".join(_environment.RESTRICTED) or "not set (tried in order: " + ", ".join(_environment.BACKENDS) + ")"
-    )
+    restriction = ",".join(_environment.RESTRICTED) or "not set (tried in the order shown)"
     print(f"\n{_environment.VARIABLE}: {restriction}")
 
 

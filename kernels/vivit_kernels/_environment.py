@@ -21,7 +21,8 @@ def _flash_attn_installed() -> tuple[int, ...]:
     spec = importlib.util.find_spec("flash_attn")
     folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
     has_2, has_4 = (
-        any((folder / file).is_file() for folder in folders) for file in ("flash_attn_interface.py", "cute/interface.py")
+        any((folder / file).is_file() for folder in folders)
+        for file in ("flash_attn_interface.py", "cute/interface.py")
     )
     has_3 = importlib.util.find_spec("flash_attn_interface") is not None
     return tuple(v for v, found in ((2, has_2 and not _is_old_flash_attn_2()), (3, has_3), (4, has_4)) if found)
@@ -40,8 +41,8 @@ FLASH_ATTN = _flash_attn_installed()
 
 
 def flash_attn_for(arch: int) -> int | None:
-    """The version that runs on sm_<arch>, of those installed: 3 is for sm_90, 4 for sm_90 and later, 2 runs on all."""
-    wanted = (4, 2) if arch >= 100 else (3, 4, 2) if arch >= 90 else (2,)
+    """The version that runs on sm_<arch>, of those installed: 3 is for sm_90, 4 for sm_90 to sm_110, 2 for all."""
+    wanted = (3, 4, 2) if 90 <= arch < 100 else (4, 2) if 100 <= arch < 120 else (2,)
     return next((version for version in wanted if version in FLASH_ATTN), None)
 
 

@@ -20,10 +20,11 @@ _QKV = "Tensor q, Tensor? k, Tensor? v"
 _AUXILIARY = "Tensor? mask, Tensor? seed, Tensor? cos, Tensor? sin"
 _OPTIONS = "int temporal_heads, float scale, float softcap, float dropout_p, str backend"
 _KEEP = "bool keep=True"  # o and lse for a backward; without one they need not be written
-_MODULES = {"torch": "composed", "cpu": "cpu_kernels", "cuda": "cuda_kernels", "triton": "triton_kernels"}
+_MODULES = {"torch": "composed"}  # of the other backends it is <backend>_kernels
 
-# Per backend, the shape of the fp32 `lse` that its backward reads beside the forward's o, from the shapes and dtype of q
-# and k (unpacked) and temporal_heads; None where it reads neither, as for those not named. What it holds is up to them.
+# Per backend, the shape of the fp32 `lse` that its backward reads beside the forward's o, from the shapes and dtype of
+# q and k (unpacked) and temporal_heads; None where it reads neither, as for those not named. What it holds is up to
+# them.
 SavedShape = Mapping[str, Callable[[tuple, tuple, torch.dtype, int], "tuple[int, ...] | None"]]
 
 
@@ -48,7 +49,7 @@ def register(op: str, package: str, flops: Callable[..., int], saved: SavedShape
         return None if rule is None else rule(tuple(q.shape), tuple(k.shape), q.dtype, temporal_heads)
 
     def launcher(backend: str, name: str):
-        return getattr(importlib.import_module(f"{package}.{_MODULES[backend]}"), name)
+        return getattr(importlib.import_module(f"{package}.{_MODULES.get(backend, f'{backend}_kernels')}"), name)
 
     def fwd(q, k, v, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, backend, keep=True):
         options = Options(scale, softcap, dropout_p, mask, seed, cos, sin)

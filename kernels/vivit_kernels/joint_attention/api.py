@@ -7,7 +7,7 @@ from torch import Tensor
 from .._attention.call import call
 from .._attention.options import Rotary, autocast, check_options, check_qkv
 from . import op  # noqa: F401  registers torch.ops.vivit_kernels.joint_attention_fwd
-from .support import SUPPORT
+from .support import SUPPORT, order
 
 
 def joint_attention(
@@ -38,8 +38,11 @@ def joint_attention(
         (seed, offset) on q's device, decides which (see _philox.py); None draws it from PyTorch's generator.
     rotary: (cos, sin), fp32 `[N, D/2]`, rotates q and k in channel pairs (i, i + D/2) first; not differentiated.
     softcap: scores become softcap * tanh(score / softcap).
-    backend: "cuda", "triton", "cpu", "torch" or None for the first that can run the call; one asked for by name
-        never falls back. Under autocast the inputs take autocast's dtype.
+    backend: "cuda", "triton", "cpu", "torch"; "sdpa" (PyTorch's fused kernels), "flash_attn" (2, 3 or 4), "xformers";
+        or None for the first that can run the call, in an order that comes from measurements (order.py). One asked for
+        by name never falls back. Those of others take no key_mask, dropout or rotary, no softcap (FlashAttention 2 and
+        3 do), and 16-bit dtypes on GPUs; "sdpa" runs on a CPU too, in float32 without gradients.
+        Under autocast the inputs take autocast's dtype.
 
     Returns `[B, N_q, H, D]`, contiguous, in q's dtype. Raises ValueError for shapes, dtypes or options that do not fit,
     NotImplementedError, with every reason, when no backend can run the call or a second derivative is asked for.
@@ -54,4 +57,4 @@ def joint_attention(
         "joint_attention", q_view, N, (N,), key_grid=(N_k,),
         scale=scale, key_mask=key_mask, dropout_p=dropout_p, seed=seed, rotary=rotary, softcap=softcap,
     )  # fmt: skip
-    return call("joint_attention", SUPPORT, backend, tuple(q_view.shape), (q, k, v), 0, options)
+    return call("joint_attention", SUPPORT, backend, tuple(q_view.shape), (q, k, v), 0, options, order)

@@ -18,4 +18,11 @@ def _triton_saves(q: tuple, k: tuple, dtype: torch.dtype, _: int) -> tuple[int, 
     return (statistics(dtype.itemsize), B, H, N) if tile.keeps_output else None
 
 
-register("joint_attention", __package__ or "", _flops, {"triton": _triton_saves})
+def _peer_saves(q: tuple, k: tuple, dtype: torch.dtype, _: int) -> tuple[int, ...]:
+    """Logsumexp of each row of scores, natural: one form for all of them, whichever of their kernels made it."""
+    B, N, H, _ = q
+    return B, H, N
+
+
+_SAVED = {"triton": _triton_saves, "sdpa": _peer_saves, "flash_attn": _peer_saves, "xformers": _peer_saves}
+register("joint_attention", __package__ or "", _flops, _SAVED)
