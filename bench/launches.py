@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import vivit_kernels  # noqa: F401  registers the operations
+from vivit_kernels import _triton
 
 from . import cubin
 from .cases import PACKAGES, AttentionCase, Case, TubeletCase
@@ -111,7 +112,7 @@ def unavailable() -> str:
 def _instead_of_launches(arch: int, launched: list[Compiled]) -> Iterator[None]:
     from triton.runtime import JITFunction, driver
 
-    launch, before = JITFunction.run, driver._active
+    launch, before, for_before = JITFunction.run, driver._active, _triton.compiling_for
 
     def run(self, *args, grid: Any, warmup: bool, **options):
         kernel = launch(self, *args, grid=grid, warmup=True, **options)
@@ -124,10 +125,11 @@ def _instead_of_launches(arch: int, launched: list[Compiled]) -> Iterator[None]:
 
     JITFunction.run = run
     driver.set_active(NoGPU(arch))  # pyright: ignore[reportArgumentType]
+    _triton.compiling_for = arch  # tiles are chosen for it too
     try:
         yield
     finally:
-        JITFunction.run = launch
+        JITFunction.run, _triton.compiling_for = launch, for_before
         driver.set_active(before)  # pyright: ignore[reportArgumentType]
 
 

@@ -12,6 +12,8 @@ from ._dispatch import Call, Refusal
 
 _OLDEST = 80  # bfloat16 products and asynchronous copies
 
+compiling_for: int | None = None  # the architecture, where kernels on CPU tensors are compiled and not launched
+
 
 @functools.cache
 def _arch_of(index: int) -> int:
@@ -20,9 +22,9 @@ def _arch_of(index: int) -> int:
 
 
 def arch_of(device: torch.device) -> int:
-    """90 for sm_90. Tensors on a CPU are interpreted, or compiled without a launch, as for sm_90."""
+    """90 for sm_90. On a CPU kernels are interpreted, as for sm_90, or only compiled, for `compiling_for`."""
     if device.type != "cuda":
-        return 90
+        return compiling_for or 90
     return _arch_of(torch.cuda.current_device() if device.index is None else device.index)
 
 

@@ -99,6 +99,21 @@ def _backward(M: int, K: int, X: int, x: int, E: int, arch: int, sizes: tuple[in
     return Backward(block_m, block_e, block_k, warps, stages, _splits(M, phases * E * K, block_m, programs, slots))
 
 
+def abreast(frames: int, rows: int, columns: int, block_m: int) -> tuple[int, int]:
+    """Rows and columns of the rectangle of tubelets that a step of the weight gradient takes from each of
+    block_m / (rows * columns) frames: the fewest places left empty; then two columns, so that runs of 16 bytes come as
+    the 32 that memory gives; then as many frames as possible, whose places are computed once."""
+
+    def cost(shape: tuple[int, int]) -> tuple[int, bool, int]:
+        tall, wide = shape
+        deep = block_m // (tall * wide)
+        filled = [math.ceil(n / part) * part for n, part in ((frames, deep), (rows, tall), (columns, wide))]
+        return math.prod(filled), wide < 2, tall * wide
+
+    powers = [1 << n for n in range(block_m.bit_length())]
+    return min(((tall, wide) for tall in powers for wide in powers if tall * wide <= block_m), key=cost)
+
+
 def choose(
     B: int, C: int, F: int, Y: int, X: int, tubelet: tuple[int, int, int], E: int, direction: str, itemsize: int,
     arch: int | None,
@@ -111,8 +126,8 @@ def choose(
             return Forward(_rows_of_float32(arch), _power(E, 16, 64), _power(K, 16, 32), 4, 3)
         return _forward_16_bits(M, E, K, arch, multiprocessors)
     # Two programs a multiprocessor, of which one converts pixels while the other multiplies. sm_80 has its accumulators
-    # and operands in registers, and spills 128 x 128 of 4 warps.
-    sizes = (64, 128, 128, 4, 3) if arch >= 90 else (64, 128, 64, 4, 3)
+    # and operands in registers: steps of 64 spill there.
+    sizes = (64, 128, 128, 4, 3) if arch >= 90 else (32, 128, 64, 4, 4)
     if itemsize == 4:  # 202 registers at 4 warps, 127 at 8
         sizes = (16, 64, 64, 8, 3) if _rows_of_float32(arch) == 64 else (16, 32, 64, 4, 3)
     return _backward(M, K, X, tubelet[2], E, arch, sizes)
@@ -148,10 +163,28 @@ def scattering(K: int, E: int, pixel_bytes: int, itemsize: int, arch: int) -> Fo
     return Forward(128, _power(E, 16, 64), _power(K, 16, 128 if pixel_bytes <= 2 and arch == 90 else 64), 4, 3)
 
 
-def row_sums(groups: int, E: int, itemsize: int) -> tuple[int, int, int]:
-    """(groups, table rows, columns) of a block of the sums over dout: 8 KB or less, all of it in flight at once."""
-    block_g = _power(groups, 1, 8)
-    return block_g, 8 if block_g < 8 else 4, _power(E, 16, 128 if itemsize <= 2 else 64)
+@dataclass(frozen=True)
+class RowSums:
+    """Of the sums over dout: groups loaded at once, table rows and columns of a block, blocks of a strip."""
+
+    block_g: int
+    block_n: int
+    block_e: int
+    num_warps: int
+    per_strip: int
+
+
+STRIPS = 128  # parts of the sum of all rows of dout, at most
+
+
+def row_sums(groups: int, table: int, E: int, itemsize: int) -> RowSums:
+    """Blocks in which every thread loads 16 bytes of a row; smaller ones where the table, as of frames, is small: many
+    loads must be in flight, and what a multiprocessor does not hold at once waits for its turn."""
+    block_e = _power(E, 16, 256 // itemsize)
+    warps = 4 if table * E * itemsize >= 2 << 20 else 1
+    block_n = max(1, warps * 512 // (block_e * itemsize))
+    per_strip = max(1, math.ceil(math.ceil(table / block_n) / STRIPS))
+    return RowSums(_power(groups, 1, 8), block_n, block_e, warps, per_strip)
 
 
 def candidates(

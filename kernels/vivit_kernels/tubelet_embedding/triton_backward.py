@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_gather import gathered_rows, load_pixels, of_channels, row_offsets, split_rows, tap_channels, tap_offsets
+from .triton_gather import load_pixels, of_channels, row_offsets, split_rows, tap_channels, tap_offsets
 
 
 @triton.jit
@@ -21,12 +21,13 @@ def sum_rows(
     """Sums dout over clips (and frames): the gradient of the table `[TABLE, E]` of positions, of the class row, and by
     strips of the table its sum over tokens, partial `[strips, E]`, which bias and weight want.
 
-    dout is `[OUTER, INNER, TABLE, E]`; FIRST: 1 if row 0 of the table is the class row."""
+    dout is `[OUTER, INNER, TABLE, E]`; FIRST: 1 if row 0 of the table is the class row. A thread adds up what it loads,
+    BLOCK_G loads at once in flight; threads are added up once, at the end."""
     blocks_e = tl.cdiv(E, BLOCK_E)
     strip = tl.program_id(0) // blocks_e
     e = tl.program_id(0) % blocks_e * BLOCK_E + tl.arange(0, BLOCK_E)
     columns = e.to(tl.int64) * stride_de
-    tokens = tl.zeros([BLOCK_E], tl.float32)
+    tokens = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     last = tl.minimum((strip + 1) * blocks_per_strip, tl.cdiv(TABLE, BLOCK_N))
     for block in range(strip * blocks_per_strip, last):
         n = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -34,58 +35,78 @@ def sum_rows(
         places = n.to(tl.int64)[:, None] * stride_dn + columns[None, :]
         total = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
         for start in range(0, OUTER * INNER, BLOCK_G):
-            g = start + tl.arange(0, BLOCK_G)
-            groups = (g // INNER).to(tl.int64) * stride_do + (g % INNER).to(tl.int64) * stride_di
-            mask = (g < OUTER * INNER)[:, None, None] & inside[None, :, :]
-            # [BLOCK_G, BLOCK_N, BLOCK_E]
-            dout = tl.load(dout_ptr + groups[:, None, None] + places[None, :, :], mask=mask, other=0.0)
-            total += tl.sum(dout.to(tl.float32), 0)
+            for j in tl.static_range(BLOCK_G):
+                g = start + j
+                group = (g // INNER).to(tl.int64) * stride_do + (g % INNER).to(tl.int64) * stride_di
+                # [BLOCK_N, BLOCK_E]
+                dout = tl.load(dout_ptr + group + places, mask=inside & (g < OUTER * INNER), other=0.0)
+                total += dout.to(tl.float32)
         if HAS_POSITION:
             pointers = dposition_ptr + n.to(tl.int64)[:, None] * E + e[None, :]
             tl.store(pointers, total.to(dposition_ptr.dtype.element_ty), mask=inside)
         if HAS_CLASS:
             pointers = dclass_ptr + tl.broadcast_to(e[None, :], [BLOCK_N, BLOCK_E])
             tl.store(pointers, total.to(dclass_ptr.dtype.element_ty), mask=inside & (n == 0)[:, None])
-        tokens += tl.sum(tl.where((n >= FIRST)[:, None], total, 0.0), 0)
-    tl.store(partial_ptr + strip.to(tl.int64) * E + e, tokens, mask=e < E)
+        tokens += tl.where((n >= FIRST)[:, None], total, 0.0)
+    tl.store(partial_ptr + strip.to(tl.int64) * E + e, tl.sum(tokens, 0), mask=e < E)
 
 
 @triton.jit
 def weight_gradient(
-    dout_ptr, video_ptr, partial_ptr, scales, shifts, M, E, T, ROWS, COLUMNS, rows_per_split,
+    dout_ptr, video_ptr, partial_ptr, scales, shifts, FRAMES, E, T, ROWS, steps_per_split, STEPS,
     stride_db, stride_dt, stride_ds, stride_de, stride_vb, stride_vc, stride_vf, stride_vy, stride_vx,
     C: tl.constexpr, F: tl.constexpr, Y: tl.constexpr, X: tl.constexpr, STEP: tl.constexpr, PHASES: tl.constexpr,
     FOLDED: tl.constexpr, ALIGN: tl.constexpr, NORMALISED: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS_ABREAST: tl.constexpr, COLUMNS_ABREAST: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """partial `[splits, PHASES, E, K]` = dout^T @ tubelets, a part of the rows in each. dout_ptr points behind a class
-    row."""
+    """partial `[splits, PHASES, E, K]` = dout^T @ tubelets, a part of the tubelets in each. dout_ptr points behind a
+    class row.
+
+    A step takes a small rectangle of tubelets, ROWS_ABREAST by COLUMNS_ABREAST, in each of several frames (b, t): from
+    one rectangle to the next the way is the same for all, so that no tubelet's place is computed within the inner loop.
+    WHOLE: rectangles fill the grid. STEPS: rectangles of all frames, those of the same frames together."""
     K: tl.constexpr = C * F * Y * X
     blocks_k: tl.constexpr = tl.cdiv(K, BLOCK_K)
+    ABREAST: tl.constexpr = ROWS_ABREAST * COLUMNS_ABREAST
+    ACROSS: tl.constexpr = tl.cdiv(COLUMNS, COLUMNS_ABREAST)
     blocks_e = tl.cdiv(E, BLOCK_E)
     # the split slowest: what runs at the same time shares its rows
     part = tl.program_id(0) // (blocks_e * blocks_k)
     phase, split = part % PHASES, part // PHASES
     e = tl.program_id(0) // blocks_k % blocks_e * BLOCK_E + tl.arange(0, BLOCK_E)
     k = tl.program_id(0) % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    columns = e.to(tl.int64) * stride_de
+    edges = e.to(tl.int64) * stride_de
+    i = tl.arange(0, BLOCK_M)
+    row, column = i // COLUMNS_ABREAST % ROWS_ABREAST, i % COLUMNS_ABREAST
+    rectangles = tl.cdiv(ROWS, ROWS_ABREAST) * ACROSS
+    first, last = split * steps_per_split, tl.minimum((split + 1) * steps_per_split, STEPS)
     total = tl.zeros([BLOCK_E, BLOCK_K], tl.float32)
-    for start in range(split * rows_per_split, tl.minimum((split + 1) * rows_per_split, M), BLOCK_M):
-        m = start + tl.arange(0, BLOCK_M)
-        b, t, token, rows = gathered_rows(
-            tl.minimum(m, M - 1), phase, T, ROWS, COLUMNS, stride_vb, stride_vf, stride_vy, stride_vx,
-            F, Y, X, STEP, PHASES,
-        )  # fmt: skip
-        # [BLOCK_M, BLOCK_K]
-        pixels = load_pixels(
-            video_ptr, rows, k, scales, shifts, stride_vc, stride_vf, stride_vy, stride_vx,
-            C, F, Y, X, FOLDED, ALIGN, NORMALISED, BLOCK_K, DTYPE,
-        )  # fmt: skip
+    for block in range(first // rectangles, tl.cdiv(last, rectangles)):
+        frame = block * (BLOCK_M // ABREAST) + i // ABREAST
+        inside = (frame < FRAMES)[:, None] & (e < E)[None, :]
+        frame = tl.minimum(frame, FRAMES - 1)
+        b, t, at = frame // T, frame % T, column * PHASES + phase
+        pixel_rows = row_offsets(b, t, row, at, stride_vb, stride_vf, stride_vy, stride_vx, F, Y, STEP)
+        pixel_rows -= phase * (X - STEP)
+        token = row * (COLUMNS * PHASES) + at
         places = b.to(tl.int64) * stride_db + t.to(tl.int64) * stride_dt + token.to(tl.int64) * stride_ds
-        inside = (m < M)[:, None] & (e < E)[None, :]
-        # [BLOCK_M, BLOCK_E]
-        dout = tl.load(dout_ptr + places[:, None] + columns[None, :], mask=inside, other=0.0).to(DTYPE)
-        total = tl.dot(tl.trans(dout), pixels, total, input_precision=PRECISION)
+        start = block * rectangles
+        for step in range(tl.maximum(first, start), tl.minimum(last, start + rectangles)):
+            rectangle = step - start
+            top, left = rectangle // ACROSS * ROWS_ABREAST, rectangle % ACROSS * COLUMNS_ABREAST
+            there = (row < ROWS - top) & (column < COLUMNS - left)
+            # [BLOCK_M, BLOCK_K]
+            pixels = load_pixels(
+                video_ptr + top * Y * stride_vy + left * (STEP * PHASES) * stride_vx, pixel_rows, k, scales, shifts,
+                stride_vc, stride_vf, stride_vy, stride_vx, C, F, Y, X, FOLDED, ALIGN, NORMALISED, BLOCK_K, DTYPE, 4,
+                there, WHOLE,
+            )  # fmt: skip
+            mask = inside if WHOLE else inside & there[:, None]
+            pointers = dout_ptr + (top * COLUMNS + left) * PHASES * stride_ds + (places[:, None] + edges[None, :])
+            # [BLOCK_M, BLOCK_E]
+            dout = tl.load(pointers, mask=mask, other=0.0).to(DTYPE)
+            total = tl.dot(tl.trans(dout), pixels, total, input_precision=PRECISION)
     lines = (part.to(tl.int64) * E + e)[:, None] * K + k[None, :]
     tl.store(partial_ptr + lines, total, mask=(e < E)[:, None] & (k < K)[None, :])
 

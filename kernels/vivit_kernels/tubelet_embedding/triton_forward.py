@@ -49,11 +49,11 @@ def prepare_weight(
 
 @triton.jit
 def forward(
-    video_ptr, weight_ptr, row_ptr, position_ptr, class_ptr, out_ptr, scale, scales, shifts, M, E, T, ROWS, COLUMNS,
+    video_ptr, weight_ptr, row_ptr, position_ptr, class_ptr, out_ptr, scale, scales, shifts, M, E, T,
     stride_vb, stride_vc, stride_vf, stride_vy, stride_vx, stride_row, stride_pn, stride_pe, stride_class,
     stride_ob, stride_ot, stride_os,
     C: tl.constexpr, F: tl.constexpr, Y: tl.constexpr, X: tl.constexpr, STEP: tl.constexpr, PHASES: tl.constexpr,
-    FOLDED: tl.constexpr, ALIGN: tl.constexpr, NORMALISED: tl.constexpr,
+    FOLDED: tl.constexpr, ALIGN: tl.constexpr, NORMALISED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     HAS_ROW: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_CLASS: tl.constexpr,
     PER_FRAME: tl.constexpr, HALVED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -77,7 +77,7 @@ def forward(
         # [BLOCK_M, BLOCK_K]
         pixels = load_pixels(
             video_ptr, rows, k, scales, shifts, stride_vc, stride_vf, stride_vy, stride_vx,
-            C, F, Y, X, FOLDED, ALIGN, NORMALISED, BLOCK_K, weight_ptr.dtype.element_ty,
+            C, F, Y, X, FOLDED, ALIGN, NORMALISED, BLOCK_K, weight_ptr.dtype.element_ty, 2, True, True,
         )  # fmt: skip
         # [BLOCK_K, BLOCK_E]
         pointers = weight_ptr + taps[None, :] + k[:, None]

@@ -81,70 +81,79 @@ def of_channels(values, channels):
     return result
 
 
-# Four bytes to two registers of two numbers each, in 8 instructions: the compiler takes 14.
-_BFLOAT16 = tl.constexpr("""{
-    .reg .b32 low, digits, less, minus;
-    mov.b32 minus, 0xBF80BF80;
-    cvt.u32.u16 low, $1;
-    prmt.b32 low, low, 0, 0x4140;
-    lop3.b32 digits, low, 0x007F007F, 0x43004300, 0xEA;
-    lop3.b32 less, low, 0x00800080, 0x43804380, 0x6A;
-    fma.rn.bf16x2 $0, less, minus, digits;
-}""")
-_FLOAT16 = tl.constexpr("""{
-    .reg .b32 low, high, less;
-    mov.b32 less, 0x64806480;
-    prmt.b32 low, $2, 0x64646464, 0x4140;
-    prmt.b32 high, $2, 0x64646464, 0x4342;
-    sub.rn.f16x2 $0, low, less;
-    sub.rn.f16x2 $1, high, less;
-}""")
+def _ptx(body: str, *, fill: str, constant: str, count: int) -> tl.constexpr:
+    """`body` makes two numbers, RESULT, of two bytes that lie in the halves of `pair` with `fill` above them."""
+    lines = ["{ .reg .b32 word, pair, digits, less, constant;", f"mov.b32 constant, {constant};"]
+    lines.append("mov.b32 word, $2;" if count == 4 else "cvt.u32.u16 word, $1;")
+    for i in range(count // 2):
+        lines += [f"prmt.b32 pair, word, {fill}, {('0x4140', '0x4342')[i]};", body.replace("RESULT", f"${i}")]
+    return tl.constexpr(" ".join(lines) + " }")
+
+
+# Two or four bytes that share a register to pairs of numbers, in half the instructions that the compiler takes.
+_BFLOAT16 = """
+lop3.b32 digits, pair, 0x007F007F, 0x43004300, 0xEA; // (pair & 0x007F007F) | 0x43004300
+lop3.b32 less, pair, 0x00800080, 0x43804380, 0x6A; // (pair & 0x00800080) ^ 0x43804380
+fma.rn.bf16x2 RESULT, less, constant, digits;
+"""
+_BFLOAT16_OF_2 = _ptx(_BFLOAT16, fill="0", constant="0xBF80BF80", count=2)  # the constant: -1
+_BFLOAT16_OF_4 = _ptx(_BFLOAT16, fill="0", constant="0xBF80BF80", count=4)
+_FLOAT16 = "sub.rn.f16x2 RESULT, pair, constant;"
+_FLOAT16_OF_2 = _ptx(_FLOAT16, fill="0x64646464", constant="0x64806480", count=2)  # 1152
+_FLOAT16_OF_4 = _ptx(_FLOAT16, fill="0x64646464", constant="0x64806480", count=4)
 _IN_PTX = tl.constexpr(not _environment.TRITON_INTERPRETED and torch.version.hip is None)
 
 
 @triton.jit
-def centred(pixels, DTYPE: tl.constexpr):
-    """u - 128 of bytes u, exact, without the conversion instruction, which is slow.
+def centred(pixels, dtype: tl.constexpr, PACK: tl.constexpr):
+    """u - 128 of bytes u, exact, without the conversion instruction, which is slow; PACK: bytes that a thread finds in
+    one register, 2 or 4.
 
     A byte becomes the last digits of a number of which all others are known, and a subtraction leaves it: of 2^10 in
     float16, of 2^23 in float32. bfloat16 has room for 7 of its 8 bits: 128 + u % 128, less 128 or, below 128, 256."""
-    if DTYPE == tl.bfloat16:
-        if _IN_PTX:
-            return tl.inline_asm_elementwise(_BFLOAT16, "=r,h", [pixels], tl.bfloat16, True, 2)
-        else:
-            pixels = pixels.to(tl.uint16)
-            digits = (pixels & 0x7F) | 0x4300
-            less = (pixels & 0x80) ^ 0x4380
-            return digits.to(tl.bfloat16, bitcast=True) - less.to(tl.bfloat16, bitcast=True)
-    elif DTYPE == tl.float16:
-        if _IN_PTX:
-            return tl.inline_asm_elementwise(_FLOAT16, "=r,=r,r", [pixels], tl.float16, True, 4)
-        else:
-            return (pixels.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1152.0
-    else:
+    if dtype == tl.float32:
         return (pixels.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
+    elif dtype == tl.float16:
+        if not _IN_PTX:
+            return (pixels.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1152.0
+        elif PACK == 2:
+            return tl.inline_asm_elementwise(_FLOAT16_OF_2, "=r,h", [pixels], tl.float16, True, 2)
+        else:
+            return tl.inline_asm_elementwise(_FLOAT16_OF_4, "=r,=r,r", [pixels], tl.float16, True, 4)
+    else:
+        if not _IN_PTX:
+            wide = pixels.to(tl.uint16)
+            digits, less = (wide & 0x7F) | 0x4300, (wide & 0x80) ^ 0x4380
+            return digits.to(tl.bfloat16, bitcast=True) - less.to(tl.bfloat16, bitcast=True)
+        elif PACK == 2:
+            return tl.inline_asm_elementwise(_BFLOAT16_OF_2, "=r,h", [pixels], tl.bfloat16, True, 2)
+        else:
+            return tl.inline_asm_elementwise(_BFLOAT16_OF_4, "=r,=r,r", [pixels], tl.bfloat16, True, 4)
 
 
 @triton.jit
 def load_pixels(
     video_ptr, rows, k, scales, shifts, stride_c, stride_f, stride_y, stride_x,
     C: tl.constexpr, F: tl.constexpr, Y: tl.constexpr, X: tl.constexpr, FOLDED: tl.constexpr, ALIGN: tl.constexpr,
-    NORMALISED: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr,
+    NORMALISED: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, PACK: tl.constexpr,
+    there, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Pixels of the tubelets at `rows` `[BLOCK_M]`, taps k `[BLOCK_K]`, as DTYPE `[BLOCK_M, BLOCK_K]`; 0 or -128 for
-    taps beyond the last.
+    taps beyond the last and, unless WHOLE, for tubelets that are not `there` `[BLOCK_M]`.
 
     ALIGN: bytes of which the first pixel of every run is a multiple; the compiler cannot know it from strides, of which
     it is told only whether 16 divides them."""
     offsets = tap_offsets(k, stride_c, stride_f, stride_y, stride_x, F, Y, X)
     pointers = tl.multiple_of(video_ptr + (rows[:, None] + offsets[None, :]), (1, ALIGN))
     # [BLOCK_M, BLOCK_K]
-    if C * F * Y * X % BLOCK_K == 0:
+    if not WHOLE:
+        pixels = tl.load(pointers, mask=there[:, None] & (k < C * F * Y * X)[None, :], other=0)
+    elif C * F * Y * X % BLOCK_K == 0:
         pixels = tl.load(pointers)
     else:
         pixels = tl.load(pointers, mask=(k < C * F * Y * X)[None, :], other=0)
     if pixels.dtype == tl.uint8:
-        pixels = centred(pixels, DTYPE)
+        pixels = centred(pixels, DTYPE, PACK)
     elif NORMALISED:
         channels = tap_channels(k, F * Y * X, FOLDED)
         scale, shift = of_channels(scales, channels), of_channels(shifts, channels)

@@ -9,7 +9,7 @@ loaded.
 
 Backward needs the same video: dW is dout^T @ tubelets in `splits` parts, added up in order (splits*E*K*4 bytes of
 workspace, at most 64 MiB unless one part is more), and the rows of dout are summed once for position, class row, bias
-and the shift's share of dW (at most 64*E*4 bytes). Nothing is atomic: results are the same bit for bit.
+and the shift's share of dW (at most 128*E*4 bytes). Nothing is atomic: results are the same bit for bit.
 """
 
 # pyright: reportCallIssue=false
@@ -30,7 +30,6 @@ from . import tiles
 from .triton_backward import finish_parameters, sum_rows, video_gradient, weight_gradient
 from .triton_forward import forward, prepare_weight
 
-_STRIPS = 64  # parts of the sum of all rows of dout
 _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -209,17 +208,17 @@ def _row_sums(
     dclass = None
     if class_token is not None and needs_class:
         dclass = torch.empty(class_token.shape, dtype=class_token.dtype, device=dout.device)
-    block_g, block_n, block_e = tiles.row_sums(outer * inner, E, dout.element_size())
-    per_strip = max(1, _blocks(_blocks(table, block_n), _STRIPS))
-    strips = _blocks(_blocks(table, block_n), per_strip)
+    tile = tiles.row_sums(outer * inner, table, E, dout.element_size())
+    strips = _blocks(_blocks(table, tile.block_n), tile.per_strip)
     rows = torch.empty(strips, E, dtype=torch.float32, device=dout.device)
-    sum_rows[(strips * _blocks(E, block_e),)](
+    sum_rows[(strips * _blocks(E, tile.block_e),)](
         dout_ptr=dout, dposition_ptr=rows if dposition is None else dposition,
         dclass_ptr=rows if dclass is None else dclass, partial_ptr=rows,
-        TABLE=table, OUTER=outer, INNER=inner, E=E, blocks_per_strip=per_strip,
+        TABLE=table, OUTER=outer, INNER=inner, E=E, blocks_per_strip=tile.per_strip,
         stride_do=dout.stride(0), stride_di=dout.stride(1) if dout.dim() == 4 else 0, stride_dn=dout.stride(-2),
         stride_de=dout.stride(-1), FIRST=int(class_token is not None), HAS_POSITION=dposition is not None,
-        HAS_CLASS=dclass is not None, BLOCK_G=block_g, BLOCK_N=block_n, BLOCK_E=block_e, num_warps=4,
+        HAS_CLASS=dclass is not None, BLOCK_G=tile.block_g, BLOCK_N=tile.block_n, BLOCK_E=tile.block_e,
+        num_warps=tile.num_warps,
     )  # fmt: skip
     return rows, dposition, dclass
 
@@ -230,14 +229,19 @@ def _weight_parts(
     """Parts of dout^T @ tubelets, fp32 `[splits, PHASES, E, K]`, in the order of the video's taps."""
     tile, gathering, E = _tile(video, weight, "backward"), _gathering(video, weight), weight.shape[0]
     counts, K = _counts(video, weight, gathering.phases), gathering.taps
-    # whole blocks in every part; parts that would be left without a row are not made
-    per_split = max(1, _blocks(_blocks(counts["M"], tile.block_m), tile.splits)) * tile.block_m
-    splits = max(1, _blocks(counts["M"], per_split))
+    frames, rows, columns = video.shape[0] * counts["T"], counts["ROWS"], counts["COLUMNS"]
+    tall, wide = tiles.abreast(frames, rows, columns, tile.block_m)
+    steps = _blocks(frames, tile.block_m // (tall * wide)) * _blocks(rows, tall) * _blocks(columns, wide)
+    # parts that would be left without a step are not made
+    per_split = max(1, _blocks(steps, tile.splits))
+    splits = max(1, _blocks(steps, per_split))
     parts = torch.empty(splits, gathering.phases, E, K, dtype=torch.float32, device=weight.device)
     programs = splits * gathering.phases * _blocks(E, tile.block_e) * _blocks(K, tile.block_k)
     weight_gradient[(programs,)](
-        video_ptr=video, partial_ptr=parts, scales=tuple(scale), shifts=tuple(shift), **counts, **tokens,
-        rows_per_split=per_split, **gathering.keywords, NORMALISED=normalised,
+        video_ptr=video, partial_ptr=parts, scales=tuple(scale), shifts=tuple(shift), FRAMES=frames, E=E,
+        T=counts["T"], ROWS=rows, COLUMNS=columns, STEPS=steps, steps_per_split=per_split, **tokens,
+        ROWS_ABREAST=tall, COLUMNS_ABREAST=wide, WHOLE=rows % tall == 0 and columns % wide == 0,
+        **gathering.keywords, NORMALISED=normalised,
         PRECISION=_triton.precision(weight.dtype), DTYPE=_DTYPES[weight.dtype],
         BLOCK_M=tile.block_m, BLOCK_E=tile.block_e, BLOCK_K=tile.block_k, num_warps=tile.num_warps,
         num_stages=tile.stages(video.element_size(), weight.element_size(), _triton.arch_of(video.device)),
@@ -259,7 +263,7 @@ def _finished(
         dweight_ptr=unused if dweight is None else dweight, dbias_ptr=unused if dbias is None else dbias,
         scales=tuple(scale), shifts=tuple(shift), E=E, parts=0 if parts is None else parts.shape[:2].numel(),
         strips=0 if rows is None else rows.shape[0], TAPS=taps, C=C, **order, HAS_ROWS=rows is not None,
-        HAS_WEIGHT=dweight is not None, HAS_BIAS=dbias is not None, BLOCK_S=_STRIPS, BLOCK_E=4, BLOCK_K=512,
+        HAS_WEIGHT=dweight is not None, HAS_BIAS=dbias is not None, BLOCK_S=tiles.STRIPS, BLOCK_E=4, BLOCK_K=512,
         num_warps=4,
     )  # fmt: skip
     return [dweight, dbias]
