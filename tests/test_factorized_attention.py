@@ -16,12 +16,12 @@ AXES = ATTENTION_AXES | {
 CROSSES = [["dtype", "heads", "mask", "dropout_p", "extra"], ["dtype", "T", "S"], ["dtype", "D", "layout"]]
 
 
-def check_case(case, device, backend):
+def check_case(case, device, backend, B=2):
     """One combination of the grid, against the reference."""
     (H, temporal_heads), T, S, D = case["heads"], case["T"], case["S"], case["D"]
-    q, k, v = make_inputs(case["inputs"], (2, T, S, H, D), (2, T, S, H, D), device)
-    options = make_options(case, (2, T, S), (2, T, S), device)
-    do = torch.randn(2, T, S, H, D, device=device)
+    q, k, v = make_inputs(case["inputs"], (B, T, S, H, D), (B, T, S, H, D), device)
+    options = make_options(case, (B, T, S), (B, T, S), device)
+    do = torch.randn(B, T, S, H, D, device=device)
     tensors = lay_out(q, k, v, case["layout"])
 
     def defined(q, k=None, v=None):

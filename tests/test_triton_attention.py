@@ -8,30 +8,36 @@ from allocations import scratch
 from parity_grid import grid
 
 from vivit_kernels import factorized_attention, joint_attention
+from vivit_kernels._attention.triton_tiles import STREAMING, Axis, Tiles
+from vivit_kernels.joint_attention import tiles as joint_tiles
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 pytestmark = pytest.mark.interpreted
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SIZES = [16, 32, 40, 64, 72, 80, 96, 128, 160]  # of heads
-FACTORIZED = factorized.AXES | {
+# Interpreted programs cost a second each: few sequences. Lengths around blocks of 16, 32 and 64, and what users have.
+GRIDS = [(1, 1), (2, 3), (7, 2), (8, 5), (13, 2), (16, 4), (17, 2), (24, 1), (25, 3), (49, 1), (64, 2)]
+GRIDS += [(1, 16), (2, 49), (1, 65), (1, 80), (2, 70), (1, 144)]
+FACTORIZED = {name: axis for name, axis in factorized.AXES.items() if name not in "TS"} | {
     "dtype": DTYPES,
     "D": SIZES,
-    "T": [1, 2, 7, 8, 13, 16, 25, 49, 64],
-    "S": [1, 4, 16, 49, 65, 70],
+    "grid": GRIDS,
     "heads": [(2, 2), (2, 0), (2, 1), (3, 1)],
 }
-JOINT = joint.AXES | {"dtype": DTYPES, "D": SIZES, "N": [1, 2, 17, 63, 64, 65, 130], "N_k": ["same", 1, 33, 129]}
+JOINT = joint.AXES | {"dtype": DTYPES, "D": SIZES, "N": [1, 2, 17, 63, 64, 65, 100], "N_k": ["same", 1, 33, 129]}
+OPTIONS = [["dtype", "heads", "mask", "dropout_p", "extra"], ["dtype", "grid"], ["dtype", "D", "layout"]]
 
 
-@pytest.mark.parametrize("case", grid(FACTORIZED, factorized.CROSSES))
+@pytest.mark.parametrize("case", grid(FACTORIZED, OPTIONS))
 def test_factorized_parity(case, device):
-    factorized.check_case(case, device, "triton")
+    (T, S), clips = case["grid"], 1 if case["mask"] != "a clip has none" else 2
+    factorized.check_case(case | {"T": T, "S": S}, device, "triton", clips)
 
 
 @pytest.mark.parametrize("case", grid(JOINT, joint.CROSSES))
 def test_joint_parity(case, device):
-    joint.check_case(case, device, "triton")
+    joint.check_case(case, device, "triton", 1 if case["mask"] != "a clip has none" else 2)
 
 
 @pytest.mark.parametrize("T, S, temporal_heads", [(16, 5, 2), (25, 3, 2), (2, 67, 0), (8, 65, 1)])
@@ -67,6 +73,16 @@ def test_statistics_are_written_for_a_backward_only(device):
             qkv, None, None, None, None, None, None, heads, 0.25, 0.0, 0.0, "triton", needs
         )[1]
         assert lse.numel() == 0
+
+
+@pytest.mark.parametrize("fma", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_polynomial_exponentials(fma, dtype, device):
+    """However many exponentials are polynomials, the result stays within the budget."""
+    tile = Tiles("forward", None, Axis(STREAMING, 64, 64, fma), 4, 3)
+    case = {"N": 130, "N_k": "same", "D": 64, "dtype": dtype, "inputs": "large", "layout": "packed"}
+    with joint_tiles.forced(tile):
+        joint.check_case(case | {"mask": None, "dropout_p": 0.0, "extra": None}, device, "triton", 1)
 
 
 @pytest.mark.parametrize("shape", ["noncontiguous", "expanded"])

@@ -1,7 +1,7 @@
 """Attention on the token grid by Triton: the kernels, one launch a direction wherever no sequence has to be streamed.
 
 The first programs take the heads that attend over time, the others those that attend within the frame; each axis has
-its own regime (packed, resident, streaming). joint_attention is a grid of one frame.
+its own regime (packed or streaming). joint_attention is a grid of one frame.
 """
 
 from __future__ import annotations
@@ -19,116 +19,81 @@ from .._triton import Launch, Plans, aligned, precision
 from .options import Options
 from .triton_device import Rules, Sizes, View
 from .triton_packed import packed_bwd, packed_fwd
-from .triton_resident import resident_fwd
 from .triton_streaming import streaming_bwd_keys, streaming_bwd_queries, streaming_fwd
-from .triton_tiles import PACKED, RESIDENT, STREAMING, Axis, Tiles, columns, placed, power_of_two, statistics
+from .triton_tiles import PACKED, STREAMING, Axis, Tiles, columns, power_of_two, statistics
 
 _LOG2E = math.log2(math.e)
 _MOST_PROGRAMS = 2**31 - 1  # of a one-dimensional sizes, and what the kernels' 32-bit numbers of sequences count to
 
 
 # ---- kernels ----
+# fmt: off
 
 
 @triton.jit
 def _axis_fwd(
     program, q, k, v, o, stats, sizes, rules, first_head, heads, N, N_k,
-    TIME: tl.constexpr, AXIS: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    REGIME: tl.constexpr = AXIS[0]
-    if REGIME == "packed":
-        packed_fwd(program, q, k, v, o, sizes, rules, first_head, heads, TIME, AXIS[1], AXIS[2], COLS, UNIT, PRECISION)
-    elif REGIME == "resident":
-        resident_fwd(
-            program, q, k, v, o, stats, sizes, rules, first_head, heads, N, TIME, AXIS[2], KEYS, AXIS[4], COLS,
-            UNIT, PRECISION,
-        )  # fmt: skip
+    OVER_TIME: tl.constexpr, AXIS: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+):
+    if AXIS[0] == "packed":
+        packed_fwd(
+            program, q, k, v, o, sizes, rules, first_head, heads,
+            OVER_TIME, AXIS[1], AXIS[2], COLS, UNIT, PRECISION,
+        )
     else:
         streaming_fwd(
-            program, q, k, v, o, stats, sizes, rules, first_head, heads, N, N_k, TIME, AXIS[2], AXIS[3], AXIS[5],
-            AXIS[6], COLS, UNIT, PRECISION,
-        )  # fmt: skip
+            program, q, k, v, o, stats, sizes, rules, first_head, heads, N, N_k,
+            OVER_TIME, AXIS[2], AXIS[3], AXIS[5], AXIS[6], AXIS[7], COLS, UNIT, PRECISION,
+        )
 
 
 @triton.jit
 def grid_fwd(
     q, k, v, o, stats, sizes, rules, temporal_heads, time_programs,
-    TIME: tl.constexpr, SPACE: tl.constexpr, TIME_KEYS: tl.constexpr, SPACE_KEYS: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """o of every head. TIME, SPACE: (regime, N if packed, rows, block of keys, parts), None where no head attends
-    along it; _KEYS: (first, count) of the pieces of a resident sequence."""
+    TIME: tl.constexpr, SPACE: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """o of every head, and of streamed sequences, where stats is not None, what a backward reads. TIME, SPACE: see
+    `_axis`, None where no head attends along it."""
     program = tl.program_id(0)
     if TIME is None:
         _axis_fwd(
-            program,
-            q,
-            k,
-            v,
-            o,
-            stats,
-            sizes,
-            rules,
-            0,
-            sizes.H,
-            sizes.S,
-            sizes.S_k,
-            False,
-            SPACE,
-            SPACE_KEYS,
-            COLS,
-            UNIT,
-            PRECISION,
+            program, q, k, v, o, stats, sizes, rules, 0, sizes.H, sizes.S, sizes.S_k,
+            False, SPACE, COLS, UNIT, PRECISION,
         )
     elif SPACE is None:
         _axis_fwd(
-            program,
-            q,
-            k,
-            v,
-            o,
-            stats,
-            sizes,
-            rules,
-            0,
-            sizes.H,
-            sizes.T,
-            sizes.T,
-            True,
-            TIME,
-            TIME_KEYS,
-            COLS,
-            UNIT,
-            PRECISION,
+            program, q, k, v, o, stats, sizes, rules, 0, sizes.H, sizes.T, sizes.T,
+            True, TIME, COLS, UNIT, PRECISION,
         )
     elif program < time_programs:
         _axis_fwd(
-            program, q, k, v, o, stats, sizes, rules, 0, temporal_heads, sizes.T, sizes.T, True, TIME, TIME_KEYS, COLS, UNIT,
-            PRECISION,
-        )  # fmt: skip
+            program, q, k, v, o, stats, sizes, rules, 0, temporal_heads, sizes.T, sizes.T,
+            True, TIME, COLS, UNIT, PRECISION,
+        )
     else:
         _axis_fwd(
-            program - time_programs, q, k, v, o, stats, sizes, rules, temporal_heads, sizes.H - temporal_heads,
-            sizes.S, sizes.S_k, False, SPACE, SPACE_KEYS, COLS, UNIT, PRECISION,
-        )  # fmt: skip
+            program - time_programs, q, k, v, o, stats, sizes, rules,
+            temporal_heads, sizes.H - temporal_heads, sizes.S, sizes.S_k,
+            False, SPACE, COLS, UNIT, PRECISION,
+        )
 
 
 @triton.jit
 def _axis_bwd(
     program, do, q, k, v, o, dq, dk, dv, stats, delta, sizes, rules, first_head, heads, N, N_k,
-    TIME: tl.constexpr, AXIS: tl.constexpr, EMIT: tl.constexpr,
+    OVER_TIME: tl.constexpr, AXIS: tl.constexpr, EMIT: tl.constexpr,
     COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    REGIME: tl.constexpr = AXIS[0]
-    if REGIME == "packed":
+):
+    if AXIS[0] == "packed":
         packed_bwd(
-            program, do, q, k, v, o, dq, dk, dv, sizes, rules, first_head, heads, EMIT, TIME, AXIS[1], AXIS[2], COLS,
-            UNIT, PRECISION,
-        )  # fmt: skip
+            program, do, q, k, v, o, dq, dk, dv, sizes, rules, first_head, heads,
+            EMIT, OVER_TIME, AXIS[1], AXIS[2], COLS, UNIT, PRECISION,
+        )
     else:
         streaming_bwd_queries(
-            program, do, q, k, v, o, dq, stats, delta, sizes, rules, first_head, heads, N, N_k, TIME, AXIS[2], AXIS[3],
-            AXIS[5], AXIS[6], AXIS[4], COLS, UNIT, PRECISION,
-        )  # fmt: skip
+            program, do, q, k, v, o, dq, stats, delta, sizes, rules, first_head, heads, N, N_k,
+            OVER_TIME, AXIS[2], AXIS[3], AXIS[5], AXIS[6], AXIS[4], COLS, UNIT, PRECISION,
+        )
 
 
 @triton.jit
@@ -136,43 +101,45 @@ def grid_bwd(
     do, q, k, v, o, dq, dk, dv, stats, delta, sizes, rules, temporal_heads, time_programs,
     TIME: tl.constexpr, SPACE: tl.constexpr, EMIT: tl.constexpr,
     COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """All gradients of packed and resident sequences, and o again if EMIT; of streamed ones dq and delta."""
+):
+    """dq, dk and dv of packed sequences, and o again if EMIT; dq and delta of streamed ones."""
     program = tl.program_id(0)
     if TIME is None:
         _axis_bwd(
             program, do, q, k, v, o, dq, dk, dv, stats, delta, sizes, rules, 0, sizes.H, sizes.S, sizes.S_k,
             False, SPACE, EMIT, COLS, UNIT, PRECISION,
-        )  # fmt: skip
+        )
     elif SPACE is None:
         _axis_bwd(
             program, do, q, k, v, o, dq, dk, dv, stats, delta, sizes, rules, 0, sizes.H, sizes.T, sizes.T,
             True, TIME, EMIT, COLS, UNIT, PRECISION,
-        )  # fmt: skip
+        )
     elif program < time_programs:
         _axis_bwd(
             program, do, q, k, v, o, dq, dk, dv, stats, delta, sizes, rules, 0, temporal_heads, sizes.T, sizes.T,
             True, TIME, EMIT, COLS, UNIT, PRECISION,
-        )  # fmt: skip
+        )
     else:
         _axis_bwd(
-            program - time_programs, do, q, k, v, o, dq, dk, dv, stats, delta, sizes, rules, temporal_heads,
-            sizes.H - temporal_heads, sizes.S, sizes.S_k, False, SPACE, EMIT, COLS, UNIT, PRECISION,
-        )  # fmt: skip
+            program - time_programs, do, q, k, v, o, dq, dk, dv, stats, delta, sizes, rules,
+            temporal_heads, sizes.H - temporal_heads, sizes.S, sizes.S_k,
+            False, SPACE, EMIT, COLS, UNIT, PRECISION,
+        )
 
 
 @triton.jit
 def grid_bwd_keys(
     do, q, k, v, dk, dv, stats, delta, sizes, rules, first_head, heads, N, N_k,
     OVER_TIME: tl.constexpr, AXIS: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """dk and dv of streamed sequences, after their delta."""
     streaming_bwd_keys(
         tl.program_id(0), do, q, k, v, dk, dv, stats, delta, sizes, rules, first_head, heads, N, N_k,
         OVER_TIME, AXIS[2], AXIS[3], AXIS[5], AXIS[6], COLS, UNIT, PRECISION,
-    )  # fmt: skip
+    )
 
 
+# fmt: on
 # ---- what a kernel is told ----
 
 
@@ -215,7 +182,7 @@ def _programs(axis: Axis | None, sequences: int, N: int) -> int:
         return 0
     if axis.regime == PACKED:
         return -(-sequences // (axis.rows // N))
-    return sequences * (axis.parts if axis.regime == RESIDENT else -(-N // axis.rows))
+    return sequences * -(-N // axis.rows)
 
 
 def _counted(op: str, q: Tensor, programs: int) -> int:
@@ -228,22 +195,17 @@ def _counted(op: str, q: Tensor, programs: int) -> int:
 
 
 def _axis(axis: Axis | None, N: int, N_k: int) -> tuple | None:
-    """The constants of an axis for a kernel: (regime, N if packed, rows of a block, keys of a block, one more, rows of
-    the last block of queries and keys of the last block of keys, 0 where these are blocks like the others)."""
+    """The constants of an axis for a kernel: (regime, N if packed, rows of a block, keys of a block, a power of two that
+    holds all keys if one block does, rows of the last block of queries, keys of the last block of keys, fma); 0 where
+    there is nothing to say, and where the last block is like the others."""
     if axis is None:
         return None
     if axis.regime == PACKED:
-        return PACKED, N, axis.rows, 0, 0, 0, 0
-    if axis.regime == RESIDENT:
-        return RESIDENT, 0, axis.rows, 0, axis.parts, 0, 0
-    block = axis.keys[0]
+        return PACKED, N, axis.rows, 0, 0, 0, 0, 0
+    block = axis.keys
     only = power_of_two(N_k) if N_k <= block else 0
     tails = (power_of_two(n % size) if n % size else 0 for n, size in ((N, axis.rows), (N_k, block)))
-    return STREAMING, 0, axis.rows, block, only, *tails
-
-
-def _pieces(axis: Axis | None) -> tuple[tuple[int, int], ...] | None:
-    return placed(axis.keys) if axis is not None and axis.regime == RESIDENT else None
+    return STREAMING, 0, axis.rows, block, only, *tails, axis.fma
 
 
 # ---- launches ----
@@ -323,10 +285,9 @@ def launch_fwd(
     if plan is None:
         tile, unit = choose("forward"), _unit(q, k, v)
         programs, axes = _axes(tile, q, k, temporal_heads, op)
-        pieces = {"TIME_KEYS": _pieces(tile.time), "SPACE_KEYS": _pieces(tile.space)}
         launch = Launch(grid_fwd, programs, remember and q.is_cuda, num_warps=tile.warps, num_stages=tile.stages)
         strides = {name: _strides(x, unit) for name, x in zip("qkvo", (q, k, v, o), strict=True)}
-        after = axes | pieces | _constants(tile, q, k, options, unit)
+        after = axes | _constants(tile, q, k, options, unit)
         plan = _Plan(launch, strides, _rules(options, q.dtype), {"sizes": _sizes(q, k)}, after)
         if remember:
             _PLANS.keep(key, plan)
@@ -388,7 +349,7 @@ def _plans_bwd(op, tensors, temporal_heads: int, options: Options, tile: Tiles, 
         (tile.keys.space, False, temporal_heads, H - temporal_heads, B * T, S, S_k),
     ):
         if axis is not None:
-            programs = _counted(op, q, sequences * heads * -(-N_k // axis.keys[0]))
+            programs = _counted(op, q, sequences * heads * -(-N_k // axis.keys))
             launch = Launch(grid_bwd_keys, programs, reusable, num_warps=tile.keys.warps, num_stages=tile.keys.stages)
             after = {"first_head": first, "heads": heads, "N": N, "N_k": N_k, "OVER_TIME": over_time}
             after |= {"AXIS": _axis(axis, N, N_k)} | _constants(tile.keys, q, k, options, unit)

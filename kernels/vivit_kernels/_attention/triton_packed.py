@@ -18,13 +18,12 @@ from .triton_device import (
     capped,
     dropped,
     dropped_by_key,
-    exponentials,
+    exponential,
     load_rows,
     may_attend,
     offsets,
     reciprocal,
     rotated,
-    row_maximum,
     scaled_rows,
     store_rows,
     times_slope,
@@ -68,8 +67,10 @@ def _probabilities(q, k, rules, within, allowed, PRECISION: tl.constexpr):
     scores, slope = capped(across(q, k, PRECISION), rules)
     same = within[:, None] == within[None, :]
     scores = tl.where(same & allowed[None, :], scores, float("-inf"))
-    p, total = exponentials((scores,), row_maximum((scores,)), rules)
-    return p[0], total, slope
+    m = tl.max(scores, 1)
+    m = tl.where(m == float("-inf"), 0.0, m)  # no key: the exponentials must vanish, not be NaN
+    p = exponential(scores, m[:, None], rules)
+    return p, tl.sum(p, 1), slope
 
 
 @triton.jit

@@ -26,6 +26,7 @@ from .triton_device import (
     rotated,
     row_products,
     scaled_rows,
+    shared_exponential,
     store_rows,
     store_stats,
     times_slope,
@@ -52,7 +53,7 @@ def _key_groups(start, COUNT: tl.constexpr):
 @triton.jit
 def _step(
     q_rows, k, v, sizes, rules, b, g, h, rows, start, N_k, m, total, sums, WHOLE: tl.constexpr, TIME: tl.constexpr,
-    BLOCK_K: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, FMA: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of keys of the forward: (largest score, sum of exponentials, weighted sum of V) with it."""
     k_rows, valid, n = block_rows(
@@ -65,7 +66,10 @@ def _step(
         safe = new_m
     else:
         safe = tl.where(new_m == float("-inf"), 0.0, new_m)  # no key yet
-    p = exponential(s, safe[:, None], rules)
+    if WHOLE and rules.mask is None and rules.exact is None:  # all finite, and not float32
+        p = shared_exponential(s, safe[:, None], rules, FMA)
+    else:
+        p = exponential(s, safe[:, None], rules)
     shrink = exponential(m, safe, rules)
     total = total * shrink + tl.sum(p, 1)
     v_rows, _, _ = block_rows(v, sizes, rules, b, g, h, start, N_k, sizes.S_k, False, WHOLE, TIME, BLOCK_K, COLS, UNIT)
@@ -76,7 +80,7 @@ def _step(
 @triton.jit
 def _attend(
     q, k, v, o, stats, sizes, rules, b, g, h, first, N, N_k,
-    TIME: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_K: tl.constexpr,
+    TIME: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_K: tl.constexpr, FMA: tl.constexpr,
     COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o of the queries first, first + 1, ... of a sequence."""
@@ -89,12 +93,12 @@ def _attend(
     for start in range(0, whole, BLOCK_K):
         m, total, sums = _step(
             q_rows, k, v, sizes, rules, b, g, h, rows, start, N_k, m, total, sums, True, TIME,
-            BLOCK_K, COLS, UNIT, PRECISION,
+            BLOCK_K, FMA, COLS, UNIT, PRECISION,
         )  # fmt: skip
     if TAIL_K:
         m, total, sums = _step(
             q_rows, k, v, sizes, rules, b, g, h, rows, whole, N_k, m, total, sums, False, TIME,
-            TAIL_K, COLS, UNIT, PRECISION,
+            TAIL_K, 0, COLS, UNIT, PRECISION,
         )  # fmt: skip
     i = (first + tl.arange(0, BLOCK_Q)).to(tl.int64)
     sums = scaled_rows(sums, reciprocal(total)[:, None])
@@ -106,7 +110,7 @@ def _attend(
 @triton.jit
 def streaming_fwd(
     program, q, k, v, o, stats, sizes, rules, first_head, heads, N, N_k,
-    TIME: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_Q: tl.constexpr, TAIL_K: tl.constexpr,
+    TIME: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_Q: tl.constexpr, TAIL_K: tl.constexpr, FMA: tl.constexpr,
     COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Writes o of one block of queries, and where stats is not None what a backward reads of them."""
@@ -116,17 +120,17 @@ def streaming_fwd(
     if TAIL_Q == 0 or TAIL_Q == BLOCK_Q:
         _attend(
             q, k, v, o, stats, sizes, rules, b, g, h, first, N, N_k,
-            TIME, BLOCK_Q, BLOCK_K, TAIL_K, COLS, UNIT, PRECISION,
+            TIME, BLOCK_Q, BLOCK_K, TAIL_K, FMA, COLS, UNIT, PRECISION,
         )  # fmt: skip
     elif program % blocks == blocks - 1:
         _attend(
             q, k, v, o, stats, sizes, rules, b, g, h, first, N, N_k,
-            TIME, TAIL_Q, BLOCK_K, TAIL_K, COLS, UNIT, PRECISION,
+            TIME, TAIL_Q, BLOCK_K, TAIL_K, FMA, COLS, UNIT, PRECISION,
         )  # fmt: skip
     else:
         _attend(
             q, k, v, o, stats, sizes, rules, b, g, h, first, N, N_k,
-            TIME, BLOCK_Q, BLOCK_K, TAIL_K, COLS, UNIT, PRECISION,
+            TIME, BLOCK_Q, BLOCK_K, TAIL_K, FMA, COLS, UNIT, PRECISION,
         )  # fmt: skip
 
 

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-PACKED, RESIDENT, STREAMING = "packed", "resident", "streaming"
+PACKED, STREAMING = "packed", "streaming"
 
 
 @dataclass(frozen=True)
 class Axis:
     """How the sequences along one axis are cut.
 
-    rows: of a tile; packed: as many whole sequences as fit, else a block of queries.
-    keys: packed: unused; resident forward: pieces that hold all keys; else one block of keys.
-    parts: programs that share the queries of one resident sequence (forward).
+    rows: of a tile; packed: as many whole sequences as fit, else a block of queries. keys: streaming: of a block.
+    fma: of a forward, of every four exponentials how many are polynomials, on the FMA pipes.
     """
 
     regime: str
     rows: int
-    keys: tuple[int, ...] = ()
-    parts: int = 1
+    keys: int = 0
+    fma: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,7 @@ class Tiles:
 
     @property
     def keeps_output(self) -> bool:
-        """Whether this backward reads o and the statistics of the forward: all but the packed one."""
-        return any(axis is not None and axis.regime != PACKED for axis in (self.time, self.space))
-
-    @property
-    def streams(self) -> bool:
+        """Whether this backward reads o and the statistics of the forward."""
         return any(axis is not None and axis.regime == STREAMING for axis in (self.time, self.space))
 
 
@@ -78,34 +73,69 @@ class Override:
         return self._tiles.get(direction)
 
 
-# ---- the rules for one axis; each op's tiles.py puts them together ----
+# ---- the rules; each op's tiles.py puts them together ----
+
+# Measured on one H200 (copy 4.26 TB/s, matmul 803 TFLOP/s), 2026-11-26, bfloat16, replayed graphs, microseconds:
+# packed, 8 x 196 positions, 12 heads of 64, forward / backward
+#   T = 16   rows 64, 4 warps: 43 / 72   rows 32, 2 warps: 42 / 82   rows 16, 1 warp: 41 / 72   rows 128, 8 warps: 58 / -
+#   T = 25   rows 64, 4 warps: 67 / 127  rows 32, 2 warps: 69 / 149  rows 128, 8 warps: 93 / 263
+#   16 x 4096 positions, 8 heads of 40: rows 64: 105 / 217, padded to 64 columns 114 / 206; rows 16, 1 warp: 99 / 215
+# streamed, (rows, keys), warps, stages
+#   forward, 1536 x 196 x 64: (64, 64) 4, 3: 92   (64, 32) 4, 3: 95   (128, 64) 8, 3: 99   resident, 128 + 64 + 16: 96
+#   forward, 24 x 3136 x 64: (64, 64) 4, 3: 154   4 stages: 161   (128, 64) 8, 3: 171   (128, 128) 8, 4: 201
+#   forward, 24 x 3136 x 128: (128, 64) 8, 3: 286   (64, 64) 4, 3: 304
+#   forward, 2048 x 256 x 80: (64, 64) 4, 3: 174   4, 2: 194   (64, 32) 4, 3: 185   padded to 128 columns: 294
+#   backward, dq (rows, keys) and dk, dv (rows, keys): 1536 x 196 x 64: (64, 32), (32, 64), 3 stages: 260   (64, 64) twice: 274
+#   24 x 3136 x 64: the same two: 443 and 458;  24 x 3136 x 128: (64, 64), 2 stages: 827   (64, 32), (32, 64), 3: 966
+#   2048 x 256 x 80: (64, 32), (32, 64), 2 stages: 581   3: 603   (64, 64): 594
 
 
-def forward_axis(N: int, N_k: int, D: int, itemsize: int) -> Axis:
-    if itemsize == 4:  # products on the FMA pipes: operands are held in registers, so small tiles
-        return Axis(PACKED, power_of_two(N)) if N == N_k <= 32 else Axis(STREAMING, 16, (32,))
-    if N == N_k <= 64:
-        return Axis(PACKED, 64)
-    if N == N_k <= 272:  # 64 rows of 272 scores are 136 of 255 registers
-        return Axis(RESIDENT, 64, pieces(N))
-    return Axis(STREAMING, 128, (64,))
-
-
-def backward_axis(N: int, N_k: int, D: int, itemsize: int) -> Axis:
+def _packed(N: int, itemsize: int, alone: bool) -> Axis:
+    """alone: nothing else in the launch wants more warps."""
     if itemsize == 4:
-        return Axis(PACKED, power_of_two(N)) if N == N_k <= 32 else Axis(STREAMING, 16, (32,))
-    if N == N_k <= 64:
-        return Axis(PACKED, 64)
-    return Axis(STREAMING, 64, (64,))
+        return Axis(PACKED, power_of_two(N))
+    return Axis(PACKED, 16 if N <= 16 and alone else 64)
 
 
-def tiles(direction: str, time: Axis | None, space: Axis | None) -> Tiles:
-    """The launch for these axes, and of a backward that streams the second one."""
+def _is_packed(N: int, N_k: int, itemsize: int) -> bool:
+    return N == N_k <= (64 if itemsize == 2 else 32)
+
+
+def tiles(direction: str, D: int, itemsize: int, time: tuple[int, int] | None, space: tuple[int, int] | None) -> Tiles:
+    """The launches of a direction; time, space: (queries, keys) of a sequence, None where no head attends along it."""
+    axes = [axis for axis in (time, space) if axis is not None]
+    alone = all(_is_packed(*axis, itemsize) for axis in axes)
+    streamed, warps, stages = _streamed(direction, D, itemsize, max((N for N, _ in axes), default=0))
+
+    def cut(axis: tuple[int, int] | None) -> Axis | None:
+        if axis is None:
+            return None
+        return _packed(axis[0], itemsize, alone) if _is_packed(*axis, itemsize) else streamed
+
+    over_time, over_space = cut(time), cut(space)
+    if alone:
+        warps = 1 if itemsize == 2 and all(N <= 16 for N, _ in axes) else 4
+    first = Tiles(direction, over_time, over_space, warps, stages)
+    if direction == "forward" or not first.keeps_output:
+        return first
+    second = Axis(STREAMING, streamed.keys, streamed.rows)
+    if itemsize == 4:  # the blocks of the first pass: see triton_streaming.py
+        second = streamed
+    kept = [second if axis is streamed else None for axis in (over_time, over_space)]
+    return replace(first, keys=Tiles(direction, *kept, warps, stages))
+
+
+def _streamed(direction: str, D: int, itemsize: int, N: int) -> tuple[Axis, int, int]:
+    """(blocks of queries and keys, warps, stages)"""
+    if itemsize == 4:  # products on the FMA pipes hold their operands in registers
+        return Axis(STREAMING, 16, 32), 8, 1
     if direction == "forward":
-        return Tiles(direction, time, space, warps=4, stages=2)
-    over_time, over_space = (axis if axis is not None and axis.regime == STREAMING else None for axis in (time, space))
-    keys = Tiles(direction, over_time, over_space, warps=4, stages=2) if over_time or over_space else None
-    return Tiles(direction, time, space, warps=4, stages=2, keys=keys)
+        if D > 96 and N >= 1024:
+            return Axis(STREAMING, 128, 64), 8, 3
+        return Axis(STREAMING, 64, 64), 4, 3
+    if D > 96:
+        return Axis(STREAMING, 64, 64), 4, 2
+    return Axis(STREAMING, 64, 32), 4, 3 if D <= 64 else 2
 
 
 # ---- powers of two ----
@@ -115,18 +145,13 @@ def power_of_two(n: int, least: int = 16) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
-def pieces(n: int, least: int = 16, most: int = 3) -> tuple[int, ...]:
-    """Powers of two, falling, at most `most` of them, that together hold n with the least to spare: 196 -> 128, 64, 16.
-
-    A product wants at least 16 of everything."""
-    if most == 1 or n <= least:
-        return (power_of_two(n, least),)
-    largest = 1 << (n.bit_length() - 1)
-    if largest == n:
-        return (n,)
-    split = (largest, *pieces(n - largest, least, most - 1))
-    whole = power_of_two(n, least)
-    return (whole,) if sum(split) >= whole else split
+def pieces(n: int, least: int = 16) -> tuple[int, ...]:
+    """One or two powers of two that hold n, whichever has less to spare: 80 -> 64, 16. A product wants at least 16."""
+    if n <= least:
+        return (least,)
+    largest, whole = 1 << (n.bit_length() - 1), power_of_two(n, least)
+    rest = power_of_two(n - largest, least) if n > largest else 0
+    return (largest, rest) if rest and largest + rest < whole else (whole,)
 
 
 def columns(D: int, split: bool, halves: bool) -> tuple[tuple[int, int, int], ...]:
@@ -137,16 +162,7 @@ def columns(D: int, split: bool, halves: bool) -> tuple[tuple[int, int, int], ..
         width = power_of_two(D // 2)
         return (0, width, D // 2), (D // 2, width, D // 2)
     found, first = [], 0
-    for width in pieces(D, most=2) if split else (power_of_two(D),):
+    for width in pieces(D) if split else (power_of_two(D),):
         found.append((first, width, min(width, D - first)))
-        first += width
-    return tuple(found)
-
-
-def placed(widths: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """KEYS of pieces: (first, count) of each."""
-    found, first = [], 0
-    for width in widths:
-        found.append((first, width))
         first += width
     return tuple(found)

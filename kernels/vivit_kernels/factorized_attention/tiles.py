@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .._attention.triton_tiles import Override, Tiles, backward_axis, forward_axis, tiles
+from .._attention.triton_tiles import Override, Tiles, tiles
 
 BACKENDS = ("triton",)
 _override = Override()
@@ -15,10 +15,8 @@ def chosen() -> bool:
 
 
 def choose(direction: str, T: int, S: int, H: int, temporal_heads: int, D: int, itemsize: int) -> Tiles:
-    rule = forward_axis if direction == "forward" else backward_axis
-    time = rule(T, T, D, itemsize) if temporal_heads else None
-    space = rule(S, S, D, itemsize) if temporal_heads < H else None
-    return tiles(direction, time, space)
+    time, space = (T, T) if temporal_heads else None, (S, S) if temporal_heads < H else None
+    return tiles(direction, D, itemsize, time, space)
 
 
 def candidates(direction: str, T: int, S: int, H: int, temporal_heads: int, D: int, itemsize: int) -> list[Tiles]:

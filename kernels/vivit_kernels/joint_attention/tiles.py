@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .._attention.triton_tiles import Override, Tiles, backward_axis, forward_axis, tiles
+from .._attention.triton_tiles import Override, Tiles, tiles
 
 BACKENDS = ("triton",)
 _override = Override()
@@ -16,8 +16,7 @@ def chosen() -> bool:
 
 def choose(direction: str, S: int, D: int, itemsize: int, S_k: int | None = None) -> Tiles:
     """S, S_k: tokens of the queries and, where they differ, of the keys."""
-    rule = forward_axis if direction == "forward" else backward_axis
-    return tiles(direction, None, rule(S, S if S_k is None else S_k, D, itemsize))
+    return tiles(direction, D, itemsize, None, (S, S if S_k is None else S_k))
 
 
 def candidates(direction: str, S: int, D: int, itemsize: int) -> list[Tiles]:
