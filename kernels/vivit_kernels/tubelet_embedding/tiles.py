@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,6 +100,7 @@ def _backward(M: int, K: int, X: int, x: int, E: int, arch: int, sizes: tuple[in
     return Backward(block_m, block_e, block_k, warps, stages, _splits(M, phases * E * K, block_m, programs, slots))
 
 
+@functools.lru_cache(4096)
 def abreast(frames: int, rows: int, columns: int, block_m: int) -> tuple[int, int]:
     """Rows and columns of the rectangle of tubelets that a step of the weight gradient takes from each of
     block_m / (rows * columns) frames: the fewest places left empty; then two columns, so that runs of 16 bytes come as
@@ -114,6 +116,7 @@ def abreast(frames: int, rows: int, columns: int, block_m: int) -> tuple[int, in
     return min(((tall, wide) for tall in powers for wide in powers if tall * wide <= block_m), key=cost)
 
 
+@functools.lru_cache(4096)
 def choose(
     B: int, C: int, F: int, Y: int, X: int, tubelet: tuple[int, int, int], E: int, direction: str, itemsize: int,
     arch: int | None,

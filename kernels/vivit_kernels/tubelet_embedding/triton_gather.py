@@ -10,8 +10,8 @@ runs are read 2 bytes longer, `X` = `STEP` + 2, from 2 bytes earlier in every se
 in the weight. Even and odd columns are then rows of two products (`PHASES` = 2), M and COLUMNS those of one.
 """
 
-# pyright: reportGeneralTypeIssues=false
-# (it takes a device function for one that never returns)
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+# (it takes a device function for one that never returns, and a compile-time text for none)
 
 from __future__ import annotations
 

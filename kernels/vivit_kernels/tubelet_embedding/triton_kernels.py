@@ -13,7 +13,7 @@ and the shift's share of dW (at most 128*E*4 bytes). Nothing is atomic: results 
 """
 
 # pyright: reportCallIssue=false
-# (launch options are no parameters of a kernel)
+# (of a shape it does not know how many numbers it has)
 
 from __future__ import annotations
 
@@ -95,6 +95,23 @@ def _short(values: list[float]) -> list[float]:
     return values[:1] if len(set(values)) == 1 else values
 
 
+_LAUNCHES = _triton.Plans()
+
+
+def _launch(kernel: Any, programs: int, *, num_warps: int, num_stages: int = 3, **arguments: Any) -> None:
+    """Launches; again what was compiled, where nothing but addresses differs from an earlier launch."""
+    given = [arguments[name] for name in kernel.arg_names]
+    seen = [(x.dtype, x.device, x.data_ptr() % 16) if isinstance(x, Tensor) else x for x in given]
+    key = kernel, programs, num_warps, num_stages, *seen
+    launch = _LAUNCHES.get(key)
+    if launch is None:
+        on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in given)
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        launch = _LAUNCHES.keep(key, _triton.Launch(kernel, programs, on_gpu, **options))
+    given = [launch.take(x) if isinstance(x, Tensor) else x for x in given]
+    launch(**dict(zip(kernel.arg_names, given, strict=True)))
+
+
 def _tile(video: Tensor, weight: Tensor, direction: str) -> Any:
     return tiles.current(
         *video.shape, tuple(weight.shape[2:]), weight.shape[0], direction, weight.element_size(),
@@ -112,7 +129,8 @@ def _prepared(
         return weight, bias
     scaled = weight.new_empty(gathering.phases, E, gathering.taps) if copied else weight
     row = torch.empty(E, dtype=torch.float32, device=weight.device)
-    prepare_weight[(_blocks(E, 4),)](
+    _launch(
+        prepare_weight, _blocks(E, 4),
         weight_ptr=weight, bias_ptr=row if bias is None else bias, scaled_ptr=scaled, row_ptr=row,
         scales=tuple(scale) if len(scale) > 1 else (1.0,), shifts=tuple(shift),
         stride_bias=0 if bias is None else bias.stride(0), E=E, TAPS=weight[0, 0].numel(), C=C, **gathering.order,
@@ -136,7 +154,8 @@ def launch_fwd(
         operand, row = _prepared(weight, bias, *after, gathering)
         counts = _counts(video, weight, gathering.phases)
         programs = _blocks(counts["M"], tile.block_m) * gathering.phases * _blocks(E, tile.block_e)
-        forward[(programs,)](
+        _launch(
+            forward, programs,
             video_ptr=video, weight_ptr=operand, row_ptr=out if row is None else row,
             position_ptr=out if position is None else position[:, first:],
             class_ptr=out if class_token is None else class_token, out_ptr=out[..., first:, :],
@@ -188,7 +207,8 @@ def _dvideo(tokens: dict[str, Any], video: Tensor, weight: Tensor, scale: list[f
         _counts(video, weight),
     )
     programs = _blocks(counts["M"], tile.block_m) * _blocks(C * f * y * x, tile.block_k)
-    video_gradient[(programs,)](
+    _launch(
+        video_gradient, programs,
         weight_ptr=weight, dvideo_ptr=dvideo, scales=tuple(scale), **counts, **tokens,
         stride_vb=dvideo.stride(0), stride_vc=dvideo.stride(1), stride_vf=dvideo.stride(2), stride_vy=dvideo.stride(3),
         C=C, F=f, Y=y, X=x, PRECISION=_triton.precision(weight.dtype),
@@ -211,7 +231,8 @@ def _row_sums(
     tile = tiles.row_sums(outer * inner, table, E, dout.element_size())
     strips = _blocks(_blocks(table, tile.block_n), tile.per_strip)
     rows = torch.empty(strips, E, dtype=torch.float32, device=dout.device)
-    sum_rows[(strips * _blocks(E, tile.block_e),)](
+    _launch(
+        sum_rows, strips * _blocks(E, tile.block_e),
         dout_ptr=dout, dposition_ptr=rows if dposition is None else dposition,
         dclass_ptr=rows if dclass is None else dclass, partial_ptr=rows,
         TABLE=table, OUTER=outer, INNER=inner, E=E, blocks_per_strip=tile.per_strip,
@@ -237,7 +258,8 @@ def _weight_parts(
     splits = max(1, _blocks(steps, per_split))
     parts = torch.empty(splits, gathering.phases, E, K, dtype=torch.float32, device=weight.device)
     programs = splits * gathering.phases * _blocks(E, tile.block_e) * _blocks(K, tile.block_k)
-    weight_gradient[(programs,)](
+    _launch(
+        weight_gradient, programs,
         video_ptr=video, partial_ptr=parts, scales=tuple(scale), shifts=tuple(shift), FRAMES=frames, E=E,
         T=counts["T"], ROWS=rows, COLUMNS=columns, STEPS=steps, steps_per_split=per_split, **tokens,
         ROWS_ABREAST=tall, COLUMNS_ABREAST=wide, WHOLE=rows % tall == 0 and columns % wide == 0,
@@ -258,7 +280,8 @@ def _finished(
     dweight = None if parts is None else torch.empty_like(weight)
     dbias = None if bias is None else torch.empty(E, dtype=bias.dtype, device=weight.device)
     unused = weight  # stands for a tensor that is neither read nor written
-    finish_parameters[(_blocks(E, 4) * (1 if parts is None else _blocks(C * taps, 512)),)](
+    _launch(
+        finish_parameters, _blocks(E, 4) * (1 if parts is None else _blocks(C * taps, 512)),
         partial_ptr=unused if parts is None else parts, rows_ptr=unused if rows is None else rows,
         dweight_ptr=unused if dweight is None else dweight, dbias_ptr=unused if dbias is None else dbias,
         scales=tuple(scale), shifts=tuple(shift), E=E, parts=0 if parts is None else parts.shape[:2].numel(),
