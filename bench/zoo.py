@@ -30,6 +30,7 @@ from vivit_kernels.factorized_attention import reference as factorized_reference
 from vivit_kernels.factorized_attention.support import SUPPORT as FACTORIZED
 from vivit_kernels.joint_attention import reference as joint_reference
 from vivit_kernels.joint_attention.support import SUPPORT as JOINT
+from vivit_kernels.joint_attention.support import order as joint_order
 from vivit_kernels.tubelet_embedding import reference as tubelet_reference
 from vivit_kernels.tubelet_embedding.support import SUPPORT as TUBELET
 
@@ -172,10 +173,11 @@ def own_backends(spec: Spec) -> list[str]:
         calls.append(("joint_attention", JOINT, (B, (c.T if per_frame else c.T * c.S) + 1, c.heads, D)))
     picks, everywhere = [], list(_environment.allowed_backends())
     for op, support, shape in calls:
-        call = Call(op, shape, getattr(torch, spec.product_dtype), spec.device, grad)
-        runs = [
-            name for name, reasons in refusals(call, support, _environment.allowed_backends()).items() if not reasons
-        ]
+        arch = 10 * torch.cuda.get_device_capability()[0] if spec.device == "cuda" else 0
+        call = Call(op, shape, getattr(torch, spec.product_dtype), spec.device, grad, arch=arch)
+        order = joint_order(call) if support is JOINT else _environment.BACKENDS
+        found = refusals(call, support, _environment.allowed_backends(order)).items()
+        runs = [name for name, reasons in found if not reasons]
         picks += runs[:1]
         everywhere = [name for name in everywhere if name in runs]
     return ["auto"] * (len(set(picks)) > 1) + everywhere

@@ -12,15 +12,10 @@ from parity_grid import check, grid, make_inputs
 from test_joint_attention import check_case
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vivit_kernels import _environment, factorized_attention, joint_attention
+from vivit_kernels import _environment, factorized_attention, joint_attention, rotary_tables
 from vivit_kernels._attention.options import Options
 from vivit_kernels._dispatch import Call, choose, refusals
-from vivit_kernels.joint_attention import (
-    order,
-    peer_views,
-    reference,
-    sdpa_kernels,
-)
+from vivit_kernels.joint_attention import api, order, peer_views, reference, sdpa_kernels
 from vivit_kernels.joint_attention.support import SUPPORT
 from vivit_kernels.numerics import judge
 
@@ -265,6 +260,28 @@ def test_a_refusal_says_what_and_what_to_do():
     grid_ = torch.zeros(1, 3, 4, 2, 8)
     with pytest.raises(NotImplementedError, match="this release has no sdpa kernel for factorized_attention"):
         factorized_attention(grid_, grid_, grid_, temporal_heads=1, backend="sdpa")
+
+
+@pytest.mark.parametrize("option", ["key_mask", "dropout", "rotary", "softcap"])
+def test_every_option_of_the_public_function_is_seen(option):
+    q = torch.randn(1, 9, 2, 16, dtype=torch.float16)
+    cos, sin = rotary_tables(9, 1, 1, 16)
+    options = {
+        "key_mask": {"key_mask": torch.ones(1, 9, dtype=torch.bool)},
+        "dropout": {"dropout_p": 0.5},
+        "rotary": {"rotary": (cos.flatten(0, 1), sin.flatten(0, 1))},
+        "softcap": {"softcap": 2.0},
+    }
+    with pytest.raises(NotImplementedError, match=f"needs_grad=False, with {option}\n  sdpa    {option}: "):
+        joint_attention(q, q, q, backend="sdpa", **options[option])
+
+
+def test_the_public_function_asks_for_the_order(monkeypatch):
+    monkeypatch.setattr(api, "order", lambda call: ("sdpa",) if call.dtype == torch.float64 else ("torch",))
+    q = torch.zeros(1, 9, 2, 16)
+    joint_attention(q, q, q)
+    with pytest.raises(NotImplementedError, match=r"no allowed backend can run this call\.\n.*\n  sdpa    float64 is"):
+        joint_attention(q.double(), q.double(), q.double())
 
 
 def test_names_in_the_environment_variable(monkeypatch):

@@ -39,6 +39,7 @@ def test_order_on_a_gpu(monkeypatch):
         {"dtype": torch.float32},
     ):
         assert first(replace(PLAIN, **changes)) == "triton", changes
+    assert order.order(replace(PLAIN, uses=("softcap",)))[0] != "sdpa"
     torch.use_deterministic_algorithms(True)
     assert first(PLAIN) == "triton"
     torch.use_deterministic_algorithms(False)

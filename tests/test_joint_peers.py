@@ -195,6 +195,21 @@ def test_xformers_by_its_published_signatures(layout, monkeypatch):
     run_standin("xformers", fake, layout)
 
 
+@pytest.mark.parametrize("version", [2, 3])
+def test_flash_attn_fills_places_that_it_cannot_write(version, monkeypatch):
+    module, contents = FLASH[version]
+    install(monkeypatch, module, **contents(Standin()))
+    monkeypatch.setattr(_environment, "FLASH_ATTN", (version,))
+    q, k, v, do = (torch.randn(1, 9, 2, 16).half() for _ in range(4))
+    o, lse = flash_attn_kernels.launch_fwd(q, k, v, 0, Options(0.25), keep=True)
+    results = []
+    for width in (16, 17):
+        dq, dk, dv = (torch.full((1, 9, 2, width), torch.nan).half()[..., width - 16 :] for _ in range(3))
+        flash_attn_kernels.launch_bwd(do, q, k, v, o, lse, dq, dk, dv, 0, Options(0.25))
+        results.append((dq, dk, dv))
+    assert all(torch.equal(x, y) and x.isfinite().all() for x, y in zip(*results, strict=True))
+
+
 def test_a_flash_attn_that_lacks_an_argument_is_not_called(monkeypatch):
     called = []
     install(monkeypatch, FLASH[2][0], _flash_attn_forward=lambda q, k, v, causal: called.append(q))
