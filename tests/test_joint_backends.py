@@ -11,6 +11,7 @@ import torch
 from parity_grid import check, grid, make_inputs
 from test_joint_attention import check_case
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vivit_kernels import _environment, factorized_attention, joint_attention, rotary_tables
 from vivit_kernels._attention.options import Options
@@ -149,6 +150,53 @@ def test_compile_fullgraph(deterministic, device):
             results.append((o, *torch.autograd.grad(o.float().square().sum(), qkv)))
         for found, expected in zip(*results, strict=True):
             torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("backend", [None, "sdpa"])
+def test_the_choice_on_a_gpu_is_traced(backend):
+    """Without one: the facts of a call as they would be there, chosen from inside a graph."""
+    torch._dynamo.reset()
+
+    def chosen(x):
+        call = Call("joint_attention", (2, x.shape[1], 12, 64), x.dtype, "cuda", True, (), 90)
+        return x + _environment.NAMES.index(choose(call, SUPPORT, backend, order.order(call)))
+
+    x = torch.zeros(2, 3136, dtype=torch.bfloat16)
+    for strictly in (True, False):
+        torch.use_deterministic_algorithms(strictly)
+        found = torch.compile(chosen, fullgraph=True, backend="eager")(x)
+        assert torch.equal(found, chosen(x)) and (found[0, 0] == _environment.NAMES.index("sdpa")) == (
+            backend == "sdpa" or not strictly
+        )
+
+
+class Named(TorchDispatchMode):
+    """The operations of PyTorch that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__.partition(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kernel", ["cudnn", "flash"])
+def test_kernels_of_a_gpu_are_called_as_pytorch_declares_them(kernel, monkeypatch):
+    """On tensors without data: the schemas and the shapes, not the numbers."""
+    monkeypatch.setattr(sdpa_kernels, "_kernel", lambda *_: kernel)
+    monkeypatch.setattr(sdpa_kernels, "whole_vectors", lambda *tensors: tensors)
+    q, _, _ = torch.empty(2, 130, 3, 4, 64, dtype=torch.bfloat16, device="meta").unbind(2)
+    k, v = (torch.empty(2, 77, 4, 64, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    with Named() as called:
+        o, lse = sdpa_kernels.launch_fwd(q, k, v, 0, Options(0.125), keep=True)
+        assert o.shape == q.shape and o.is_contiguous()
+        assert lse is not None and lse.shape == (2, 4, 130) and lse.dtype == torch.float32
+        sdpa_kernels.launch_bwd(o, q, k, v, o, lse, torch.empty_like(q), k, v, 0, Options(0.125))
+    names = [name for name in called.names if "attention" in name]
+    assert names == [f"_scaled_dot_product_{kernel}_attention{what}" for what in ("", "_backward")]
+    assert sdpa_kernels.launch_fwd(q, k, v, 0, Options(0.125))[1] is None
 
 
 def test_sdpa_of_no_clips_and_of_any_gradient(device):

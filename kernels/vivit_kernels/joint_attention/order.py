@@ -61,9 +61,14 @@ RUNGS = (
 )
 
 
+@torch.compiler.assume_constant_result  # a graph is compiled for the settings as they are, which PyTorch guards
+def _only_warns() -> bool:
+    return torch.is_deterministic_algorithms_warn_only_enabled()
+
+
 def is_deterministic() -> bool:
     """Whether PyTorch must refuse what is not the same bit for bit in every run."""
-    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    return torch.are_deterministic_algorithms_enabled() and not _only_warns()
 
 
 def order(call: Call) -> tuple[str, ...]:
