@@ -25,17 +25,18 @@ FACTORIZED = {name: axis for name, axis in factorized.AXES.items() if name not i
     "grid": GRIDS,
     "heads": [(2, 2), (2, 0), (2, 1), (3, 1)],
 }
+EVERY_RUN = {"D": [16, 40, 64, 80], "grid": [(1, 1), (7, 2), (16, 4), (25, 3), (64, 1), (1, 65), (1, 80)]}
 JOINT = joint.AXES | {"dtype": DTYPES, "D": SIZES, "N": [1, 2, 17, 63, 64, 65, 100], "N_k": ["same", 1, 33, 129]}
 OPTIONS = [["dtype", "heads", "mask", "dropout_p", "extra"], ["dtype", "grid"], ["dtype", "D", "layout"]]
 
 
-@pytest.mark.parametrize("case", grid(FACTORIZED, OPTIONS))
+@pytest.mark.parametrize("case", grid(FACTORIZED, OPTIONS, EVERY_RUN))
 def test_factorized_parity(case, device):
     (T, S), clips = case["grid"], 1 if case["mask"] != "a clip has none" else 2
     factorized.check_case(case | {"T": T, "S": S}, device, "triton", clips)
 
 
-@pytest.mark.parametrize("case", grid(JOINT, joint.CROSSES))
+@pytest.mark.parametrize("case", grid(JOINT, joint.CROSSES, {"D": [16, 40, 64, 80], "N": [1, 17, 65, 100]}))
 def test_joint_parity(case, device):
     joint.check_case(case, device, "triton", 1 if case["mask"] != "a clip has none" else 2)
 

@@ -14,9 +14,12 @@ from .options import Options
 Order = Callable[[_dispatch.Call], "tuple[str, ...]"]
 
 
-@torch.compiler.assume_constant_result  # a graph is compiled for one device
 def _arch(index: int | None) -> int:
     return arch_of(torch.device("cuda") if index is None else torch.device("cuda", index))
+
+
+# A graph is compiled for one device. What torch.compiler.assume_constant_result does; calling that imports the compiler.
+setattr(_arch, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def _uses(options: Options) -> tuple[str, ...]:

@@ -18,8 +18,9 @@ and the shift's share of dW (at most 128*E*4 bytes). Nothing is atomic: results 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -83,7 +84,7 @@ def _gathering(video: Tensor, weight: Tensor) -> Gathering:
     return Gathering(keywords, order, C * f * y * order["X"])
 
 
-def _pixels(video: Tensor, scale: list[float], shift: list[float]) -> tuple[list[float], list[float], bool]:
+def _pixels(video: Tensor, scale: Sequence[float], shift: Sequence[float]) -> tuple[list[float], list[float], bool]:
     """(scale, shift) still to apply to the product of what is loaded, each one number if all are equal; and whether
     floating-point pixels are normalised when they are loaded, instead."""
     if video.dtype == torch.uint8:
@@ -91,86 +92,140 @@ def _pixels(video: Tensor, scale: list[float], shift: list[float]) -> tuple[list
     return _short(scale), _short(shift), video.dtype != torch.uint8 and (any(shift) or set(scale) != {1.0})
 
 
-def _short(values: list[float]) -> list[float]:
-    return values[:1] if len(set(values)) == 1 else values
+def _short(values: Sequence[float]) -> list[float]:
+    return list(values[:1] if len(set(values)) == 1 else values)
 
 
-_LAUNCHES = _triton.Plans()
+class Step:
+    """A launch of a plan: all arguments but the tensors, which come with the call."""
+
+    def __init__(self, kernel: Any, programs: int, on_gpu: bool, num_warps: int, num_stages: int = 3, **fixed: Any):
+        self._launch = _triton.Launch(kernel, programs, on_gpu, num_warps=num_warps, num_stages=num_stages)
+        self._arguments = {name: fixed.get(name) for name in kernel.arg_names}  # in the kernel's order
+        assert fixed.keys() <= self._arguments.keys(), fixed.keys() - self._arguments.keys()
+
+    def __call__(self, **tensors: Tensor) -> None:
+        take = self._launch.take
+        self._launch(**(self._arguments | {name: take(x) for name, x in tensors.items()}))
 
 
-def _launch(kernel: Any, programs: int, *, num_warps: int, num_stages: int = 3, **arguments: Any) -> None:
-    """Launches; again what was compiled, where nothing but addresses differs from an earlier launch."""
-    given = [arguments[name] for name in kernel.arg_names]
-    seen = [(x.dtype, x.device, x.data_ptr() % 16) if isinstance(x, Tensor) else x for x in given]
-    key = kernel, programs, num_warps, num_stages, *seen
-    launch = _LAUNCHES.get(key)
-    if launch is None:
-        on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in given)
-        options = {"num_warps": num_warps, "num_stages": num_stages}
-        launch = _LAUNCHES.keep(key, _triton.Launch(kernel, programs, on_gpu, **options))
-    given = [launch.take(x) if isinstance(x, Tensor) else x for x in given]
-    launch(**dict(zip(kernel.arg_names, given, strict=True)))
+_PLANS = _triton.Plans()
 
 
-def _tile(video: Tensor, weight: Tensor, direction: str) -> Any:
-    return tiles.current(
-        *video.shape, tuple(weight.shape[2:]), weight.shape[0], direction, weight.element_size(),
-        _triton.arch_of(video.device),
-    )  # fmt: skip
+def _plan(make: Any, tensors: tuple[Tensor | None, ...], *others: Any) -> Any:
+    """What `make` prepares for a call: once for all calls that differ in the addresses of their tensors only."""
+    seen = [None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16) for x in tensors]
+    key = (make, *others, *seen)
+    plan = _PLANS.get(key)
+    return _PLANS.keep(key, make(*tensors, *others)) if plan is None else plan
 
 
-def _prepared(
-    weight: Tensor, bias: Tensor | None, scale: list[float], shift: list[float], gathering: Gathering
-) -> tuple[Tensor, Tensor | None]:
-    """(weight `[PHASES, E, K]` in the order of the video's taps, row `[E]` to add to the products)."""
-    E, C = weight.shape[:2]
-    copied = len(scale) > 1 or gathering.order["FOLDED"] > 1 or gathering.phases > 1
-    if not copied and not any(shift):
-        return weight, bias
-    scaled = weight.new_empty(gathering.phases, E, gathering.taps) if copied else weight
-    row = torch.empty(E, dtype=torch.float32, device=weight.device)
-    _launch(
-        prepare_weight, _blocks(E, 4),
-        weight_ptr=weight, bias_ptr=row if bias is None else bias, scaled_ptr=scaled, row_ptr=row,
-        scales=tuple(scale) if len(scale) > 1 else (1.0,), shifts=tuple(shift),
-        stride_bias=0 if bias is None else bias.stride(0), E=E, TAPS=weight[0, 0].numel(), C=C, **gathering.order,
-        HAS_BIAS=bias is not None, WRITES_SCALED=copied, BLOCK_E=4, BLOCK_K=512, num_warps=4,
-    )  # fmt: skip
-    return scaled, row
+class How(NamedTuple):
+    """What decides a plan, besides the tensors; tile: of the products with the weight."""
+
+    per_frame: bool
+    scale: tuple[float, ...]
+    shift: tuple[float, ...]
+    tile: Any
+    arch: int
+    precision: str
+
+
+def _how(video: Tensor, weight: Tensor, direction: str, per_frame: bool, scale: list[float], shift: list[float]) -> How:
+    arch, E, itemsize = _triton.arch_of(video.device), weight.shape[0], weight.element_size()
+    tile = tiles.current(*video.shape, tuple(weight.shape[2:]), E, direction, itemsize, arch)
+    return How(per_frame, tuple(scale), tuple(shift), tile, arch, _triton.precision(weight.dtype))
+
+
+def _blocks_of(tile: Any, video: Tensor, weight: Tensor, arch: int) -> dict[str, int]:
+    stages = tile.stages(video.element_size(), weight.element_size(), arch)
+    sizes = {"BLOCK_M": tile.block_m, "BLOCK_E": tile.block_e, "BLOCK_K": tile.block_k}
+    return {**sizes, "num_warps": tile.num_warps, "num_stages": stages}
+
+
+# ---- forward ----
+
+
+class Forward(NamedTuple):
+    """shape: of the output; copied: of the prepared weight, if it is not the weight itself."""
+
+    shape: tuple[int, ...]
+    copied: tuple[int, ...] | None
+    prepare: Step | None
+    product: Step
 
 
 def launch_fwd(
     video, weight, bias, position, class_token, per_frame: bool, scale: list[float], shift: list[float]
 ) -> Tensor:
     weight = weight.contiguous()
-    B, E, first = video.shape[0], weight.shape[0], int(class_token is not None)
-    T, rows, columns = _grid(video, weight)
-    groups, tokens = ((B, T), rows * columns) if per_frame else ((B,), T * rows * columns)
-    out = weight.new_empty(*groups, tokens + first, E)
-    gathering, tile = _gathering(video, weight), _tile(video, weight, "forward")
-    scale, shift, normalised = _pixels(video, scale, shift)
-    after = ([1.0], [0.0]) if normalised else (scale, shift)
+    how = _how(video, weight, "forward", per_frame, scale, shift)
+    plan = _plan(_plan_fwd, (video, weight, bias, position, class_token), how)
+    out, first = weight.new_empty(plan.shape), int(class_token is not None)
     with torch.cuda.device_of(video):
-        operand, row = _prepared(weight, bias, *after, gathering)
-        counts = _counts(video, weight, gathering.phases)
-        programs = _blocks(counts["M"], tile.block_m) * gathering.phases * _blocks(E, tile.block_e)
-        _launch(
-            forward, programs,
+        operand, row = weight, bias
+        if plan.prepare is not None:
+            operand = weight if plan.copied is None else weight.new_empty(plan.copied)
+            row = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+            plan.prepare(weight_ptr=weight, bias_ptr=row if bias is None else bias, scaled_ptr=operand, row_ptr=row)
+        # out stands for a tensor that is not read
+        plan.product(
             video_ptr=video, weight_ptr=operand, row_ptr=out if row is None else row,
             position_ptr=out if position is None else position[:, first:],
             class_ptr=out if class_token is None else class_token, out_ptr=out[..., first:, :],
-            scale=after[0][0] if len(after[0]) == 1 else 1.0, scales=tuple(scale), shifts=tuple(shift), **counts,
-            stride_row=0 if row is None else row.stride(0),
-            stride_pn=0 if position is None else position.stride(1),
-            stride_pe=0 if position is None else position.stride(2),
-            stride_class=0 if class_token is None else class_token.stride(2),
-            stride_ob=out.stride(0), stride_ot=out.stride(1) if per_frame else rows * columns * E, stride_os=E,
-            **gathering.keywords, NORMALISED=normalised, HAS_ROW=row is not None, HAS_POSITION=position is not None,
-            HAS_CLASS=bool(first), PER_FRAME=per_frame, HALVED=tile.halved, PRECISION=_triton.precision(weight.dtype),
-            BLOCK_M=tile.block_m, BLOCK_E=tile.block_e, BLOCK_K=tile.block_k, num_warps=tile.num_warps,
-            num_stages=tile.stages(video.element_size(), weight.element_size(), _triton.arch_of(video.device)),
         )  # fmt: skip
     return out
+
+
+def _plan_fwd(video, weight, bias, position, class_token, how: How) -> Forward:
+    B, E, first = video.shape[0], weight.shape[0], int(class_token is not None)
+    (T, rows, columns), tile, gathering = _grid(video, weight), how.tile, _gathering(video, weight)
+    shape = (B, T, rows * columns + first, E) if how.per_frame else (B, T * rows * columns + first, E)
+    scale, shift, normalised = _pixels(video, how.scale, how.shift)
+    after = ([1.0], [0.0]) if normalised else (scale, shift)
+    copied = len(after[0]) > 1 or gathering.order["FOLDED"] > 1 or gathering.phases > 1
+    prepare = _preparing(weight, bias, *after, gathering, copied) if copied or any(after[1]) else None
+    counts, row_of = _counts(video, weight, gathering.phases), (rows * columns + first) * E
+    product = Step(
+        forward, _blocks(counts["M"], tile.block_m) * gathering.phases * _blocks(E, tile.block_e), video.is_cuda,
+        scale=after[0][0] if len(after[0]) == 1 else 1.0, scales=tuple(scale), shifts=tuple(shift), **counts,
+        stride_row=1 if prepare is not None else 0 if bias is None else bias.stride(0),
+        stride_pn=0 if position is None else position.stride(1),
+        stride_pe=0 if position is None else position.stride(2),
+        stride_class=0 if class_token is None else class_token.stride(2),
+        stride_ob=math.prod(shape[1:]), stride_ot=row_of if how.per_frame else rows * columns * E, stride_os=E,
+        **gathering.keywords, NORMALISED=normalised, HAS_ROW=prepare is not None or bias is not None,
+        HAS_POSITION=position is not None, HAS_CLASS=bool(first), PER_FRAME=how.per_frame, HALVED=tile.halved,
+        PRECISION=how.precision, **_blocks_of(tile, video, weight, how.arch),
+    )  # fmt: skip
+    return Forward(shape, (gathering.phases, E, gathering.taps) if copied else None, prepare, product)
+
+
+def _preparing(weight, bias, scale: list[float], shift: list[float], gathering: Gathering, copied: bool) -> Step:
+    """Writes weight `[PHASES, E, K]` in the order of the video's taps, if `copied`, and row `[E]`, to add to the
+    products."""
+    E, C = weight.shape[:2]
+    return Step(
+        prepare_weight, _blocks(E, 4), weight.is_cuda,
+        scales=tuple(scale) if len(scale) > 1 else (1.0,), shifts=tuple(shift),
+        stride_bias=0 if bias is None else bias.stride(0), E=E, TAPS=weight[0, 0].numel(), C=C, **gathering.order,
+        HAS_BIAS=bias is not None, WRITES_SCALED=copied, BLOCK_E=4, BLOCK_K=512, num_warps=4,
+    )  # fmt: skip
+
+
+# ---- backward ----
+
+
+class Backward(NamedTuple):
+    """whole: tubelets fill the video; strips: parts of the sum of dout's rows; parts: shape of the weight gradient's."""
+
+    video: Step | None
+    whole: bool
+    rows: Step | None
+    strips: int
+    weight: Step | None
+    parts: tuple[int, ...]
+    finish: Step | None
 
 
 def launch_bwd(
@@ -178,115 +233,107 @@ def launch_bwd(
 ) -> list[Tensor]:
     """Gradients of (video, weight, bias, position, class_token); an empty tensor where `needs` says none is wanted."""
     weight = weight.contiguous()
-    scale, shift, normalised = _pixels(video, scale, shift)
-    tokens = {"dout_ptr": dout[..., int(class_token is not None) :, :], "stride_db": dout.stride(0)}
-    tokens |= {"stride_ds": dout.stride(-2), "stride_de": dout.stride(-1)}
-    tokens["stride_dt"] = dout.stride(1) if per_frame else math.prod(_grid(video, weight)[1:]) * dout.stride(-2)
-    found: list[Tensor | None] = [None] * 5
+    how = _how(video, weight, "backward", per_frame, scale, shift)
+    plan = _plan(_plan_bwd, (dout, video, weight, bias, position, class_token), how, tuple(needs))
+    tokens = dout[..., int(class_token is not None) :, :]
+
+    def empty(like: Tensor | None, needed: bool) -> Tensor | None:
+        return torch.empty(like.shape, dtype=like.dtype, device=like.device) if needed and like is not None else None
+
+    found = [None, *map(empty, (weight, bias, position, class_token), needs[1:])]
     with torch.cuda.device_of(video):
-        if needs[0]:
-            found[0] = _dvideo(tokens, video, weight, scale)
-        after = ([1.0], [0.0]) if normalised else (scale, shift)
-        rows = None
-        if any(needs[2:]) or (needs[1] and any(after[1])):
-            rows, *found[3:] = _row_sums(dout, position if needs[3] else None, class_token, needs[4])
-        if needs[1] or needs[2]:
-            parts = _weight_parts(tokens, video, weight, scale, shift, normalised) if needs[1] else None
-            order = _gathering(video, weight).order
-            found[1:3] = _finished(parts, rows, weight, bias if needs[2] else None, *after, order)
+        if plan.video is not None:
+            found[0] = (torch.empty if plan.whole else torch.zeros)(video.shape, dtype=video.dtype, device=video.device)
+            plan.video(dout_ptr=tokens, weight_ptr=weight, dvideo_ptr=found[0])
+        parts = rows = weight  # stands for a tensor that is neither read nor written
+        if plan.rows is not None:
+            rows = torch.empty(plan.strips, weight.shape[0], dtype=torch.float32, device=weight.device)
+            dposition, dclass = (rows if x is None else x for x in found[3:])
+            plan.rows(dout_ptr=dout, dposition_ptr=dposition, dclass_ptr=dclass, partial_ptr=rows)
+        if plan.weight is not None:
+            parts = torch.empty(plan.parts, dtype=torch.float32, device=weight.device)
+            plan.weight(dout_ptr=tokens, video_ptr=video, partial_ptr=parts)
+        if plan.finish is not None:
+            dweight, dbias = (weight if x is None else x for x in found[1:3])
+            plan.finish(partial_ptr=parts, rows_ptr=rows, dweight_ptr=dweight, dbias_ptr=dbias)
     return [video.new_empty(0) if x is None else x for x in found]
 
 
-def _dvideo(tokens: dict[str, Any], video: Tensor, weight: Tensor, scale: list[float]) -> Tensor:
-    """The gradient of the video, contiguous `[B, C, F, Y, X]`; what fills no tubelet is zero."""
-    (E, C, f, y, x), arch = weight.shape, _triton.arch_of(video.device)
-    whole = all(n % part == 0 for n, part in zip(video.shape[2:], (f, y, x), strict=True))
-    dvideo = (torch.empty if whole else torch.zeros)(video.shape, dtype=video.dtype, device=video.device)
-    tile, counts = (
-        tiles.scattering(C * f * y * x, E, video.element_size(), weight.element_size(), arch),
-        _counts(video, weight),
-    )
-    programs = _blocks(counts["M"], tile.block_m) * _blocks(C * f * y * x, tile.block_k)
-    _launch(
-        video_gradient, programs,
-        weight_ptr=weight, dvideo_ptr=dvideo, scales=tuple(scale), **counts, **tokens,
-        stride_vb=dvideo.stride(0), stride_vc=dvideo.stride(1), stride_vf=dvideo.stride(2), stride_vy=dvideo.stride(3),
-        C=C, F=f, Y=y, X=x, PRECISION=_triton.precision(weight.dtype),
-        BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_E=tile.block_e, num_warps=tile.num_warps,
-        num_stages=tile.stages(weight.element_size(), weight.element_size(), arch),
+def _plan_bwd(dout, video, weight, bias, position, class_token, how: How, needs: tuple[bool, ...]) -> Backward:
+    scale, shift, normalised = _pixels(video, how.scale, how.shift)
+    after = ([1.0], [0.0]) if normalised else (scale, shift)
+    gathering, first = _gathering(video, weight), int(class_token is not None)
+    strides = {"stride_db": dout.stride(0), "stride_ds": dout.stride(-2), "stride_de": dout.stride(-1)}
+    strides["stride_dt"] = dout.stride(1) if how.per_frame else math.prod(_grid(video, weight)[1:]) * dout.stride(-2)
+    whole = all(n % part == 0 for n, part in zip(video.shape[2:], weight.shape[2:], strict=True))
+    parts, of_rows, of_weight, finish, strips = (0, 0), None, None, None, 0
+    if any(needs[2:]) or (needs[1] and any(after[1])):
+        strips, of_rows = _summing(dout, first, needs)
+    if needs[1]:
+        parts, of_weight = _weighing(strides, video, weight, scale, shift, normalised, gathering, how)
+    if needs[1] or needs[2]:
+        finish = _finishing(math.prod(parts[:2]), strips, weight, *after, gathering.order, needs)
+    of_video = _scattering(strides, video, weight, scale, how) if needs[0] else None
+    return Backward(of_video, whole, of_rows, strips, of_weight, parts, finish)
+
+
+def _scattering(strides: dict[str, int], video: Tensor, weight: Tensor, scale: list[float], how: How) -> Step:
+    """The gradient of the video, contiguous `[B, C, F, Y, X]`; what fills no tubelet is left alone."""
+    (E, C, f, y, x), (F, Y, X), counts = weight.shape, video.shape[2:], _counts(video, weight)
+    tile = tiles.scattering(C * f * y * x, E, video.element_size(), weight.element_size(), how.arch)
+    return Step(
+        video_gradient, _blocks(counts["M"], tile.block_m) * _blocks(C * f * y * x, tile.block_k), video.is_cuda,
+        scales=tuple(scale), **counts, **strides, stride_vb=C * F * Y * X, stride_vc=F * Y * X, stride_vf=Y * X,
+        stride_vy=X, C=C, F=f, Y=y, X=x, PRECISION=how.precision, **_blocks_of(tile, weight, weight, how.arch),
     )  # fmt: skip
-    return dvideo
 
 
-def _row_sums(
-    dout: Tensor, position: Tensor | None, class_token: Tensor | None, needs_class: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(sums over all tokens by strips `[strips, E]`, dposition, dclass)."""
+def _summing(dout: Tensor, first: int, needs: tuple[bool, ...]) -> tuple[int, Step]:
+    """(strips, sums over all tokens by strips `[strips, E]`, and the gradients of positions and class row)."""
     outer, inner = dout.shape[0], dout.shape[1] if dout.dim() == 4 else 1
     table, E = dout.shape[-2:]
-    dposition = None if position is None else torch.empty(position.shape, dtype=position.dtype, device=dout.device)
-    dclass = None
-    if class_token is not None and needs_class:
-        dclass = torch.empty(class_token.shape, dtype=class_token.dtype, device=dout.device)
     tile = tiles.row_sums(outer * inner, table, E, dout.element_size())
     strips = _blocks(_blocks(table, tile.block_n), tile.per_strip)
-    rows = torch.empty(strips, E, dtype=torch.float32, device=dout.device)
-    _launch(
-        sum_rows, strips * _blocks(E, tile.block_e),
-        dout_ptr=dout, dposition_ptr=rows if dposition is None else dposition,
-        dclass_ptr=rows if dclass is None else dclass, partial_ptr=rows,
+    return strips, Step(
+        sum_rows, strips * _blocks(E, tile.block_e), dout.is_cuda,
         TABLE=table, OUTER=outer, INNER=inner, E=E, blocks_per_strip=tile.per_strip,
         stride_do=dout.stride(0), stride_di=dout.stride(1) if dout.dim() == 4 else 0, stride_dn=dout.stride(-2),
-        stride_de=dout.stride(-1), FIRST=int(class_token is not None), HAS_POSITION=dposition is not None,
-        HAS_CLASS=dclass is not None, BLOCK_G=tile.block_g, BLOCK_N=tile.block_n, BLOCK_E=tile.block_e,
-        num_warps=tile.num_warps,
+        stride_de=dout.stride(-1), FIRST=first, HAS_POSITION=needs[3], HAS_CLASS=needs[4], BLOCK_G=tile.block_g,
+        BLOCK_N=tile.block_n, BLOCK_E=tile.block_e, num_warps=tile.num_warps,
     )  # fmt: skip
-    return rows, dposition, dclass
 
 
-def _weight_parts(
-    tokens: dict[str, Any], video: Tensor, weight: Tensor, scale: list[float], shift: list[float], normalised: bool
-) -> Tensor:
-    """Parts of dout^T @ tubelets, fp32 `[splits, PHASES, E, K]`, in the order of the video's taps."""
-    tile, gathering, E = _tile(video, weight, "backward"), _gathering(video, weight), weight.shape[0]
-    counts, K = _counts(video, weight, gathering.phases), gathering.taps
+def _weighing(
+    strides: dict[str, int], video: Tensor, weight: Tensor, scale: list[float], shift: list[float], normalised: bool,
+    gathering: Gathering, how: How,
+) -> tuple[tuple[int, ...], Step]:  # fmt: skip
+    """(shape of the parts, parts of dout^T @ tubelets in the order of the video's taps)."""
+    tile, counts, E, K = how.tile, _counts(video, weight, gathering.phases), weight.shape[0], gathering.taps
     frames, rows, columns = video.shape[0] * counts["T"], counts["ROWS"], counts["COLUMNS"]
     tall, wide = tiles.abreast(frames, rows, columns, tile.block_m)
     steps = _blocks(frames, tile.block_m // (tall * wide)) * _blocks(rows, tall) * _blocks(columns, wide)
     # parts that would be left without a step are not made
     per_split = max(1, _blocks(steps, tile.splits))
     splits = max(1, _blocks(steps, per_split))
-    parts = torch.empty(splits, gathering.phases, E, K, dtype=torch.float32, device=weight.device)
     programs = splits * gathering.phases * _blocks(E, tile.block_e) * _blocks(K, tile.block_k)
-    _launch(
-        weight_gradient, programs,
-        video_ptr=video, partial_ptr=parts, scales=tuple(scale), shifts=tuple(shift), FRAMES=frames, E=E,
-        T=counts["T"], ROWS=rows, COLUMNS=columns, STEPS=steps, steps_per_split=per_split, **tokens,
-        ROWS_ABREAST=tall, COLUMNS_ABREAST=wide, WHOLE=rows % tall == 0 and columns % wide == 0,
-        **gathering.keywords, NORMALISED=normalised,
-        PRECISION=_triton.precision(weight.dtype), DTYPE=_DTYPES[weight.dtype],
-        BLOCK_M=tile.block_m, BLOCK_E=tile.block_e, BLOCK_K=tile.block_k, num_warps=tile.num_warps,
-        num_stages=tile.stages(video.element_size(), weight.element_size(), _triton.arch_of(video.device)),
+    return (splits, gathering.phases, E, K), Step(
+        weight_gradient, programs, video.is_cuda,
+        scales=tuple(scale), shifts=tuple(shift), FRAMES=frames, E=E, T=counts["T"], ROWS=rows, COLUMNS=columns,
+        STEPS=steps, steps_per_split=per_split, **strides, ROWS_ABREAST=tall, COLUMNS_ABREAST=wide,
+        WHOLE=rows % tall == 0 and columns % wide == 0, **gathering.keywords, NORMALISED=normalised,
+        PRECISION=how.precision, DTYPE=_DTYPES[weight.dtype], **_blocks_of(tile, video, weight, how.arch),
     )  # fmt: skip
-    return parts
 
 
-def _finished(
-    parts: Tensor | None, rows: Tensor | None, weight: Tensor, bias: Tensor | None, scale: list[float],
-    shift: list[float], order: dict[str, int],
-) -> list[Tensor | None]:  # fmt: skip
-    """[dweight if there are parts, dbias if there is a bias]."""
+def _finishing(
+    parts: int, strips: int, weight: Tensor, scale: list[float], shift: list[float], order: dict[str, int],
+    needs: tuple[bool, ...],
+) -> Step:  # fmt: skip
+    """dweight from its parts, and dbias."""
     (E, C), taps = weight.shape[:2], weight[0, 0].numel()
-    dweight = None if parts is None else torch.empty_like(weight)
-    dbias = None if bias is None else torch.empty(E, dtype=bias.dtype, device=weight.device)
-    unused = weight  # stands for a tensor that is neither read nor written
-    _launch(
-        finish_parameters, _blocks(E, 4) * (1 if parts is None else _blocks(C * taps, 512)),
-        partial_ptr=unused if parts is None else parts, rows_ptr=unused if rows is None else rows,
-        dweight_ptr=unused if dweight is None else dweight, dbias_ptr=unused if dbias is None else dbias,
-        scales=tuple(scale), shifts=tuple(shift), E=E, parts=0 if parts is None else parts.shape[:2].numel(),
-        strips=0 if rows is None else rows.shape[0], TAPS=taps, C=C, **order, HAS_ROWS=rows is not None,
-        HAS_WEIGHT=dweight is not None, HAS_BIAS=dbias is not None, BLOCK_S=tiles.STRIPS, BLOCK_E=4, BLOCK_K=512,
+    return Step(
+        finish_parameters, _blocks(E, 4) * (_blocks(C * taps, 512) if needs[1] else 1), weight.is_cuda,
+        scales=tuple(scale), shifts=tuple(shift), E=E, parts=parts, strips=strips, TAPS=taps, C=C, **order,
+        HAS_ROWS=strips > 0, HAS_WEIGHT=needs[1], HAS_BIAS=needs[2], BLOCK_S=tiles.STRIPS, BLOCK_E=4, BLOCK_K=512,
         num_warps=4,
     )  # fmt: skip
-    return [dweight, dbias]
