@@ -100,6 +100,50 @@ def test_runs_that_begin_between_words(columns, pitch, phases, layout, device):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
+def test_every_byte_is_exact(dtype, device):
+    """Scale 1 and shift -128: a token of a unit weight is a pixel, a gradient of one token is that token's pixels."""
+    video = torch.arange(256, dtype=torch.uint8, device=device).view(1, 1, 1, 16, 16)
+    weight = torch.eye(256, dtype=dtype, device=device).view(256, 1, 1, 16, 16).requires_grad_()
+    tokens = embed(video, weight, mean=128 / 255, std=1 / 255)
+    expected = torch.arange(256, device=device) - 128
+    assert torch.equal(tokens.view(256).long(), expected)
+    (gradient,) = torch.autograd.grad(tokens.sum(), weight)
+    assert torch.equal(gradient.view(256, 256).long(), expected.expand(256, 256))
+
+
+# Grids that no rectangle of tubelets fills, of one column, with fewer frames than a step has room for.
+@pytest.mark.parametrize("splits", [1, 3, 50])
+@pytest.mark.parametrize("grid", [(1, 5, 3), (5, 7, 1), (3, 2, 9), (2, 4, 4), (1, 1, 1)])
+def test_rectangles_and_parts_of_the_weight_gradient(grid, splits, device):
+    size = tuple(n * part for n, part in zip(grid, (2, 4, 4), strict=True))
+    video = torch.rand(3, 3, *size, device=device)
+    with tiles.forced(tiles.Backward(32, 32, 64, 4, 2, splits)):
+        parity(video, parameters(24, 3, (2, 4, 4), size, device=device), torch.bfloat16, device)
+
+
+def test_rectangles_fill_what_can_be_filled():
+    for frames, rows, columns in itertools.product([1, 8, 16, 128], [1, 7, 14, 16, 24], [1, 7, 8, 14, 24]):
+        for block_m in (16, 32, 64, 128):
+            tall, wide = tiles.abreast(frames, rows, columns, block_m)
+            assert block_m % (tall * wide) == 0
+            if frames * min(2, rows & -rows) * min(2, columns & -columns) % block_m == 0:
+                assert rows % tall == 0 and columns % wide == 0 and frames % (block_m // (tall * wide)) == 0
+
+
+def test_plans_are_of_a_call_not_of_its_tensors(device):
+    """Same shapes, other numbers; the same memory 2 bytes further on; another tile; other constants."""
+    size, tubelet = (2, 8, 8), (1, 4, 4)
+    wide = torch.randint(0, 256, (2 * 3 * 2 * 64 + 16,), dtype=torch.uint8, device=device)
+    videos = [wide[at : at + 768].view(2, 3, *size) for at in (0, 16, 2, 1)]
+    values = parameters(24, 3, tubelet, size, device=device)
+    for video, rows in itertools.product(videos, (16, 32)):
+        for std in (0.5, 0.25):
+            with tiles.forced(tiles.Forward(rows, 16, 16, 4, 1)):
+                found = embed(video, *values, std=std)
+            torch.testing.assert_close(found, embed(video, *values, std=std, backend="torch"))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("layout", ["BCFYX", "BFCYX", "BFYXC"])
 @pytest.mark.parametrize("normalise", [{}, {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}])
 def test_nothing_around_the_video_is_read(normalise, layout, dtype, device):

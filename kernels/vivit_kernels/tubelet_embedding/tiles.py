@@ -226,6 +226,11 @@ def forced(tile: Tile) -> Iterator[None]:
         _forced = before
 
 
+def demanded() -> Tile | None:
+    """The tile that `forced` asks for, if it does."""
+    return _forced
+
+
 def current(
     B: int, C: int, F: int, Y: int, X: int, tubelet: tuple[int, int, int], E: int, direction: str, itemsize: int,
     arch: int | None,

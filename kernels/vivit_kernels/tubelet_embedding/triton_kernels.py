@@ -112,29 +112,33 @@ class Step:
 _PLANS = _triton.Plans()
 
 
-def _plan(make: Any, tensors: tuple[Tensor | None, ...], *others: Any) -> Any:
-    """What `make` prepares for a call: once for all calls that differ in the addresses of their tensors only."""
-    seen = [None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16) for x in tensors]
-    key = (make, *others, *seen)
-    plan = _PLANS.get(key)
-    return _PLANS.keep(key, make(*tensors, *others)) if plan is None else plan
-
-
 class How(NamedTuple):
     """What decides a plan, besides the tensors; tile: of the products with the weight."""
 
     per_frame: bool
-    scale: tuple[float, ...]
-    shift: tuple[float, ...]
+    scale: Sequence[float]
+    shift: Sequence[float]
     tile: Any
     arch: int
     precision: str
 
 
-def _how(video: Tensor, weight: Tensor, direction: str, per_frame: bool, scale: list[float], shift: list[float]) -> How:
-    arch, E, itemsize = _triton.arch_of(video.device), weight.shape[0], weight.element_size()
-    tile = tiles.current(*video.shape, tuple(weight.shape[2:]), E, direction, itemsize, arch)
-    return How(per_frame, tuple(scale), tuple(shift), tile, arch, _triton.precision(weight.dtype))
+def _plan(make: Any, direction: str, tensors: tuple[Tensor | None, ...], options: tuple, *needs: bool) -> Any:
+    """What `make` prepares for a call: once for all calls that differ in the addresses of their tensors only.
+
+    tensors: dout in a backward, video, weight, bias, position, class token; options: per_frame, scale, shift."""
+    video, weight = tensors[-5:-3]
+    assert video is not None and weight is not None
+    per_frame, scale, shift = options
+    precision, forced = _triton.precision(weight.dtype), tiles.demanded()
+    seen = [None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16) for x in tensors]
+    key = (make, per_frame, *scale, *shift, *needs, precision, forced, _triton.compiling_for, *seen)
+    plan = _PLANS.get(key)
+    if plan is None:
+        arch, E, itemsize = _triton.arch_of(video.device), weight.shape[0], weight.element_size()
+        tile = tiles.current(*video.shape, tuple(weight.shape[2:]), E, direction, itemsize, arch)
+        plan = _PLANS.keep(key, make(*tensors, How(*options, tile, arch, precision), *needs))
+    return plan
 
 
 def _blocks_of(tile: Any, video: Tensor, weight: Tensor, arch: int) -> dict[str, int]:
@@ -159,8 +163,8 @@ def launch_fwd(
     video, weight, bias, position, class_token, per_frame: bool, scale: list[float], shift: list[float]
 ) -> Tensor:
     weight = weight.contiguous()
-    how = _how(video, weight, "forward", per_frame, scale, shift)
-    plan = _plan(_plan_fwd, (video, weight, bias, position, class_token), how)
+    tensors = (video, weight, bias, position, class_token)
+    plan = _plan(_plan_fwd, "forward", tensors, (per_frame, scale, shift))
     out, first = weight.new_empty(plan.shape), int(class_token is not None)
     with torch.cuda.device_of(video):
         operand, row = weight, bias
@@ -217,7 +221,7 @@ def _preparing(weight, bias, scale: list[float], shift: list[float], gathering: 
 
 
 class Backward(NamedTuple):
-    """whole: tubelets fill the video; strips: parts of the sum of dout's rows; parts: shape of the weight gradient's."""
+    """whole: tubelets fill the video; strips: parts of the sum of dout's rows; parts: shape of those of dweight."""
 
     video: Step | None
     whole: bool
@@ -233,8 +237,8 @@ def launch_bwd(
 ) -> list[Tensor]:
     """Gradients of (video, weight, bias, position, class_token); an empty tensor where `needs` says none is wanted."""
     weight = weight.contiguous()
-    how = _how(video, weight, "backward", per_frame, scale, shift)
-    plan = _plan(_plan_bwd, (dout, video, weight, bias, position, class_token), how, tuple(needs))
+    tensors = (dout, video, weight, bias, position, class_token)
+    plan = _plan(_plan_bwd, "backward", tensors, (per_frame, scale, shift), *needs)
     tokens = dout[..., int(class_token is not None) :, :]
 
     def empty(like: Tensor | None, needed: bool) -> Tensor | None:
@@ -259,7 +263,7 @@ def launch_bwd(
     return [video.new_empty(0) if x is None else x for x in found]
 
 
-def _plan_bwd(dout, video, weight, bias, position, class_token, how: How, needs: tuple[bool, ...]) -> Backward:
+def _plan_bwd(dout, video, weight, bias, position, class_token, how: How, *needs: bool) -> Backward:
     scale, shift, normalised = _pixels(video, how.scale, how.shift)
     after = ([1.0], [0.0]) if normalised else (scale, shift)
     gathering, first = _gathering(video, weight), int(class_token is not None)
