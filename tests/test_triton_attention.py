@@ -8,8 +8,6 @@ from allocations import scratch
 from parity_grid import grid
 
 from vivit_kernels import factorized_attention, joint_attention
-from vivit_kernels._attention.triton_tiles import STREAMING, Axis, Tiles
-from vivit_kernels.joint_attention import tiles as joint_tiles
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -52,8 +50,9 @@ def test_the_same_bits_every_time(T, S, temporal_heads, device):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize("T, S, temporal_heads", [(16, 5, 2), (2, 67, 0), (8, 65, 1)])
-def test_nothing_is_allocated_but_what_is_returned(T, S, temporal_heads, device):
+@pytest.mark.parametrize("T, S, temporal_heads", [(16, 5, 2), (5, 16, 0), (8, 7, 1), (2, 67, 0), (8, 65, 1)])
+def test_what_is_allocated_and_not_returned(T, S, temporal_heads, device):
+    """Nothing by packed sequences; by streamed ones delta, four bytes a query and head, between backward's passes."""
     qkv = torch.randn(1, T, S, 3, 2, 16, dtype=torch.bfloat16, device=device).requires_grad_()
     do = torch.randn(1, T, S, 2, 16, dtype=torch.bfloat16, device=device)
 
@@ -63,7 +62,8 @@ def test_nothing_is_allocated_but_what_is_returned(T, S, temporal_heads, device)
         )
         return o, lse, *torch.autograd.grad(o, qkv, do)
 
-    assert scratch(step) == []
+    found = scratch(step)
+    assert [(x.shape, x.dtype) for x in found] == ([((1, 2, T * S), torch.float32)] if S > 64 else [])
 
 
 def test_statistics_are_written_for_a_backward_only(device):
@@ -74,16 +74,6 @@ def test_statistics_are_written_for_a_backward_only(device):
             qkv, None, None, None, None, None, None, heads, 0.25, 0.0, 0.0, "triton", needs
         )[1]
         assert lse.numel() == 0
-
-
-@pytest.mark.parametrize("fma", [1, 2, 4])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_polynomial_exponentials(fma, dtype, device):
-    """However many exponentials are polynomials, the result stays within the budget."""
-    tile = Tiles("forward", None, Axis(STREAMING, 64, 64, fma), 4, 3)
-    case = {"N": 130, "N_k": "same", "D": 64, "dtype": dtype, "inputs": "large", "layout": "packed"}
-    with joint_tiles.forced(tile):
-        joint.check_case(case | {"mask": None, "dropout_p": 0.0, "extra": None}, device, "triton", 1)
 
 
 @pytest.mark.parametrize("shape", ["noncontiguous", "expanded"])

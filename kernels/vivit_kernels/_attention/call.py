@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import _dispatch, _environment
 from .._triton import arch_of
 from .options import Options
+from .registration import run
 
 Order = Callable[[_dispatch.Call], "tuple[str, ...]"]
 
@@ -18,7 +19,7 @@ def _arch(index: int | None) -> int:
     return arch_of(torch.device("cuda") if index is None else torch.device("cuda", index))
 
 
-# A graph is compiled for one device. What torch.compiler.assume_constant_result does; calling that imports the compiler.
+# A graph is compiled for one device. torch.compiler.assume_constant_result does this, but imports the whole compiler.
 setattr(_arch, "_dynamo_marked_constant", True)  # noqa: B010
 
 
@@ -52,5 +53,5 @@ def call(
     facts = _dispatch.Call(op, shape, q.dtype, q.device.type, needs_grad, _uses(options), arch)
     chosen = _dispatch.choose(facts, support, backend, _environment.BACKENDS if order is None else order(facts))
     scale, softcap, dropout_p, mask, seed, cos, sin = options
-    fwd = getattr(torch.ops.vivit_kernels, f"{op}_fwd")
-    return fwd(*tensors, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, chosen, needs_grad)[0]
+    arguments = *tensors, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, chosen, needs_grad
+    return run(op, arguments, needs_grad)

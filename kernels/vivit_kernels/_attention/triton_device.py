@@ -216,29 +216,6 @@ def may_attend(rules, at, valid):
 
 
 @triton.jit
-def _polynomial_exp2(x):
-    """2^x for -126 <= x <= 127 within 8e-5, by FMA and integer pipes alone: x = n + f, |f| <= 1/2, a polynomial of
-    degree 3 in f, and n added to its exponent bits."""
-    shifted = x + 12582912.0  # 1.5 * 2^23: n is what its lowest bits hold
-    f = x - (shifted - 12582912.0)
-    p = 0.99992861 + f * (0.6932712 + f * (0.24260696 + f * 0.0551164))
-    exponent = shifted.to(tl.int32, bitcast=True) << 23
-    return (p.to(tl.int32, bitcast=True) + exponent).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def shared_exponential(scores, m, rules, FMA: tl.constexpr):
-    """`exponential` of scores `[M, N]`, of which FMA of every four groups of eight columns do without the unit that has
-    16 exponentials a clock and multiprocessor. Which ones is known to the compiler: a thread computes each once."""
-    p = exponential(scores, m, rules)
-    if FMA:
-        x = tl.maximum(scores * rules.unit - m * rules.unit, -126.0)
-        chosen = tl.arange(0, scores.shape[1]) // 8 % 4 < FMA
-        p = tl.where(chosen[None, :], _polynomial_exp2(x), p)
-    return p
-
-
-@triton.jit
 def reciprocal(total):
     """1 / sum; 0 for a row without keys, whose output is zero."""
     return tl.where(total > 0, 1 / tl.where(total > 0, total, 1.0), 0.0)
@@ -305,17 +282,6 @@ def _words(rules, rows, groups):
 
 
 @triton.jit
-def dropped(x, rules, rows, groups):
-    """x `[M, 4 G]` dropped for query rows `[M]`; groups `[G]`: the numbers of its keys, by fours (4g, ..., 4g + 3)."""
-    if rules.seed is None:
-        return x
-    else:
-        w0, w1, w2, w3 = _words(rules, rows[:, None], groups[None, :])  # [M, G]
-        bits = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [x.shape[0], x.shape[1]])  # key 4g + w: word w
-        return tl.where(bits >= tl.cast(rules.threshold, tl.uint32), x * rules.keep, 0.0)
-
-
-@triton.jit
 def dropped_by_key(x, rules, rows, keys):
     """x `[M, N]` for query rows `[M, 1]` or `[1, N]` and keys in any order, four times the integer work."""
     if rules.seed is None:
@@ -323,4 +289,20 @@ def dropped_by_key(x, rules, rows, keys):
     else:
         w0, w1, w2, w3 = _words(rules, rows, keys // 4)
         bits = tl.where(keys % 4 < 2, tl.where(keys % 4 == 0, w0, w1), tl.where(keys % 4 == 2, w2, w3))
+        return tl.where(bits >= tl.cast(rules.threshold, tl.uint32), x * rules.keep, 0.0)
+
+
+@triton.jit
+def dropped(x, rules, rows, keys, groups):
+    """x `[M, N]` dropped for query rows `[M]` and keys `[N]`; groups `[N/4]`: the keys' numbers by fours (4g, ..., 4g + 3),
+    which share a Philox call.
+
+    Not in tiles of 16, where the joined words came out in another order on a GPU (sm_90, Triton 3.6)."""
+    if rules.seed is None:
+        return x
+    elif x.shape[0] <= 16 or x.shape[1] <= 16:
+        return dropped_by_key(x, rules, rows[:, None], keys[None, :])
+    else:
+        w0, w1, w2, w3 = _words(rules, rows[:, None], groups[None, :])  # [M, N/4]
+        bits = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [x.shape[0], x.shape[1]])  # key 4g + w: word w
         return tl.where(bits >= tl.cast(rules.threshold, tl.uint32), x * rules.keep, 0.0)

@@ -43,7 +43,7 @@ def _axis_fwd(
     else:
         streaming_fwd(
             program, q, k, v, o, stats, sizes, rules, first_head, heads, N, N_k,
-            OVER_TIME, AXIS[2], AXIS[3], AXIS[5], AXIS[6], AXIS[7], COLS, UNIT, PRECISION,
+            OVER_TIME, AXIS[2], AXIS[3], AXIS[5], AXIS[6], COLS, UNIT, PRECISION,
         )
 
 
@@ -195,17 +195,17 @@ def _counted(op: str, q: Tensor, programs: int) -> int:
 
 
 def _axis(axis: Axis | None, N: int, N_k: int) -> tuple | None:
-    """The constants of an axis for a kernel: (regime, N if packed, rows of a block, keys of a block, a power of two that
-    holds all keys if one block does, rows of the last block of queries, keys of the last block of keys, fma); 0 where
+    """The constants of an axis for a kernel: (regime, N if packed, rows of a block, keys of a block, a power of two
+    that holds all keys if one block does, rows of the last block of queries, keys of the last block of keys); 0 where
     there is nothing to say, and where the last block is like the others."""
     if axis is None:
         return None
     if axis.regime == PACKED:
-        return PACKED, N, axis.rows, 0, 0, 0, 0, 0
+        return PACKED, N, axis.rows, 0, 0, 0, 0
     block = axis.keys
     only = power_of_two(N_k) if N_k <= block else 0
     tails = (power_of_two(n % size) if n % size else 0 for n, size in ((N, axis.rows), (N_k, block)))
-    return STREAMING, 0, axis.rows, block, only, *tails, axis.fma
+    return STREAMING, 0, axis.rows, block, only, *tails
 
 
 # ---- launches ----

@@ -1,7 +1,7 @@
-"""Packed regime: sequences of up to 64 tokens, as many of them as fit in one tile of rows, all of a tile's scores at once.
+"""Packed regime: sequences of up to 64 tokens, as many as fit in one tile of rows, all scores of a tile at once.
 
-Row r of a tile is token r % N of its sequence r // N, so a tile of 64 rows holds four sequences of 16 tokens or two of 25
-with 14 rows to spare; scores between different sequences are masked. That multiplies more than needed, which costs
+Row r of a tile is token r % N of its sequence r // N, so a tile of 64 rows holds four sequences of 16 tokens or two of
+25 with 14 rows to spare; scores between different sequences are masked. That multiplies more than needed, which costs
 nothing here: the time is that of reading and writing. Neighbouring sequences are heads of one position, whose rows lie
 side by side in memory. Softmax is exact in one pass; backward recomputes it and needs neither o nor lse, no workspace
 and no atomics.
@@ -56,7 +56,7 @@ def _place(program, sizes, first_head, heads, TIME: tl.constexpr, N: tl.constexp
 def _dropped(x, rules, rows, i, N: tl.constexpr, ROWS: tl.constexpr):
     """`[ROWS, ROWS]`; where N is a multiple of four, so that fours of columns are fours of keys, by shared calls."""
     if N % 4 == 0:
-        return dropped(x, rules, rows, tl.arange(0, ROWS // 4) % (N // 4))
+        return dropped(x, rules, rows, i, tl.arange(0, ROWS // 4) % (N // 4))
     else:
         return dropped_by_key(x, rules, rows[:, None], i[None, :])
 

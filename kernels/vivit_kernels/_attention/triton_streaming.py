@@ -26,7 +26,6 @@ from .triton_device import (
     rotated,
     row_products,
     scaled_rows,
-    shared_exponential,
     store_rows,
     store_stats,
     times_slope,
@@ -46,14 +45,16 @@ def _forbid(s, rules, at, valid, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _key_groups(start, COUNT: tl.constexpr):
-    return start // 4 + tl.arange(0, COUNT // 4)
+def _dropped(x, rules, rows, start, COUNT: tl.constexpr):
+    """x `[M, COUNT]` over the keys start, start + 1, ..."""
+    keys = start + tl.arange(0, COUNT)
+    return dropped(x, rules, rows, keys, start // 4 + tl.arange(0, COUNT // 4))
 
 
 @triton.jit
 def _step(
     q_rows, k, v, sizes, rules, b, g, h, rows, start, N_k, m, total, sums, WHOLE: tl.constexpr, TIME: tl.constexpr,
-    BLOCK_K: tl.constexpr, FMA: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of keys of the forward: (largest score, sum of exponentials, weighted sum of V) with it."""
     k_rows, valid, n = block_rows(
@@ -66,21 +67,18 @@ def _step(
         safe = new_m
     else:
         safe = tl.where(new_m == float("-inf"), 0.0, new_m)  # no key yet
-    if WHOLE and rules.mask is None and rules.exact is None:  # all finite, and not float32
-        p = shared_exponential(s, safe[:, None], rules, FMA)
-    else:
-        p = exponential(s, safe[:, None], rules)
+    p = exponential(s, safe[:, None], rules)
     shrink = exponential(m, safe, rules)
     total = total * shrink + tl.sum(p, 1)
     v_rows, _, _ = block_rows(v, sizes, rules, b, g, h, start, N_k, sizes.S_k, False, WHOLE, TIME, BLOCK_K, COLS, UNIT)
-    kept = dropped(p, rules, rows, _key_groups(start, BLOCK_K))
+    kept = _dropped(p, rules, rows, start, BLOCK_K)
     return new_m, total, add_product(scaled_rows(sums, shrink[:, None]), kept, v_rows, PRECISION)
 
 
 @triton.jit
 def _attend(
     q, k, v, o, stats, sizes, rules, b, g, h, first, N, N_k,
-    TIME: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_K: tl.constexpr, FMA: tl.constexpr,
+    TIME: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_K: tl.constexpr,
     COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o of the queries first, first + 1, ... of a sequence."""
@@ -93,12 +91,12 @@ def _attend(
     for start in range(0, whole, BLOCK_K):
         m, total, sums = _step(
             q_rows, k, v, sizes, rules, b, g, h, rows, start, N_k, m, total, sums, True, TIME,
-            BLOCK_K, FMA, COLS, UNIT, PRECISION,
+            BLOCK_K, COLS, UNIT, PRECISION,
         )  # fmt: skip
     if TAIL_K:
         m, total, sums = _step(
             q_rows, k, v, sizes, rules, b, g, h, rows, whole, N_k, m, total, sums, False, TIME,
-            TAIL_K, 0, COLS, UNIT, PRECISION,
+            TAIL_K, COLS, UNIT, PRECISION,
         )  # fmt: skip
     i = (first + tl.arange(0, BLOCK_Q)).to(tl.int64)
     sums = scaled_rows(sums, reciprocal(total)[:, None])
@@ -110,7 +108,7 @@ def _attend(
 @triton.jit
 def streaming_fwd(
     program, q, k, v, o, stats, sizes, rules, first_head, heads, N, N_k,
-    TIME: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_Q: tl.constexpr, TAIL_K: tl.constexpr, FMA: tl.constexpr,
+    TIME: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_Q: tl.constexpr, TAIL_K: tl.constexpr,
     COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Writes o of one block of queries, and where stats is not None what a backward reads of them."""
@@ -120,17 +118,17 @@ def streaming_fwd(
     if TAIL_Q == 0 or TAIL_Q == BLOCK_Q:
         _attend(
             q, k, v, o, stats, sizes, rules, b, g, h, first, N, N_k,
-            TIME, BLOCK_Q, BLOCK_K, TAIL_K, FMA, COLS, UNIT, PRECISION,
+            TIME, BLOCK_Q, BLOCK_K, TAIL_K, COLS, UNIT, PRECISION,
         )  # fmt: skip
     elif program % blocks == blocks - 1:
         _attend(
             q, k, v, o, stats, sizes, rules, b, g, h, first, N, N_k,
-            TIME, TAIL_Q, BLOCK_K, TAIL_K, FMA, COLS, UNIT, PRECISION,
+            TIME, TAIL_Q, BLOCK_K, TAIL_K, COLS, UNIT, PRECISION,
         )  # fmt: skip
     else:
         _attend(
             q, k, v, o, stats, sizes, rules, b, g, h, first, N, N_k,
-            TIME, BLOCK_Q, BLOCK_K, TAIL_K, FMA, COLS, UNIT, PRECISION,
+            TIME, BLOCK_Q, BLOCK_K, TAIL_K, COLS, UNIT, PRECISION,
         )  # fmt: skip
 
 
@@ -140,7 +138,7 @@ def _step_queries(
     EXACT: tl.constexpr, WHOLE: tl.constexpr, TIME: tl.constexpr,
     BLOCK_K: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys for dq: (delta, dq with the block's share). EXACT: this is the only block, delta comes of it."""
+    """One block of keys for dq: (delta, dq with the block's share). EXACT: it is the only one, delta comes of it."""
     k_rows, valid, n = block_rows(
         k, sizes, rules, b, g, h, start, N_k, sizes.S_k, True, WHOLE, TIME, BLOCK_K, COLS, UNIT
     )
@@ -148,7 +146,7 @@ def _step_queries(
     s, slope = capped(across(q_rows, k_rows, PRECISION), rules)
     s = _forbid(s, rules, b * sizes.T * sizes.S_k + n, valid, WHOLE)
     p = weights(s, stats, rules, True)
-    dp = dropped(across(do_rows, v_rows, PRECISION), rules, rows, _key_groups(start, BLOCK_K))
+    dp = _dropped(across(do_rows, v_rows, PRECISION), rules, rows, start, BLOCK_K)
     if EXACT:
         delta = tl.sum(p * dp, 1)
     ds = times_slope(p * (dp - delta[:, None]), slope)
@@ -260,7 +258,7 @@ def _dropped_across(x, rules, rows, start, COUNT: tl.constexpr):
     if rules.seed is None:
         return x
     else:
-        return tl.trans(dropped(tl.trans(x), rules, rows, _key_groups(start, COUNT)))
+        return tl.trans(_dropped(tl.trans(x), rules, rows, start, COUNT))
 
 
 @triton.jit

@@ -1,10 +1,11 @@
-"""Tiles of the Triton attention kernels: what one launch is told, the rules that choose it, arithmetic of powers of two."""
+"""Tiles of the Triton attention kernels: what one launch is told, the rules that choose it, powers of two."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 
 PACKED, STREAMING = "packed", "streaming"
 
@@ -14,13 +15,11 @@ class Axis:
     """How the sequences along one axis are cut.
 
     rows: of a tile; packed: as many whole sequences as fit, else a block of queries. keys: streaming: of a block.
-    fma: of a forward, of every four exponentials how many are polynomials, on the FMA pipes.
     """
 
     regime: str
     rows: int
     keys: int = 0
-    fma: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,15 +76,18 @@ class Override:
 
 # Measured on one H200 (copy 4.26 TB/s, matmul 803 TFLOP/s), 2026-11-26, bfloat16, replayed graphs, microseconds:
 # packed, 8 x 196 positions, 12 heads of 64, forward / backward
-#   T = 16   rows 64, 4 warps: 43 / 72   rows 32, 2 warps: 42 / 82   rows 16, 1 warp: 41 / 72   rows 128, 8 warps: 58 / -
+#   T = 16   rows 64, 4 warps: 43 / 72   rows 32, 2 warps: 42 / 82   rows 16, 1 warp: 41 / 72   rows 128, 8: 58 / -
 #   T = 25   rows 64, 4 warps: 67 / 127  rows 32, 2 warps: 69 / 149  rows 128, 8 warps: 93 / 263
 #   16 x 4096 positions, 8 heads of 40: rows 64: 105 / 217, padded to 64 columns 114 / 206; rows 16, 1 warp: 99 / 215
 # streamed, (rows, keys), warps, stages
 #   forward, 1536 x 196 x 64: (64, 64) 4, 3: 92   (64, 32) 4, 3: 95   (128, 64) 8, 3: 99   resident, 128 + 64 + 16: 96
 #   forward, 24 x 3136 x 64: (64, 64) 4, 3: 154   4 stages: 161   (128, 64) 8, 3: 171   (128, 128) 8, 4: 201
+#     with 1, 2 or 3 of every four exponentials as polynomials of degree 3 on the FMA pipes: 166, 182, 197
+#     with TMA descriptors (24 x 3072 x 64): 402 instead of 391 TFLOP/s; with Triton's warp specialisation: 164
 #   forward, 24 x 3136 x 128: (128, 64) 8, 3: 286   (64, 64) 4, 3: 304
 #   forward, 2048 x 256 x 80: (64, 64) 4, 3: 174   4, 2: 194   (64, 32) 4, 3: 185   padded to 128 columns: 294
-#   backward, dq (rows, keys) and dk, dv (rows, keys): 1536 x 196 x 64: (64, 32), (32, 64), 3 stages: 260   (64, 64) twice: 274
+#   backward, dq (rows, keys) and dk, dv (rows, keys): 1536 x 196 x 64: (64, 32), (32, 64), 3 stages: 260
+#     (64, 64) twice: 274
 #   24 x 3136 x 64: the same two: 443 and 458;  24 x 3136 x 128: (64, 64), 2 stages: 827   (64, 32), (32, 64), 3: 966
 #   2048 x 256 x 80: (64, 32), (32, 64), 2 stages: 581   3: 603   (64, 64): 594
 
@@ -101,6 +103,7 @@ def _is_packed(N: int, N_k: int, itemsize: int) -> bool:
     return N == N_k <= (64 if itemsize == 2 else 32)
 
 
+@cache
 def tiles(direction: str, D: int, itemsize: int, time: tuple[int, int] | None, space: tuple[int, int] | None) -> Tiles:
     """The launches of a direction; time, space: (queries, keys) of a sequence, None where no head attends along it."""
     axes = [axis for axis in (time, space) if axis is not None]

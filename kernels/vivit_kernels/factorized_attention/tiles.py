@@ -1,4 +1,4 @@
-"""Tiles of the Triton kernels of factorized_attention. Protocol: _attention/tiles.py; reasons: _attention/triton_tiles.py."""
+"""Tiles of the Triton kernels of factorized_attention; their reasons stand in _attention/triton_tiles.py."""
 
 from __future__ import annotations
 
