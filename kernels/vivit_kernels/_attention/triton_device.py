@@ -294,7 +294,7 @@ def dropped_by_key(x, rules, rows, keys):
 
 @triton.jit
 def dropped(x, rules, rows, keys, groups):
-    """x `[M, N]` dropped for query rows `[M]` and keys `[N]`; groups `[N/4]`: the keys' numbers by fours (4g, ..., 4g + 3),
+    """x `[M, N]` dropped for query rows `[M]` and keys `[N]`; groups `[N/4]`: their numbers by fours (4g, ..., 4g + 3),
     which share a Philox call.
 
     Not in tiles of 16, where the joined words came out in another order on a GPU (sm_90, Triton 3.6)."""
