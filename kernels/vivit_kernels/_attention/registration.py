@@ -36,6 +36,12 @@ def unpack(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tenso
     return q, k, v
 
 
+def _shapes(q, k) -> tuple[tuple, tuple]:
+    """Of q and k, tensors or their shapes, once unpacked."""
+    q, k = (x if x is None or isinstance(x, tuple) else tuple(x.shape) for x in (q, k))
+    return (q, k) if k is not None else ((*q[:-3], *q[-2:]),) * 2
+
+
 _EAGER: dict[str, tuple[Callable, Callable]] = {}  # per op, what `run` calls without and with a gradient
 
 
@@ -83,9 +89,8 @@ def register(op: str, package: str, flops: Callable[..., int], saved: SavedShape
     """
 
     def saved_shape(q, k, v, temporal_heads: int, backend: str) -> tuple[int, ...] | None:
-        q, k, _ = unpack(q, k, v)
         rule = (saved or {}).get(backend)
-        return None if rule is None else rule(tuple(q.shape), tuple(k.shape), q.dtype, temporal_heads)
+        return None if rule is None else rule(*_shapes(q, k), q.dtype, temporal_heads)
 
     @functools.cache
     def launcher(backend: str, name: str):
@@ -153,17 +158,13 @@ def register(op: str, package: str, flops: Callable[..., int], saved: SavedShape
 
 
 def _register_flops(op: str, flops: Callable[..., int]) -> None:
-    def unpacked(q: tuple, k: tuple | None) -> tuple[tuple, tuple]:
-        one = (*q[:-3], *q[-2:])
-        return (q, k) if k is not None else (one, one)
-
     @register_flop_formula(getattr(torch.ops.vivit_kernels, f"{op}_fwd"))
     def forward_flops(q, k, v, mask, seed, cos, sin, temporal_heads, *_, **__) -> int:
-        return flops(*unpacked(q, k), temporal_heads)
+        return flops(*_shapes(q, k), temporal_heads)
 
     @register_flop_formula(getattr(torch.ops.vivit_kernels, f"{op}_bwd"))
     def backward_flops(do, q, k, v, o, lse, mask, seed, cos, sin, temporal_heads, *_, **__) -> int:
-        return 5 * flops(*unpacked(q, k), temporal_heads) // 2
+        return 5 * flops(*_shapes(q, k), temporal_heads) // 2
 
 
 def _empty_gradients(q: Tensor, k: Tensor | None, v: Tensor | None) -> list[Tensor]:
