@@ -61,10 +61,9 @@ def _name(case: dict) -> str:
 def grid(axes: dict[str, list], crosses: list[list[str]], every_run: dict[str, list] | None = None) -> list:
     """pytest parameters: a pairwise cover of all axes in every run, every product of `crosses` in `make test-full`.
 
-    every_run: shorter axes for the cover of every run, where a case takes seconds; that of `axes` is then in the full
-    tier."""
+    every_run: shorter axes for the cover of every run, where a case takes seconds."""
     cover = [pytest.param(case, id=_name(case)) for case in pairwise(axes | (every_run or {}))]
-    full = [case for names in crosses for case in crossed(axes, names)] + (pairwise(axes) if every_run else [])
+    full = [case for names in crosses for case in crossed(axes, names)]
     return cover + [pytest.param(case, id="full-" + _name(case), marks=pytest.mark.full) for case in full]
 
 

@@ -25,16 +25,16 @@ FACTORIZED = {name: axis for name, axis in factorized.AXES.items() if name not i
 }
 EVERY_RUN = {"D": [16, 40, 64, 80], "grid": [(1, 1), (7, 2), (16, 4), (25, 3), (64, 1), (1, 65), (1, 80)]}
 JOINT = joint.AXES | {"dtype": DTYPES, "D": SIZES, "N": [1, 2, 17, 63, 64, 65, 100], "N_k": ["same", 1, 33, 129]}
-OPTIONS = [["dtype", "heads", "mask", "dropout_p", "extra"], ["dtype", "grid"], ["dtype", "D", "layout"]]
+CROSSES = [["dtype", "grid"], ["dtype", "D"], ["dtype", "mask", "dropout_p", "extra"]]
 
 
-@pytest.mark.parametrize("case", grid(FACTORIZED, OPTIONS, EVERY_RUN))
+@pytest.mark.parametrize("case", grid(FACTORIZED, CROSSES, EVERY_RUN))
 def test_factorized_parity(case, device):
     (T, S), clips = case["grid"], 1 if case["mask"] != "a clip has none" else 2
     factorized.check_case(case | {"T": T, "S": S}, device, "triton", clips)
 
 
-@pytest.mark.parametrize("case", grid(JOINT, joint.CROSSES, {"D": [16, 40, 64, 80], "N": [1, 17, 65, 100]}))
+@pytest.mark.parametrize("case", grid(JOINT, [["dtype", "N", "N_k"]], {"D": [16, 40, 64, 80], "N": [1, 17, 65, 100]}))
 def test_joint_parity(case, device):
     joint.check_case(case, device, "triton", 1 if case["mask"] != "a clip has none" else 2)
 
@@ -100,8 +100,8 @@ def test_opcheck(function, shape, device):
 
 
 def test_checkpointing_runs_the_forward_twice_and_drops_the_same_pairs(device):
-    qkv = torch.randn(1, 8, 66, 3, 2, 16, device=device).requires_grad_()
-    do = torch.randn(1, 8, 66, 2, 16, device=device)
+    qkv = torch.randn(1, 8, 5, 3, 2, 16, device=device).requires_grad_()
+    do = torch.randn(1, 8, 5, 2, 16, device=device)
 
     def block(x):
         return factorized_attention(x, temporal_heads=1, dropout_p=0.3, backend="triton")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 
 PACKED, STREAMING = "packed", "streaming"
 
@@ -103,7 +102,6 @@ def _is_packed(N: int, N_k: int, itemsize: int) -> bool:
     return N == N_k <= (64 if itemsize == 2 else 32)
 
 
-@cache
 def tiles(direction: str, D: int, itemsize: int, time: tuple[int, int] | None, space: tuple[int, int] | None) -> Tiles:
     """The launches of a direction; time, space: (queries, keys) of a sequence, None where no head attends along it."""
     axes = [axis for axis in (time, space) if axis is not None]
@@ -169,3 +167,27 @@ def columns(D: int, split: bool, halves: bool) -> tuple[tuple[int, int, int], ..
         found.append((first, width, min(width, D - first)))
         first += width
     return tuple(found)
+
+
+def alternatives(choice: Tiles) -> list[Tiles]:
+    """Tiles worth trying beside the choice: blocks, warps and stages of streamed sequences, rows of packed ones."""
+    found = []
+
+    def varied(tile: Tiles, axis: Axis, warps: int, stages: int) -> Tiles:
+        kept = {
+            name: axis if (old := getattr(tile, name)) is not None and old.regime == axis.regime else old
+            for name in ("time", "space")
+        }
+        return replace(tile, **kept, warps=warps, stages=stages)
+
+    if not choice.keeps_output:
+        least = max(axis.rows for axis in (choice.time, choice.space) if axis is not None)
+        sizes = ((16, 1), (32, 2), (64, 4), (64, 8), (128, 8))
+        return [varied(choice, Axis(PACKED, rows), warps, choice.stages) for rows, warps in sizes if rows >= least]
+    for rows, keys, warps in ((64, 32, 4), (64, 64, 4), (128, 64, 8), (128, 64, 4), (64, 128, 4)):
+        for stages in (2, 3, 4):
+            tile = varied(choice, Axis(STREAMING, rows, keys), warps, stages)
+            if choice.keys is not None:
+                tile = replace(tile, keys=varied(choice.keys, Axis(STREAMING, keys, rows), warps, stages))
+            found.append(tile)
+    return found

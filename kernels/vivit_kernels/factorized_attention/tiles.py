@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .._attention.triton_tiles import Override, Tiles, tiles
+from .._attention.triton_tiles import Override, Tiles, alternatives, tiles
 
 BACKENDS = ("triton",)
 _override = Override()
@@ -20,7 +20,7 @@ def choose(direction: str, T: int, S: int, H: int, temporal_heads: int, D: int, 
 
 
 def candidates(direction: str, T: int, S: int, H: int, temporal_heads: int, D: int, itemsize: int) -> list[Tiles]:
-    return []
+    return alternatives(choose(direction, T, S, H, temporal_heads, D, itemsize))
 
 
 def current(direction: str, T: int, S: int, H: int, temporal_heads: int, D: int, itemsize: int) -> Tiles:

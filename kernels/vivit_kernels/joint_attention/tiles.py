@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .._attention.triton_tiles import Override, Tiles, tiles
+from .._attention.triton_tiles import Override, Tiles, alternatives, tiles
 
 BACKENDS = ("triton",)
 _override = Override()
@@ -14,14 +14,14 @@ def chosen() -> bool:
     return not _override.active
 
 
-def choose(direction: str, S: int, D: int, itemsize: int, S_k: int | None = None) -> Tiles:
-    """S, S_k: tokens of the queries and, where they differ, of the keys."""
-    return tiles(direction, D, itemsize, None, (S, S if S_k is None else S_k))
+def choose(direction: str, S: int, D: int, itemsize: int) -> Tiles:
+    return tiles(direction, D, itemsize, None, (S, S))
 
 
 def candidates(direction: str, S: int, D: int, itemsize: int) -> list[Tiles]:
-    return []
+    return alternatives(choose(direction, S, D, itemsize))
 
 
 def current(direction: str, S: int, D: int, itemsize: int, S_k: int | None = None) -> Tiles:
-    return _override.of(direction) or choose(direction, S, D, itemsize, S_k)
+    """S, S_k: tokens of the queries and, where they differ, of the keys."""
+    return _override.of(direction) or tiles(direction, D, itemsize, None, (S, S if S_k is None else S_k))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _dispatch
 from . import op  # noqa: F401  registers torch.ops.vivit_kernels.tubelet_embedding_fwd
-from .support import SUPPORT
+from .support import ORDER, SUPPORT
 
 Normalisation = float | Sequence[float] | None
 _LAYOUTS = {"BCFYX": (0, 1, 2, 3, 4), "BFCYX": (0, 2, 1, 3, 4), "BFYXC": (0, 4, 1, 2, 3)}
@@ -47,7 +47,7 @@ def tubelet_embedding(
         position `[1, S(+1), E]` shared by all frames (the factorised encoder's first half).
     mean, std: one number or one per channel, in units of [0, 1]. uint8 is always normalised (default 0.5 and 0.5:
         x/127.5 - 1); floating-point video only if they are given: (x - mean) / std.
-    backend: "cuda", "triton", "cpu", "torch" or None for the first that can run the call; never a silent fallback.
+    backend: "cuda", "cpu", "torch", "triton" or None for the first that can run the call; never a silent fallback.
 
     Returns tokens in the weight's dtype (autocast's under autocast), contiguous. Differentiable in everything but
     uint8 video; backward keeps the video as it came and nothing else. Raises ValueError for shapes, dtypes or options
@@ -66,7 +66,7 @@ def tubelet_embedding(
     parameters = (weight, bias, position, class_token)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (video, *parameters))
     call = _dispatch.Call("tubelet_embedding", tuple(video.shape), weight.dtype, video.device.type, needs_grad)
-    chosen = _dispatch.choose(call, SUPPORT, backend)
+    chosen = _dispatch.choose(call, SUPPORT, backend, ORDER)
     return torch.ops.vivit_kernels.tubelet_embedding_fwd(
         video, *parameters, class_token_per == "frame", scale, shift, chosen
     )

@@ -11,4 +11,8 @@ def torch_refusals(call: Call) -> list[Refusal]:
     return []
 
 
+# Triton's kernels only for those who name them: in their one run of the benchmark (H200, 2026-11-26) their tokens were
+# outside the error budget. An earlier state was right there, all states are right when interpreted; what went wrong is
+# not found.
+ORDER = ("cuda", "cpu", "torch", "triton")
 SUPPORT = {"triton": triton_refusals, "torch": torch_refusals}
