@@ -224,6 +224,15 @@ def streaming_bwd_queries(
 
 
 @triton.jit
+def _keys_first(q_rows, k_rows, rules, PRECISION: tl.constexpr):
+    """k q^T `[BLOCK_K, BLOCK_Q]`; if exact, summed as the other pass did: what must cancel differs in no bit."""
+    if rules.exact is not None:
+        return tl.trans(across(q_rows, k_rows, PRECISION))
+    else:
+        return across(k_rows, q_rows, PRECISION)
+
+
+@triton.jit
 def _step_keys(
     k_rows, v_rows, allowed, do, q, stats, delta, sizes, rules, b, g, h, first, start, N, dk_rows, dv_rows,
     WHOLE: tl.constexpr, TIME: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -239,18 +248,12 @@ def _step_keys(
     rows = (b * sizes.H + h) * sizes.T * sizes.S + n
     stats_rows = load_stats(stats, rows, valid, rules)
     delta_rows = tl.load(delta + rows, mask=valid, other=0.0)
-    if rules.exact is not None:  # summed as in the other pass: what must cancel differs in no last bit
-        s = tl.trans(across(q_rows, k_rows, PRECISION))
-        dp = tl.trans(across(do_rows, v_rows, PRECISION))
-    else:
-        s = across(k_rows, q_rows, PRECISION)  # [BLOCK_K, BLOCK_Q]
-        dp = across(v_rows, do_rows, PRECISION)
-    s, slope = capped(s, rules)
+    s, slope = capped(_keys_first(q_rows, k_rows, rules, PRECISION), rules)
     p = weights(s, stats_rows, rules, False)
     if rules.mask is not None:
         p = tl.where(allowed[:, None], p, 0.0)  # a key that is only not there has rows of its own, never written
     dv_rows = add_product(dv_rows, _dropped_across(p, rules, rows, first, BLOCK_K), do_rows, PRECISION)
-    dp = _dropped_across(dp, rules, rows, first, BLOCK_K)
+    dp = _dropped_across(_keys_first(do_rows, v_rows, rules, PRECISION), rules, rows, first, BLOCK_K)
     ds = times_slope(p * (dp - delta_rows[None, :]), slope)
     return add_product(dk_rows, ds, q_rows, PRECISION), dv_rows
 
