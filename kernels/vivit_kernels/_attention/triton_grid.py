@@ -194,7 +194,16 @@ def _counted(op: str, q: Tensor, programs: int) -> int:
     return programs
 
 
-def _axis(axis: Axis | None, N: int, N_k: int) -> tuple | None:
+def _tail(n: int, size: int, rows: bool) -> int:
+    """The last block of n in blocks of `size`, 0 if it is whole: 16, or as small as may be where it is no tile's rows:
+    products of 32 rows take the tensor cores of before Hopper, and more registers."""
+    if n % size == 0:
+        return 0
+    least = power_of_two(n % size)
+    return size if rows and least > 16 else least
+
+
+def _axis(axis: Axis | None, N: int, N_k: int, keys_first: bool = False) -> tuple | None:
     """The constants of an axis for a kernel: (regime, N if packed, rows of a block, keys of a block, a power of two
     that holds all keys if one block does, rows of the last block of queries, keys of the last block of keys); 0 where
     there is nothing to say, and where the last block is like the others."""
@@ -204,7 +213,7 @@ def _axis(axis: Axis | None, N: int, N_k: int) -> tuple | None:
         return PACKED, N, axis.rows, 0, 0, 0, 0
     block = axis.keys
     only = power_of_two(N_k) if N_k <= block else 0
-    tails = (power_of_two(n % size) if n % size else 0 for n, size in ((N, axis.rows), (N_k, block)))
+    tails = _tail(N, axis.rows, not keys_first), _tail(N_k, block, keys_first)
     return STREAMING, 0, axis.rows, block, only, *tails
 
 
@@ -352,6 +361,6 @@ def _plans_bwd(op, tensors, temporal_heads: int, options: Options, tile: Tiles, 
             programs = _counted(op, q, sequences * heads * -(-N_k // axis.keys))
             launch = Launch(grid_bwd_keys, programs, reusable, num_warps=tile.keys.warps, num_stages=tile.keys.stages)
             after = {"first_head": first, "heads": heads, "N": N, "N_k": N_k, "OVER_TIME": over_time}
-            after |= {"AXIS": _axis(axis, N, N_k)} | _constants(tile.keys, q, k, options, unit)
+            after |= {"AXIS": _axis(axis, N, N_k, True)} | _constants(tile.keys, q, k, options, unit)
             plans.append(_Plan(launch, strides, rules, before, after))
     return plans

@@ -119,7 +119,7 @@ def tiles(direction: str, D: int, itemsize: int, time: tuple[int, int] | None, s
     first = Tiles(direction, over_time, over_space, warps, stages)
     if direction == "forward" or not first.keeps_output:
         return first
-    second = Axis(STREAMING, streamed.keys, streamed.rows)
+    second = Axis(STREAMING, streamed.keys if D <= 128 else 16, streamed.rows)  # 32 queries spill
     if itemsize == 4:  # the blocks of the first pass: see triton_streaming.py
         second = streamed
     kept = [second if axis is streamed else None for axis in (over_time, over_space)]
@@ -131,12 +131,12 @@ def _streamed(direction: str, D: int, itemsize: int, N: int) -> tuple[Axis, int,
     if itemsize == 4:  # products on the FMA pipes hold their operands in registers
         return Axis(STREAMING, 16, 32), 8, 1
     if direction == "forward":
-        if D > 96 and N >= 1024:
+        if 96 < D <= 128 and N >= 1024:
             return Axis(STREAMING, 128, 64), 8, 3
         return Axis(STREAMING, 64, 64), 4, 3
-    if D > 96:
+    if 96 < D <= 128:
         return Axis(STREAMING, 64, 64), 4, 2
-    return Axis(STREAMING, 64, 32), 4, 3 if D <= 64 else 2
+    return Axis(STREAMING, 64, 32), 4, 3 if D <= 96 else 2
 
 
 # ---- powers of two ----
