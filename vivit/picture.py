@@ -64,7 +64,7 @@ def prediction(
     grid = figure.add_gridspec(
         3, len(shown), height_ratios=[1, 1, 0.9], hspace=0.16, wspace=0.06, left=0.07, right=0.98, top=0.87, bottom=0.12
     )
-    low, high = np.quantile(map_TYX, 0.3), np.quantile(map_TYX, 0.995)
+    low, high = (float(np.quantile(map_TYX, part)) for part in (0.3, 0.995))
     for column, t in enumerate(shown):
         frame = clip[starts[t]]
         label = f"frame {numbers[starts[t]]}" if numbers else f"frame {starts[t]}"

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.utils.flop_counter import register_flop_formula
 
 from .options import Options
@@ -38,8 +39,11 @@ def unpack(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tenso
 
 def _shapes(q, k) -> tuple[tuple, tuple]:
     """Of q and k, tensors or their shapes, once unpacked."""
-    q, k = (x if x is None or isinstance(x, tuple) else tuple(x.shape) for x in (q, k))
-    return (q, k) if k is not None else ((*q[:-3], *q[-2:]),) * 2
+    q = q if isinstance(q, tuple) else tuple(q.shape)
+    if k is None:
+        one = (*q[:-3], *q[-2:])
+        return one, one
+    return q, k if isinstance(k, tuple) else tuple(k.shape)
 
 
 _EAGER: dict[str, tuple[Callable, Callable]] = {}  # per op, what `run` calls without and with a gradient
@@ -49,7 +53,7 @@ def plain(*tensors: Tensor | None) -> bool:
     """Whether nothing but PyTorch's eager autograd looks on: no compiler or tracer, no mode, no subclass of Tensor."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.maybe_current_level() is not None:
+    if torch._C._len_torch_dispatch_stack() or functorch.maybe_current_level() is not None:
         return False
     return all(x is None or type(x) is Tensor or type(x) is torch.nn.Parameter for x in tensors)
 

@@ -10,6 +10,9 @@ Many keys are likewise a tuple of pieces, KEYS: 196 keys are 128 + 64 + 16, not 
 An option that is off is None, and everything about it vanishes when the kernel is compiled.
 """
 
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+# (it takes a device function for one that never returns, and a compile-time value for no sequence)
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple

@@ -7,7 +7,7 @@ its own regime (packed or streaming). joint_attention is a grid of one frame.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -226,7 +226,7 @@ class _Plan(NamedTuple):
     strides: of the kernel's views, by name, None for one that it does without."""
 
     launch: Launch
-    strides: dict[str, tuple | None]
+    strides: Mapping[str, tuple | None]
     rules: Rules
     before: dict[str, Any]
     after: dict[str, Any]

@@ -9,6 +9,9 @@ delta = sum(do * o) of every query behind, then over blocks of keys for dk and d
 pass with atomic additions to dq would five times, and gives the same bits in every run.
 """
 
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+# (it takes a device function for one that never returns, and a compile-time value for no sequence)
+
 from __future__ import annotations
 
 import triton

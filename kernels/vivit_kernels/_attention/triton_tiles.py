@@ -122,8 +122,8 @@ def tiles(direction: str, D: int, itemsize: int, time: tuple[int, int] | None, s
     second = Axis(STREAMING, streamed.keys if D <= 128 else 16, streamed.rows)  # 32 queries spill
     if itemsize == 4:  # the blocks of the first pass: see triton_streaming.py
         second = streamed
-    kept = [second if axis is streamed else None for axis in (over_time, over_space)]
-    return replace(first, keys=Tiles(direction, *kept, warps, stages))
+    over_time, over_space = (second if axis is streamed else None for axis in (over_time, over_space))
+    return replace(first, keys=Tiles(direction, over_time, over_space, warps, stages))
 
 
 def _streamed(direction: str, D: int, itemsize: int, N: int) -> tuple[Axis, int, int]:

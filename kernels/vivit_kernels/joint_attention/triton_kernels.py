@@ -24,12 +24,14 @@ def _frame(*tensors: Tensor | None) -> list:
 
 def launch_fwd(q: Tensor, k: Tensor, v: Tensor, _: int, options: Options, keep: bool = False):
     """q `[B, N_q, H, D]`, k, v `[B, N_k, H, D]` -> (o like q, statistics of every query for the backward, or None)."""
-    frames = _frame(q, k, v)
-    o, stats = triton_grid.launch_fwd(_OP, *frames, 0, options, _tile(q, k), tiles.chosen(), keep)
+    tile = _tile(q, k)
+    q, k, v = _frame(q, k, v)
+    o, stats = triton_grid.launch_fwd(_OP, q, k, v, 0, options, tile, tiles.chosen(), keep)
     return o.squeeze(1), stats
 
 
 def launch_bwd(do, q, k, v, o, lse, dq, dk, dv, _: int, options: Options) -> None:
     """Writes dq, dk, dv, each once."""
-    read, written = _frame(do, q, k, v, o), _frame(dq, dk, dv)
-    triton_grid.launch_bwd(_OP, *read, lse, *written, 0, options, _tile(q, k), tiles.chosen())
+    tile = _tile(q, k)
+    do, q, k, v, o, dq, dk, dv = _frame(do, q, k, v, o, dq, dk, dv)
+    triton_grid.launch_bwd(_OP, do, q, k, v, o, lse, dq, dk, dv, 0, options, tile, tiles.chosen())
