@@ -96,9 +96,10 @@ def register(op: str, package: str, flops: Callable[..., int], saved: SavedShape
         rule = (saved or {}).get(backend)
         return None if rule is None else rule(*_shapes(q, k), q.dtype, temporal_heads)
 
-    @functools.cache
+    module = functools.cache(lambda name: importlib.import_module(f"{package}.{name}"))
+
     def launcher(backend: str, name: str):
-        return getattr(importlib.import_module(f"{package}.{_MODULES.get(backend, f'{backend}_kernels')}"), name)
+        return getattr(module(_MODULES.get(backend, f"{backend}_kernels")), name)
 
     def fwd(q, k, v, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, backend, keep=True):
         options = Options(scale, softcap, dropout_p, mask, seed, cos, sin)
