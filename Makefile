@@ -27,12 +27,13 @@ NEWEST = $(abspath $(VENV))/newest-triton
 NONE_IS_FINE = || [ $$? -eq 5 ]
 CPP = $(shell git ls-files '*.cu' '*.cuh' '*.cpp' '*.h')
 
-.PHONY: help venv demo test test-full test-newest-triton test-gpu bench check clean for-demo for-test for-check
+.PHONY: help venv demo test test-full test-kernels test-newest-triton test-gpu bench check clean for-demo for-test for-check
 
 help:
 	@echo "make demo       create $(VENV), install, run the main job on real video, print where the results are"
 	@echo "make test       create $(VENV) if needed, install, run the tests (at most 10 minutes on 2 cores)"
-	@echo "make test-full  every test that needs no GPU, and ratios of times (at most 40 minutes on 2 cores)"
+	@echo "make test-full  every test but interpreted grids and GPU tests, and ratios of times (at most 40 minutes on 2 cores)"
+	@echo "make test-kernels every interpreted test of Triton kernels (hours), and with the newest Triton"
 	@echo "make test-gpu   the tests that need an NVIDIA GPU"
 	@echo "make bench      the operations beside what others run, in two minutes (more: python -m bench --help)"
 	@echo "make check      ruff, pyright, clang-format"
@@ -59,8 +60,12 @@ test: for-test
 
 test-full: for-test
 	$(PYTEST) -m "not gpu" $(NONE_IS_FINE)
-	$(INTERPRETING) -m "not gpu" $(NONE_IS_FINE)
 	OMP_NUM_THREADS=1 $(PY) -m pytest bench -q -k test_ratio
+
+# Every interpreted test of Triton kernels (an hour or two: a case takes seconds), and those of `make test` once more with
+# the newest Triton.
+test-kernels: for-test
+	$(INTERPRETING) -m "not gpu" $(NONE_IS_FINE)
 	@if [ -n "$(strip $(VENV))" ] && $(PYTHON) .ci/install.py newest-triton --venv $(VENV); then \
 		$(MAKE) --no-print-directory test-newest-triton; \
 	else \
