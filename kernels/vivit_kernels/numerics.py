@@ -5,10 +5,10 @@
     actual  the result under test
 
 `actual` passes when it is finite, its RMS error against `exact` is within 2 (gradients and float32: 3) times eager's
-own and its maximum error within 3 (gradients 4) times, plus one rounding of the result: eps(dtype)/2 of the tensor's
-largest value, eps(dtype)/4 of its RMS (a result that eager happens to hit exactly must still be allowed to round). The
-RMS half is not optional: a maximum alone lets through a scale that is wrong by 2 % or a few keys too many, because one
-unlucky element of eager is already as far off.
+own and its maximum error within 3 (gradients and float32: 4) times, plus one rounding of the result: eps(dtype)/2 of the
+tensor's largest value, eps(dtype)/4 of its RMS (a result that eager happens to hit exactly must still be allowed to
+round). The RMS half is not optional: a maximum alone lets through a scale that is wrong by 2 % or a few keys too many,
+because one unlucky element of eager is already as far off.
 
 In float64 there is no better reference: results of another summation order agree to FLOAT64_EPS_MULTIPLE eps of the
 scale.
@@ -24,7 +24,7 @@ from torch import Tensor
 
 RMS_FACTOR = 2.0
 LONG_SUM_RMS_FACTOR = 3.0  # gradients and all of float32: the order of a sum decides its error, and the order is free
-MAX_FACTOR, GRADIENT_MAX_FACTOR = 3.0, 4.0  # a maximum is one unlucky element: two right results may differ by 2 in it
+MAX_FACTOR, LONG_SUM_MAX_FACTOR = 3.0, 4.0  # a maximum is one unlucky element: two right results may differ by 2 in it
 MAX_EPS_SHARE, RMS_EPS_SHARE = 0.5, 0.25
 FLOAT64_EPS_MULTIPLE = 512.0  # exp magnifies the rounding of a score by its size, hundreds on the hardest inputs
 
@@ -94,8 +94,9 @@ def judge(
     max_error, rms_error = _errors(actual, exact)
     eager_max, eager_rms = _errors(eager, exact)
     exact_max, exact_rms = _errors(torch.zeros_like(exact), exact)
-    max_factor = GRADIENT_MAX_FACTOR if gradient else MAX_FACTOR
-    rms_factor = LONG_SUM_RMS_FACTOR if gradient or actual.dtype == torch.float32 else RMS_FACTOR
+    long_sum = gradient or actual.dtype == torch.float32
+    max_factor = LONG_SUM_MAX_FACTOR if long_sum else MAX_FACTOR
+    rms_factor = LONG_SUM_RMS_FACTOR if long_sum else RMS_FACTOR
     shares = (FLOAT64_EPS_MULTIPLE,) * 2 if actual.dtype == torch.float64 else (MAX_EPS_SHARE, RMS_EPS_SHARE)
     chain = torch.finfo(torch.float32).eps / 2 * math.sqrt(terms / 2) if terms > 1 else 0.0
     sizes = (exact_max, exact_rms) if scale is None else (max(scale, exact_max), max(scale, exact_rms))
