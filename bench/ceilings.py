@@ -16,7 +16,8 @@ from .timing import Timer
 SECONDS = 0.4  # of measuring, for each
 _COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 _SIZE = {"cpu": 2048, "cuda": 8192}  # of a square matrix product
-_SLOW_SIZE = 512  # fp16 on a CPU runs at about 1 GFLOP/s
+_SLOW_SIZE = 512  # 16-bit products that a CPU has not run at about 1 GFLOP/s: 2048 of bfloat16 took 93 s with AVX2
+_SLOW_MS = 50.0  # of a product of that size: 5 GFLOP/s
 
 
 def measure(device: torch.device, dtypes: list[torch.dtype]) -> dict[str, Any]:
@@ -70,9 +71,17 @@ def _copy(timer: Timer) -> float:
 def _matmul(timer: Timer, dtype: torch.dtype) -> float:
     """TFLOP/s of the fastest product the installation has: on a CPU float32 PyTorch's own (MKL) or oneDNN's."""
     on_cpu = timer.device.type == "cpu"
-    size = _SLOW_SIZE if on_cpu and dtype == torch.float16 else _SIZE[timer.device.type]
-    a, b = (torch.randn(size, size, device=timer.device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
+
+    def operands(size: int) -> list[torch.Tensor]:
+        return [torch.randn(size, size, device=timer.device).to(dtype) for _ in range(3)]
+
+    size = _SIZE[timer.device.type]
+    if on_cpu and dtype.itemsize == 2:
+        a, b, out = operands(_SLOW_SIZE)
+        timer.once(lambda: torch.mm(a, b, out=out))
+        if timer.once(lambda: torch.mm(a, b, out=out)) > _SLOW_MS:
+            size = _SLOW_SIZE
+    a, b, out = operands(size)
     times = [_best_ms(timer, lambda: torch.mm(a, b, out=out))]
     if on_cpu and dtype == torch.float32 and torch.backends.mkldnn.is_available():
         times.append(_best_ms(timer, lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")))
