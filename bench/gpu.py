@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -77,13 +78,21 @@ def has_native() -> bool:
     return (ROOT / "csrc").is_dir() and setup.is_file() and "ext_modules" in setup.read_text()
 
 
+def _processes() -> list[str]:
+    """Tests side by side, if pytest-xdist is here: nearly all of their time goes into compiling kernels on a core."""
+    count = min(15, (os.cpu_count() or 1) - 1)
+    if count < 2 or importlib.util.find_spec("xdist") is None:
+        return []
+    return ["-n", str(count), "--dist", "worksteal"]
+
+
 def _check(folder: Path) -> list[Step]:
     def tests(name: str, which: str, does: str, **how: Any) -> Step:
         junit = folder / f"junit_{name}.xml"
         # -v, so that the log names the test that hung or took the process with it
         command = [
             *PYTHON, "-m", "pytest", "-m", which, "-v", "--tb=short", "--continue-on-collection-errors",
-            "-p", "no:cacheprovider", "-o", "faulthandler_timeout=60", f"--junitxml={junit}",
+            "-p", "no:cacheprovider", "-o", "faulthandler_timeout=60", f"--junitxml={junit}", *_processes(),
         ]  # fmt: skip
         return Step(name, does, lambda _: command, read=lambda outcome: read_tests(outcome, junit), **how)
 

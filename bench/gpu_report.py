@@ -68,12 +68,13 @@ def _reason(wrong: ElementTree.Element) -> str:
 
 
 _TEST_LINE = re.compile(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)\b", re.MULTILINE)
+_TEST_LINE_OF_MANY = re.compile(r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|ERROR|SKIPPED) (\S+::.*?) *$", re.MULTILINE)
 
 
 def _from_lines(output: str) -> tuple[Counter[str], list[str]]:
-    """From `pytest -v`: what it wrote before it was killed."""
+    """From `pytest -v`, of one process or of several: what it wrote before it was killed."""
     words = {"PASSED": "passed", "FAILED": "failed", "ERROR": "errors", "SKIPPED": "skipped"}
-    found = _TEST_LINE.findall(output)
+    found = _TEST_LINE.findall(output) + [(name, word) for word, name in _TEST_LINE_OF_MANY.findall(output)]
     return Counter(words[word] for _, word in found), [name for name, word in found if word in ("FAILED", "ERROR")]
 
 

@@ -418,6 +418,19 @@ def test_a_pytest_that_died_is_read_from_its_lines(tmp_path):
     assert outcome.findings == ["tests/test_a.py::test_x[cuda-2]"]
 
 
+def test_so_is_one_of_several_processes(tmp_path):
+    """What pytest-xdist prints: a test when it begins, and again with its process when it ends."""
+    (tmp_path / "test_one.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('a', [1, 2])\ndef test_it(a): assert a == 2\n"
+    )
+    command = [*(sys.executable, "-m", "pytest", "-v", "-n", "2", "-c", os.devnull, "--rootdir", str(tmp_path))]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    outcome = Outcome(verdict="FAILED", status=-9, output=done.stdout[: done.stdout.index("FAILURES")])
+    gpu_report.read_tests(outcome, tmp_path / "none.xml")
+    assert outcome.detail.startswith("1 passed, 1 failed, no report")
+    assert outcome.findings == ["test_one.py::test_it[1]"]
+
+
 def test_pytest_itself_writes_what_is_read(tmp_path):
     """The runner's own command on a failing test and a file that cannot be imported."""
     (tmp_path / "test_one.py").write_text("def test_good(): pass\ndef test_bad(): raise ValueError('so')\n")
