@@ -213,7 +213,8 @@ RECORDED = json.loads(gate.RECORD.read_text()) if gate.RECORD.exists() else {}
 
 
 @pytest.mark.skipif(
-    RECORDED.get("triton") != triton.__version__, reason=f"recorded with Triton {RECORDED.get('triton')}"
+    RECORDED.get("triton") != triton.__version__,
+    reason=f"what another compiler than the recorded one, Triton {RECORDED.get('triton')}, takes is no regression",
 )
 @pytest.mark.parametrize("case", [pytest.param(case, id=f"{case.op}-{case.name}") for case in HEADLINE])
 def test_headline_kernels_take_no_more_than_recorded(case):

@@ -92,6 +92,8 @@ def triton_refusals(call: Call) -> list[Refusal]:
         )
     if call.device not in ("cpu", "cuda"):
         found.append(Refusal(f"the tensors are on {call.device}", "move them to a CUDA device"))
+    if 0 < call.arch < _OLDEST:
+        found.append(Refusal(f"this GPU is sm_{call.arch}", f"use one of sm_{_OLDEST} or later, or backend='torch'"))
     if call.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         dtype = str(call.dtype).removeprefix("torch.")
         found.append(Refusal(f"{dtype} is not one of float16, bfloat16, float32", "cast, or use backend='torch'"))

@@ -84,6 +84,15 @@ def _query_rows(sizes, b, t, s, h):
 
 
 @triton.jit
+def _read(q, k, v, sizes, rules, b, t, s, h, n, valid, COLS: tl.constexpr, UNIT: tl.constexpr):
+    """(rows of q and k, turned, and of v; which may be attended as keys)"""
+    q_rows = rotated(load_rows(q, offsets(q, b, t, s, h, UNIT), valid, COLS), rules, n, valid, 1, COLS)
+    k_rows = rotated(load_rows(k, offsets(k, b, t, s, h, UNIT), valid, COLS), rules, n, valid, 1, COLS)
+    v_rows = load_rows(v, offsets(v, b, t, s, h, UNIT), valid, COLS)
+    return q_rows, k_rows, v_rows, may_attend(rules, b * sizes.T * sizes.S + n, valid)
+
+
+@triton.jit
 def packed_fwd(
     program, q, k, v, o, sizes, rules, first_head, heads,
     TIME: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
@@ -92,12 +101,7 @@ def packed_fwd(
     """Writes o of the tile's sequences."""
     within, i, valid, b, t, s, h = _place(program, sizes, first_head, heads, TIME, N, ROWS)
     n, rows = _query_rows(sizes, b, t, s, h)
-    q_rows = load_rows(q, offsets(q, b, t, s, h, UNIT), valid, COLS)
-    k_rows = load_rows(k, offsets(k, b, t, s, h, UNIT), valid, COLS)
-    v_rows = load_rows(v, offsets(v, b, t, s, h, UNIT), valid, COLS)
-    q_rows = rotated(q_rows, rules, n, valid, 1, COLS)
-    k_rows = rotated(k_rows, rules, n, valid, 1, COLS)
-    allowed = may_attend(rules, b * sizes.T * sizes.S + n, valid)
+    q_rows, k_rows, v_rows, allowed = _read(q, k, v, sizes, rules, b, t, s, h, n, valid, COLS, UNIT)
     p, total, _ = _probabilities(q_rows, k_rows, rules, within, allowed, PRECISION)
     p = _dropped(p, rules, rows, i, N, ROWS)
     sums = add_product(zero_rows(ROWS, COLS), p, v_rows, PRECISION)
@@ -113,13 +117,8 @@ def packed_bwd(
     """Writes dq, dk and dv of the tile's sequences, and o again if EMIT."""
     within, i, valid, b, t, s, h = _place(program, sizes, first_head, heads, TIME, N, ROWS)
     n, rows = _query_rows(sizes, b, t, s, h)
-    q_rows = load_rows(q, offsets(q, b, t, s, h, UNIT), valid, COLS)
-    k_rows = load_rows(k, offsets(k, b, t, s, h, UNIT), valid, COLS)
-    v_rows = load_rows(v, offsets(v, b, t, s, h, UNIT), valid, COLS)
+    q_rows, k_rows, v_rows, allowed = _read(q, k, v, sizes, rules, b, t, s, h, n, valid, COLS, UNIT)
     do_rows = load_rows(do, offsets(do, b, t, s, h, UNIT), valid, COLS)
-    q_rows = rotated(q_rows, rules, n, valid, 1, COLS)
-    k_rows = rotated(k_rows, rules, n, valid, 1, COLS)
-    allowed = may_attend(rules, b * sizes.T * sizes.S + n, valid)
     p, total, slope = _probabilities(q_rows, k_rows, rules, within, allowed, PRECISION)
     p = p * reciprocal(total)[:, None]
     kept = _dropped(p, rules, rows, i, N, ROWS)

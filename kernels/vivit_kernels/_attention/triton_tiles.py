@@ -73,7 +73,8 @@ class Override:
 
 # ---- the rules; each op's tiles.py puts them together ----
 
-# Measured on one H200 (copy 4.26 TB/s, matmul 803 TFLOP/s), 2026-11-26, bfloat16, replayed graphs, microseconds:
+# Measured on one H200 (copy 4.26 TB/s, matmul 803 TFLOP/s), 2026-11-26, bfloat16, replayed graphs, microseconds; errors
+# of outputs 2.0 to 2.3e-3, of gradients 2.4e-3, relative to float32 SDPA in RMS:
 # packed, 8 x 196 positions, 12 heads of 64, forward / backward
 #   T = 16   rows 64, 4 warps: 43 / 72   rows 32, 2 warps: 42 / 82   rows 16, 1 warp: 41 / 72   rows 128, 8: 58 / -
 #   T = 25   rows 64, 4 warps: 67 / 127  rows 32, 2 warps: 69 / 149  rows 128, 8 warps: 93 / 263
