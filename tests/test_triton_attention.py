@@ -123,6 +123,22 @@ def test_compiles_without_a_graph_break(device):
         assert torch.equal(compiled(qkv), factorized_attention(qkv, temporal_heads=1, backend="triton"))
 
 
+def test_autocast_casts_as_for_pytorchs_attention(device):
+    qkv = torch.randn(1, 8, 3, 3, 2, 16, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        o = factorized_attention(qkv, temporal_heads=1, backend="triton")
+    assert o.dtype == torch.bfloat16
+    assert torch.equal(o, factorized_attention(qkv.bfloat16(), temporal_heads=1, backend="triton"))
+
+
+def test_second_derivatives_are_refused(device):
+    qkv = torch.randn(1, 8, 3, 3, 2, 16, device=device).requires_grad_()
+    o = factorized_attention(qkv, temporal_heads=1, backend="triton")
+    (gradient,) = torch.autograd.grad(o.sum(), qkv, create_graph=True)
+    with pytest.raises(NotImplementedError, match="double backward"):
+        gradient.sum().backward()
+
+
 def test_output_again(device):
     """The output that a packed backward recomputes for the projection's weight gradient is the forward's."""
     from vivit_kernels._attention.options import Options
