@@ -55,9 +55,9 @@ RUNGS = (
         dtypes=(torch.bfloat16, torch.float16),
         head_sizes=(64,),
         tokens=2048,
-        reason="One H200, 2026-11-26, bf16, 12 heads of 64, forward + backward: two clips of 3136 tokens cuDNN 167 + 384 "
-        "us, triton 154 + 442, PyTorch's FlashAttention 268 + 662; eight of 3137 together (recorded) sdpa 2167, triton "
-        "2271. Forward alone: triton. float16 and other N are not measured.",
+        reason="One H200, 2026-11-26, bf16, 12 heads of 64, forward + backward: two clips of 3136 tokens cuDNN "
+        "167 + 384 us, triton 154 + 442, PyTorch's FlashAttention 268 + 662; eight of 3137 together (recorded) sdpa "
+        "2167, triton 2271. Forward alone: triton. float16 and other N are not measured.",
     ),
 )
 
