@@ -1,0 +1,78 @@
+// Which instruction set runs here, and the scratch memory of threads. Compiled for any processor of the platform.
+#include <cstdlib>
+#include <new>
+
+#include "attention.h"
+
+namespace vivit::cpu {
+
+namespace portable {
+extern const AttentionKernels kAttention;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const AttentionKernels kAttention;
+}
+namespace avx512 {
+extern const AttentionKernels kAttention;
+}
+namespace avx512_bf16 {
+extern const AttentionKernels kAttention;
+}
+#endif
+
+Isa best_isa() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool has_avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (!has_avx2) return Isa::kPortable;
+    const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (!has_avx512) return Isa::kAvx2;
+    return __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512;
+#else
+    return Isa::kPortable;
+#endif
+}
+
+const AttentionKernels* attention_kernels(Isa isa) {
+    switch (isa) {
+        case Isa::kPortable:
+            return &portable::kAttention;
+#if defined(__x86_64__)
+        case Isa::kAvx2:
+            return &avx2::kAttention;
+        case Isa::kAvx512:
+            return &avx512::kAttention;
+        case Isa::kAvx512Bf16:
+            return &avx512_bf16::kAttention;
+#endif
+        default:
+            return nullptr;
+    }
+}
+
+namespace {
+
+struct Scratch {
+    void* data = nullptr;
+    int64_t bytes = 0;
+    ~Scratch() { std::free(data); }
+};
+
+}  // namespace
+
+void* thread_scratch(int64_t bytes) {
+    thread_local Scratch scratch;
+    if (scratch.bytes < bytes) {
+        const int64_t rounded = (bytes + 4095) / 4096 * 4096;
+        std::free(scratch.data);
+        scratch.data = std::aligned_alloc(64, static_cast<size_t>(rounded));
+        scratch.bytes = scratch.data == nullptr ? 0 : rounded;
+        if (scratch.data == nullptr) throw std::bad_alloc();
+    }
+    return scratch.data;
+}
+
+}  // namespace vivit::cpu

@@ -1,0 +1,3 @@
+// The CPU kernels for one instruction set; the build compiles this file with its flags.
+#define VIVIT_ISA portable
+#include "attention_kernels.h"
