@@ -1,6 +1,6 @@
 // The one file that knows PyTorch, by its stable ABI: checks tensors, fills in the kernels' parameters, shares out the
-// work. The ops are called by vivit_kernels' launchers, which have checked what users give; what is checked here keeps a
-// wrong launcher from reading foreign memory.
+// work. The ops are called by vivit_kernels' launchers, which have checked what users give; what is checked here keeps
+// a wrong launcher from reading foreign memory.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -86,7 +86,8 @@ AttentionParams params_of(const Tensor& q, const Tensor& k, const Tensor& v, con
 const AttentionKernels& kernels_of(int64_t isa) {
     const int64_t best = static_cast<int64_t>(vivit::cpu::best_isa());
     const int64_t wanted = isa < 0 ? best : isa;
-    STD_TORCH_CHECK(wanted <= best, "vivit_kernels_native: instruction set ", wanted, " does not run on this processor");
+    STD_TORCH_CHECK(wanted <= best, "vivit_kernels_native: instruction set ", wanted,
+                    " does not run on this processor");
     const AttentionKernels* found = vivit::cpu::attention_kernels(static_cast<Isa>(wanted));
     STD_TORCH_CHECK(found != nullptr, "vivit_kernels_native: instruction set ", wanted, " is not in this build");
     return *found;

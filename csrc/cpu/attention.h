@@ -13,23 +13,23 @@ struct Grid {
     int64_t stride_b = 0, stride_t = 0, stride_s = 0, stride_h = 0;
 };
 
-// Attention on the token grid: heads below temporal_heads attend over T, the others over S. Joint attention is a grid of
-// one frame, which may have other keys (S_k) than queries (S).
+// Attention on the token grid: heads below temporal_heads attend over T, the others over S. Joint attention is a grid
+// of one frame, which may have other keys (S_k) than queries (S).
 struct AttentionParams {
     int64_t B = 0, T = 0, S = 0, S_k = 0, H = 0, D = 0;
     int64_t temporal_heads = 0;
     DType dtype = DType::kFloat32;
     Grid q, k, v, o;
-    Grid d_o, dq, dk, dv;         // backward only
-    float* stats = nullptr;       // [2, B, H, T * S] or none: of each query the largest score, and 1 / sum of exp
-    const bool* mask = nullptr;   // [B, T * S_k] or none, true may be attended
-    const float* cos = nullptr;   // [T * S, D / 2] or none
-    const float* sin = nullptr;   // beside cos
+    Grid d_o, dq, dk, dv;        // backward only
+    float* stats = nullptr;      // [2, B, H, T * S] or none: of each query the largest score, and 1 / sum of exp
+    const bool* mask = nullptr;  // [B, T * S_k] or none, true may be attended
+    const float* cos = nullptr;  // [T * S, D / 2] or none
+    const float* sin = nullptr;  // beside cos
     float scale = 1.f;
-    float softcap = 0.f;          // 0: none
-    bool dropout = false;         // the rest of this struct counts only with it
-    float keep_scale = 1.f;       // 1 / (1 - p), or 0 where everything is dropped
-    uint64_t keep_from = 0;       // a pair is kept iff its 32 bits are at least this; 2^32: none is
+    float softcap = 0.f;     // 0: none
+    bool dropout = false;    // the rest of this struct counts only with it
+    float keep_scale = 1.f;  // 1 / (1 - p), or 0 where everything is dropped
+    uint64_t keep_from = 0;  // a pair is kept iff its 32 bits are at least this; 2^32: none is
     int64_t seed = 0, offset = 0;
 };
 
@@ -56,7 +56,8 @@ Isa best_isa();
 // Of an instruction set, or null where it is not compiled in.
 const AttentionKernels* attention_kernels(Isa isa);
 
-// 64-byte aligned memory of the calling thread, kept from call to call; its content is undefined. Throws std::bad_alloc.
+// 64-byte aligned memory of the calling thread, kept from call to call; its content is undefined. Throws
+// std::bad_alloc.
 void* thread_scratch(int64_t bytes);
 
 }  // namespace vivit::cpu

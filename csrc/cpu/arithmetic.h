@@ -1,0 +1,123 @@
+// The two ways of multiplying matrices: in float32, and in pairs of bfloat16 where the processor adds them up in
+// float32. Both see their operands as 32-bit words along the contraction: one float, or two neighbouring bfloat16.
+#pragma once
+
+#include "vector.h"
+
+namespace vivit::cpu::VIVIT_ISA {
+
+struct InFloat32 {
+    using Element = float;  // a word holds kPack of them
+    static constexpr int kPack = 1;
+    static constexpr bool kExact = true;  // probabilities are not rounded
+
+    static VIVIT_INLINE Floats add_product(Floats sum, uint32_t a, Words b) {
+        return sum + all(bits<float>(a)) * bits<Floats>(b);
+    }
+    // Words whose elements are one row's, from their floats.
+    static VIVIT_INLINE void store_row(uint32_t* to, Floats x) { store(to, x); }
+    // Words that pair rows k and k + 1 of the contraction.
+    static VIVIT_INLINE void store_pair(uint32_t* to, Floats first, Floats) { store(to, first); }
+};
+
+#if defined(__AVX512BF16__)
+struct InBFloat16 {
+    using Element = BFloat16;
+    static constexpr int kPack = 2;
+    static constexpr bool kExact = false;
+
+    static VIVIT_INLINE Floats add_product(Floats sum, uint32_t a, Words b) {
+        return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int32_t>(a)), (__m512bh)b);
+    }
+    static VIVIT_INLINE void store_row(uint32_t* to, Floats x) { store(to, to_bfloat16(x)); }
+    static VIVIT_INLINE void store_pair(uint32_t* to, Floats first, Floats second) {
+        const __m512i halves =
+            (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);  // first in the low 256 bits
+        const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                               6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+        _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, halves));
+    }
+};
+#endif
+
+// Rows of A and columns of vectors of B whose sums fit into the registers beside their operands: 32 of AVX-512, 16
+// else. Enough sums in flight to hide the latency of an addition.
+#if defined(__AVX512F__)
+constexpr int kColumnVectors = 4;
+constexpr int rows_at_once(int vectors) { return vectors >= 4 ? 6 : 8; }
+#else
+constexpr int kColumnVectors = 2;
+constexpr int rows_at_once(int vectors) { return vectors >= 2 ? 4 : 8; }
+#endif
+
+enum class Walk { kRows, kColumns };  // word (row, k) of A lies at row * lda + k, or at k * lda + row
+
+// c[row][column] = or += sum over k of A(row, k) * b[k][column], for R rows and V vectors of columns.
+template <class Arithmetic, Walk kWalk, bool kAdd, int R, int V>
+VIVIT_INLINE void product_tile(float* c, int64_t ldc, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
+                               int64_t K) {
+    Floats sum[R][V];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sum[r][v] = kAdd ? load<Floats>(c + r * ldc + v * kLanes) : Floats{};
+    }
+    for (int64_t k = 0; k < K; ++k) {
+        Words column[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) column[v] = load<Words>(b + k * ldb + v * kLanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const uint32_t word = load<uint32_t>(kWalk == Walk::kRows ? a + r * lda + k : a + k * lda + r);
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) sum[r][v] = Arithmetic::add_product(sum[r][v], word, column[v]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) store(c + r * ldc + v * kLanes, sum[r][v]);
+    }
+}
+
+template <class Arithmetic, Walk kWalk, bool kAdd, int V>
+VIVIT_INLINE void product_columns(float* c, int64_t ldc, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
+                                  int64_t rows, int64_t K) {
+    constexpr int R = rows_at_once(V);
+    const int64_t step = kWalk == Walk::kRows ? lda : 1;
+    int64_t row = 0;
+    for (; row + R <= rows; row += R) {
+        product_tile<Arithmetic, kWalk, kAdd, R, V>(c + row * ldc, ldc, a + row * step, lda, b, ldb, K);
+    }
+    if (R > 4 && row + 4 <= rows) {
+        product_tile<Arithmetic, kWalk, kAdd, 4, V>(c + row * ldc, ldc, a + row * step, lda, b, ldb, K);
+        row += 4;
+    }
+    if (row + 2 <= rows) {
+        product_tile<Arithmetic, kWalk, kAdd, 2, V>(c + row * ldc, ldc, a + row * step, lda, b, ldb, K);
+        row += 2;
+    }
+    if (row < rows) {
+        product_tile<Arithmetic, kWalk, kAdd, 1, V>(c + row * ldc, ldc, a + row * step, lda, b, ldb, K);
+    }
+}
+
+// c [rows, vectors * kLanes] = or += A [rows, K] * b [K, vectors * kLanes]; K counts words.
+template <class Arithmetic, Walk kWalk, bool kAdd>
+__attribute__((noinline)) void product(float* c, int64_t ldc, const uint32_t* a, int64_t lda, const uint32_t* b,
+                                       int64_t ldb, int64_t rows, int64_t vectors, int64_t K) {
+    while (vectors > 0) {
+        // five vectors are three and two, not four and one: a narrow tile loads more than it multiplies
+        const bool split = kColumnVectors == 4 && vectors == kColumnVectors + 1;
+        const int64_t now = split ? 3 : smallest<int64_t>(vectors, kColumnVectors);
+        if constexpr (kColumnVectors == 4) {
+            if (now == 4) product_columns<Arithmetic, kWalk, kAdd, 4>(c, ldc, a, lda, b, ldb, rows, K);
+            if (now == 3) product_columns<Arithmetic, kWalk, kAdd, 3>(c, ldc, a, lda, b, ldb, rows, K);
+        }
+        if (now == 2) product_columns<Arithmetic, kWalk, kAdd, 2>(c, ldc, a, lda, b, ldb, rows, K);
+        if (now == 1) product_columns<Arithmetic, kWalk, kAdd, 1>(c, ldc, a, lda, b, ldb, rows, K);
+        c += now * kLanes, b += now * kLanes, vectors -= now;
+    }
+}
+
+}  // namespace vivit::cpu::VIVIT_ISA

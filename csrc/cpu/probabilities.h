@@ -1,0 +1,146 @@
+// From a block of scores to probabilities. Scores lie key by key, [keys][lanes] with a query in each lane: largest
+// value and sum of a softmax are then taken vertically, a masked key is a row, and dropout's words come in whole
+// vectors.
+#pragma once
+
+#include "arithmetic.h"
+#include "philox.h"
+
+namespace vivit::cpu::VIVIT_ISA {
+
+constexpr float kLog2E = 1.44269504088896f;
+
+// How a product of a query and a key becomes a probability; the same for a whole call.
+struct Rules {
+    float scale, scale_log2;  // scores are kept in units of log2, so that exp is 2^x
+    float softcap;
+    bool dropout;
+    float keep_scale;
+    uint32_t keep_from;
+    int64_t seed, offset;
+
+    explicit Rules(const AttentionParams& p)
+        : scale(p.scale),
+          scale_log2(p.scale * kLog2E),
+          softcap(p.softcap),
+          dropout(p.dropout),
+          keep_scale(p.keep_scale),
+          keep_from(static_cast<uint32_t>(smallest<uint64_t>(p.keep_from, 0xffffffffu))),
+          seed(p.seed),
+          offset(p.offset) {}
+
+    // The score of a product q.k, times log2(e).
+    VIVIT_INLINE Floats score(Floats product) const {
+        if (softcap > 0) return tanh(product * (scale / softcap)) * (softcap * kLog2E);
+        return product * scale_log2;
+    }
+    // d score / d (scale * product), from the score.
+    VIVIT_INLINE Floats slope(Floats score) const {
+        const Floats t = score * (1.f / (softcap * kLog2E));
+        return 1.f - t * t;
+    }
+};
+
+// The keys of a block and the queries in its lanes.
+struct Block {
+    int64_t first_key, keys, lanes;
+    const bool* mask;  // of the first key, or none
+    int64_t mask_stride;
+    const uint32_t *row_low, *row_high;  // [lanes], dropout rows of the queries
+
+    VIVIT_INLINE bool allowed(int64_t key) const { return mask == nullptr || mask[key * mask_stride]; }
+};
+
+// Words of dropout for one vector of queries, four keys at a time.
+struct Keep {
+    Words word[4];
+
+    VIVIT_INLINE void draw(const Rules& rules, const Block& block, int64_t key, int64_t lane) {
+        philox(rules.seed, rules.offset, static_cast<uint32_t>((block.first_key + key) / 4),
+               load<Words>(block.row_low + lane), load<Words>(block.row_high + lane), word);
+    }
+    // x where the pair is kept, else 0.
+    VIVIT_INLINE Floats of(Floats x, const Rules& rules, int64_t key) const {
+        const Words kept = (Words)(word[key % 4] >= all_words(rules.keep_from));
+        return bits<Floats>(bits<Words>(x) & kept);
+    }
+};
+
+constexpr float kNothing = -__builtin_inff();
+
+// Of each query so far: the largest score, the sum of 2^(score - largest), and what the last block scaled older sums
+// by.
+struct Softmax {
+    float *largest, *sum, *shrink;  // [lanes]
+
+    void clear(int64_t lanes) const {
+        for (int64_t i = 0; i < lanes; ++i) largest[i] = kNothing, sum[i] = 0.f;
+    }
+};
+
+template <bool kPlain>
+VIVIT_INLINE Floats largest_of(float* scores, const Rules& rules, const Block& block, int64_t lane, Floats largest) {
+    if (kPlain) {  // scaling keeps or turns the order: it can wait
+        Floats a = load<Floats>(scores + lane) * rules.scale_log2, b = a;
+        int64_t j = 1;
+        for (; j + 2 <= block.keys; j += 2) {
+            a = larger(a, load<Floats>(scores + j * block.lanes + lane) * rules.scale_log2);
+            b = larger(b, load<Floats>(scores + (j + 1) * block.lanes + lane) * rules.scale_log2);
+        }
+        if (j < block.keys) a = larger(a, load<Floats>(scores + j * block.lanes + lane) * rules.scale_log2);
+        return larger(largest, larger(a, b));
+    }
+    for (int64_t j = 0; j < block.keys; ++j) {
+        if (!block.allowed(j)) continue;
+        float* at = scores + j * block.lanes + lane;
+        const Floats x = rules.score(load<Floats>(at));
+        store(at, x);
+        largest = larger(largest, x);
+    }
+    return largest;
+}
+
+// 2^(score - largest) of a key for one vector of queries.
+template <class Arithmetic, bool kPlain>
+VIVIT_INLINE Floats power(const float* scores, const Rules& rules, const Block& block, int64_t key, int64_t lane,
+                          Floats largest) {
+    const Floats x = load<Floats>(scores + key * block.lanes + lane);
+    if (kPlain) return exp2<Arithmetic::kExact>(x * rules.scale_log2 - largest);
+    return block.allowed(key) ? exp2<Arithmetic::kExact>(x - largest) : Floats{};
+}
+
+// One step of an online softmax: products q.k in `scores` become the operand `p` of the product with v, in words
+// [keys / kPack][lanes]; with kPack 1 it may lie where the scores lie. True if older sums have to shrink.
+template <class Arithmetic, bool kPlain>
+bool softmax_step(float* scores, uint32_t* p, const Rules& rules, const Block& block, const Softmax& state) {
+    constexpr int kPack = Arithmetic::kPack;
+    bool shrinks = false;
+    for (int64_t lane = 0; lane < block.lanes; lane += kLanes) {
+        const Floats before = load<Floats>(state.largest + lane);
+        const Floats largest = largest_of<kPlain>(scores, rules, block, lane, before);
+        store(state.largest + lane, largest);
+        // without any key so far there is nothing to shrink, and -inf - -inf must not arise
+        const Floats base = largest == all(kNothing) ? Floats{} : largest;
+        const Floats shrink = before == all(kNothing) ? Floats{} : exp2<true>(before - base);
+        store(state.shrink + lane, shrink);
+        for (int i = 0; i < kLanes; ++i) shrinks |= state.shrink[lane + i] != 1.f;
+        Floats sum = load<Floats>(state.sum + lane) * shrink;
+        Keep keep;
+        for (int64_t j = 0; j < block.keys; j += kPack) {
+            Floats x[kPack];
+            if (!kPlain && rules.dropout && j % 4 == 0) keep.draw(rules, block, j, lane);
+#pragma GCC unroll 2
+            for (int i = 0; i < kPack; ++i) {
+                x[i] =
+                    j + i < block.keys ? power<Arithmetic, kPlain>(scores, rules, block, j + i, lane, base) : Floats{};
+                sum += x[i];
+                if (!kPlain && rules.dropout) x[i] = keep.of(x[i] * rules.keep_scale, rules, j + i);
+            }
+            Arithmetic::store_pair(p + j / kPack * block.lanes + lane, x[0], x[kPack - 1]);
+        }
+        store(state.sum + lane, sum);
+    }
+    return shrinks;
+}
+
+}  // namespace vivit::cpu::VIVIT_ISA
