@@ -1,0 +1,83 @@
+"""Loads the native library (csrc/) once, at import, and decides which instruction set its CPU kernels use.
+
+    AVAILABLE       whether torch.ops.vivit_kernels_native can be called; a constant, so that torch.compile can use it
+    WHY, REMEDY     where it cannot: the reason, and what to do about it; else ""
+    RECORD          what the library says of its build: kind "cpu" or "cuda", and why; None where it is not AVAILABLE
+    ISAS, BEST      names of the instruction sets in rising order, and the best one that runs here ("" without library)
+    isa()           what to give to an op as `isa`
+
+Nothing here touches a GPU: initialising CUDA at import breaks forked data loaders.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from . import _library
+
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")  # csrc/cpu/attention.h numbers them so
+VARIABLE = "VIVIT_KERNELS_CPU_ISA"
+_CHOOSE_BEST = -1
+
+
+def _load() -> _library.Problem | None:
+    found = _library.problem()
+    # A second library with these names would end the process: one that somebody has loaded by hand stays.
+    if found is None and not hasattr(torch.ops.vivit_kernels_native, "best_isa"):
+        try:
+            torch.ops.load_library(str(_library.library_path()))
+        except OSError as error:
+            return _library.unloadable(str(error))
+    return found
+
+
+_problem = _load()
+AVAILABLE: bool = _problem is None
+WHY: str = _problem.reason if _problem else ""
+REMEDY: str = _problem.remedy if _problem else ""
+RECORD: _library.Record | None = None if _problem else _library.read_record(_library.library_path())
+BEST: str = "" if _problem else ISAS[torch.ops.vivit_kernels_native.best_isa()]
+
+
+def _number(name: str, who: str) -> int:
+    """Of an instruction set that can run here."""
+    runs_here = ISAS[: ISAS.index(BEST) + 1] if BEST else ISAS
+    if name not in ISAS:
+        raise ValueError(f"{who}: {name!r} is not an instruction set; use one of {', '.join(runs_here)}")
+    if name not in runs_here:
+        raise ValueError(
+            f"{who}: {name!r} does not run on this processor, {BEST} is its best; use one of {', '.join(runs_here)}"
+        )
+    return ISAS.index(name)
+
+
+FORCED: str = os.environ.get(VARIABLE) or ""  # by the environment
+_forced = _number(FORCED, f"{VARIABLE}={FORCED}") if FORCED else _CHOOSE_BEST
+
+
+def isa() -> int:
+    """The forced instruction set's number, or -1: the library takes the best one."""
+    return _forced
+
+
+def isa_name() -> str:
+    """Of the instruction set in use; "" without library."""
+    return BEST if _forced == _CHOOSE_BEST or not BEST else ISAS[_forced]
+
+
+@contextmanager
+def forced_isa(name: str) -> Iterator[int]:
+    """Within it isa() is that of `name`, in every thread of the process; for tests and measurements.
+
+    Raises ValueError when `name` is unknown, or does not run on this processor.
+    """
+    global _forced
+    before, _forced = _forced, _number(name, "forced_isa")
+    try:
+        yield _forced
+    finally:
+        _forced = before
