@@ -117,6 +117,69 @@ def instructions(sass: str) -> Counter[str]:
     return mix
 
 
+# ---- registers that a product still reads ----
+
+_LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)((?:\.\w+)*)([^;]*);", re.MULTILINE)
+_REGISTER = re.compile(r"R(\d+)(?:\.\w+)*")
+_READS_FIRST = ("BAR", "BRX", "CALL", "JMX", "NANOSLEEP", "RET", "WARPSYNC")  # their first operand is no result
+_PENDING = 32  # groups; a kernel waits long before
+# groups of products in flight, oldest first, each the registers that it reads; and those not yet of a group
+_InFlight = tuple[tuple[frozenset[int], ...], frozenset[int]]
+
+
+def _written(opcode: str, modifiers: list[str], operands: list[str]) -> range:
+    """Registers of the result, which is the first operand but for predicates. Products' sums are not looked at."""
+    results = [x for x in operands if not re.fullmatch(r"!?U?P[\dT]", x)]
+    found = _REGISTER.fullmatch(results[0]) if results else None
+    if found is None or opcode in (*_READS_FIRST, "HGMMA"):
+        return range(0)
+    if opcode in ("HMMA", "IMMA", "LDSM") or "128" in modifiers:
+        width = 2 if "F16" in modifiers or "2" in modifiers else 4
+    else:
+        wide = {"64", "F64", "WIDE"} & set(modifiers) or opcode in ("DADD", "DMUL", "DFMA")
+        width = 2 if wide or (opcode == "CS2R" and "32" not in modifiers) else 1
+    return range(int(found[1]), int(found[1]) + width)
+
+
+def overwritten(sass: str) -> list[str]:
+    """Instructions that write registers which a product of a warp group, issued and not waited for, may still read.
+
+    HGMMA reads its left factor, where it lies in registers, some time after it was issued; PTX calls it undefined to
+    write them before a wait. Where Triton leaves such products in flight, ptxas before CUDA 13.3 does just that
+    (triton-lang/triton#9433): results are wrong, or right, with the timing. Every way through the code is followed."""
+    code = [
+        (int(at, 16), bool(guard), opcode, modifiers.split(".")[1:], [x.strip() for x in rest.split(",")])
+        for at, guard, opcode, modifiers, rest in _LINE.findall(sass)
+    ]
+    index = {at: i for i, (at, *_) in enumerate(code)}
+    seen: set[tuple[int, _InFlight]] = set()
+    ways: list[tuple[int, _InFlight]] = [(0, ((), frozenset()))]
+    found: dict[int, str] = {}
+    while ways:
+        i, (groups, group) = ways.pop()
+        if i >= len(code) or (i, (groups, group)) in seen:
+            continue
+        seen.add((i, (groups, group)))
+        at, guarded, opcode, modifiers, operands = code[i]
+        if hit := frozenset().union(group, *groups).intersection(_written(opcode, modifiers, operands)):
+            registers = ", ".join(f"R{n}" for n in sorted(hit))
+            found[at] = f"{'.'.join([opcode, *modifiers])} at {at:#06x} writes {registers}"
+        if opcode == "HGMMA":
+            factor = _REGISTER.fullmatch(operands[1])
+            group |= frozenset(range(int(factor[1]), int(factor[1]) + 4) if factor else ())
+            if "gsb0" in operands:
+                groups, group = (*groups, group)[-_PENDING:], frozenset()
+        elif opcode == "WARPGROUP" and "DEPBAR" in modifiers:
+            pending = int(operands[-1], 16)
+            groups = groups[max(0, len(groups) - pending) :]
+        target = re.search(r"0x([0-9a-f]+)", operands[-1]) if opcode == "BRA" else None
+        if target and int(target[1], 16) in index:
+            ways.append((index[int(target[1], 16)], (groups, group)))
+        if guarded or opcode not in ("BRA", "EXIT", "RET") or (opcode == "BRA" and len(operands) > 1):
+            ways.append((i + 1, (groups, group)))
+    return [found[at] for at in sorted(found)]
+
+
 def cuobjdump() -> str:
     """The disassembler: of CUDA's toolkit, or the one inside Triton's wheel."""
     homes = [Path(home) / "bin" for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))]

@@ -55,6 +55,8 @@ class Compiled:
         found = [f"spills: {self.kernel.spills} loads and stores of local memory"] if self.kernel.spills else []
         if self.kernel.stack or self.kernel.local:
             found.append(f"local memory: {self.kernel.stack + self.kernel.local} bytes a thread")
+        if early := cubin.overwritten(self.kernel.sass) if self.kernel.mix["HGMMA"] else []:
+            found.append(f"race: {len(early)} writes of what a product may still read, first {early[0]}")
         if self.tensor_columns > limit.tensor_columns:
             found.append(f"tensor memory: {self.tensor_columns} columns, {limit.tensor_columns} at most")
         if not self.occupancy.blocks:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_gather import gathered_rows, load_pixels, of_channels, tap_channels
+from .triton_gather import _IN_PTX, gathered_rows, load_pixels, of_channels, tap_channels
 
 
 @triton.jit
@@ -48,6 +48,20 @@ def prepare_weight(
 
 
 @triton.jit
+def waited_for(total):
+    """The sums as they are, once their product is done.
+
+    On sm_90 pixels that are converted enter the product from registers. Triton leaves products in flight that only the
+    next step's follow, and ptxas before CUDA 13.3 then writes the next pixels into registers that a product still reads
+    (triton-lang/triton#9433; tokens were wrong on an H200, 2026-11-26). A use of the sums makes Triton wait; this one
+    costs no instruction."""
+    if _IN_PTX:
+        return tl.inline_asm_elementwise("", "=f,0", [total], tl.float32, True, 1)
+    else:
+        return total
+
+
+@triton.jit
 def forward(
     video_ptr, weight_ptr, row_ptr, position_ptr, class_ptr, out_ptr, scale, scales, shifts, M, E, T,
     stride_vb, stride_vc, stride_vf, stride_vy, stride_vx, stride_row, stride_pn, stride_pe, stride_class,
@@ -55,11 +69,12 @@ def forward(
     C: tl.constexpr, F: tl.constexpr, Y: tl.constexpr, X: tl.constexpr, STEP: tl.constexpr, PHASES: tl.constexpr,
     FOLDED: tl.constexpr, ALIGN: tl.constexpr, NORMALISED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     HAS_ROW: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_CLASS: tl.constexpr,
-    PER_FRAME: tl.constexpr, HALVED: tl.constexpr, PRECISION: tl.constexpr,
+    PER_FRAME: tl.constexpr, HALVED: tl.constexpr, PRECISION: tl.constexpr, WAITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out = scale * (tubelets @ weight^T) + row + position, and the class rows, whose program is the one of the token
-    that follows. out_ptr and position_ptr point to the first token's row, behind the class row."""
+    that follows. out_ptr and position_ptr point to the first token's row, behind the class row. WAITS: in every step
+    for its product, see `waited_for`."""
     K: tl.constexpr = C * F * Y * X
     # neighbours in the grid share their tubelets: the video is read once, the weight stays in L2
     blocks_e = tl.cdiv(E, BLOCK_E)
@@ -86,6 +101,8 @@ def forward(
         else:
             weight = tl.load(pointers, mask=(k < K)[:, None], other=0.0)
         total = tl.dot(pixels, weight, total, input_precision=PRECISION)
+        if WAITS:
+            total = waited_for(total)
     inside = m < M
     lines = b.to(tl.int64) * stride_ob + t.to(tl.int64) * stride_ot + token.to(tl.int64) * stride_os
     if not PER_FRAME:

@@ -200,7 +200,8 @@ def _plan_fwd(video, weight, bias, position, class_token, how: How) -> Forward:
         stride_ob=math.prod(shape[1:]), stride_ot=row_of if how.per_frame else rows * columns * E, stride_os=E,
         **gathering.keywords, NORMALISED=normalised, HAS_ROW=prepare is not None or bias is not None,
         HAS_POSITION=position is not None, HAS_CLASS=bool(first), PER_FRAME=how.per_frame, HALVED=tile.halved,
-        PRECISION=how.precision, **_blocks_of(tile, video, weight, how.arch),
+        PRECISION=how.precision, WAITS=how.arch == 90 and (normalised or video.dtype != weight.dtype),
+        **_blocks_of(tile, video, weight, how.arch),
     )  # fmt: skip
     return Forward(shape, (gathering.phases, E, gathering.taps) if copied else None, prepare, product)
 
