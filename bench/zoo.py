@@ -23,16 +23,18 @@ from torch.utils.checkpoint import checkpoint
 from vivit import ViViT, ViViTConfig, flops, weights
 from vivit.config import SIZES
 from vivit.model import Attention, Block
-from vivit_kernels import _environment
+from vivit_kernels import _environment, _native
 from vivit_kernels._attention.options import Options
 from vivit_kernels._dispatch import Call, refusals
 from vivit_kernels.factorized_attention import reference as factorized_reference
 from vivit_kernels.factorized_attention.support import SUPPORT as FACTORIZED
+from vivit_kernels.factorized_attention.support import order as factorized_order
 from vivit_kernels.joint_attention import reference as joint_reference
 from vivit_kernels.joint_attention.support import SUPPORT as JOINT
 from vivit_kernels.joint_attention.support import order as joint_order
 from vivit_kernels.tubelet_embedding import reference as tubelet_reference
 from vivit_kernels.tubelet_embedding.support import SUPPORT as TUBELET
+from vivit_kernels.tubelet_embedding.support import order as tubelet_order
 
 from .attention_peers import heads_first, to_grid, to_sequences
 from .peers import Missing, Refused, require
@@ -162,25 +164,42 @@ def peers_of(model: str) -> tuple[str, ...]:
 
 def own_backends(spec: Spec) -> list[str]:
     """Those that can run every operation of this model here; "auto" before them where the default is a mixture."""
-    c, B, grad = spec.config(), spec.clips, spec.step == "train"
-    D, per_frame = c.embedding // c.heads, spec.model == "factorized_encoder"
-    calls: list[tuple[str, Any, tuple[int, ...]]] = [
-        ("tubelet_embedding", TUBELET, (B, c.channels, c.frames, c.height, c.width))
-    ]
-    if spec.model != "joint":
-        calls.append(("factorized_attention", FACTORIZED, (B, c.T, c.S + per_frame, c.heads, D)))
-    if spec.model in ("joint", "factorized_encoder"):
-        calls.append(("joint_attention", JOINT, (B, (c.T if per_frame else c.T * c.S) + 1, c.heads, D)))
     picks, everywhere = [], list(_environment.allowed_backends())
-    for op, support, shape in calls:
-        arch = 10 * torch.cuda.get_device_capability()[0] if spec.device == "cuda" else 0
-        call = Call(op, shape, getattr(torch, spec.product_dtype), spec.device, grad, arch=arch)
-        order = joint_order(call) if support is JOINT else _environment.BACKENDS
-        found = refusals(call, support, _environment.allowed_backends(order)).items()
+    for call in _calls(spec):
+        support, order = _CHOICES[call.op]
+        found = refusals(call, support, tuple(dict.fromkeys((*everywhere, *support)))).items()
         runs = [name for name, reasons in found if not reasons]
-        picks += runs[:1]
+        picks += [name for name in _environment.allowed_backends(order(call)) if name in runs][:1]
         everywhere = [name for name in everywhere if name in runs]
     return ["auto"] * (len(set(picks)) > 1) + everywhere
+
+
+_CHOICES: dict[str, Any] = {
+    "tubelet_embedding": (TUBELET, tubelet_order),
+    "factorized_attention": (FACTORIZED, factorized_order),
+    "joint_attention": (JOINT, joint_order),
+}
+
+
+def _calls(spec: Spec) -> list[Call]:
+    """The operations of a model, as a backend is chosen for them."""
+    c, B = spec.config(), spec.clips
+    H, D, per_frame = c.heads, c.embedding // c.heads, spec.model == "factorized_encoder"
+    arch = 10 * torch.cuda.get_device_capability()[0] if spec.device == "cuda" else 0
+    dtype, device, grad = getattr(torch, spec.product_dtype), spec.device, spec.step == "train"
+
+    def call(op: str, *shape: int, heads: int | None = None, keys: int | None = None) -> Call:
+        isa = _native.isa_name() if device == "cpu" else ""
+        return Call(op, shape, dtype, device, grad, (), arch, heads, keys, isa)
+
+    calls = [call("tubelet_embedding", B, c.channels, c.frames, c.height, c.width)]
+    along_time = {"factorized_encoder": (0,), "factorized_dot_product": (H // 2,), "factorized_self_attention": (0, H)}
+    for heads in along_time.get(spec.model, ()):
+        calls.append(call("factorized_attention", B, c.T, c.S + per_frame, H, D, heads=heads))
+    if spec.model in ("joint", "factorized_encoder"):
+        N = (c.T if per_frame else c.T * c.S) + 1
+        calls.append(call("joint_attention", B, N, H, D, keys=N))
+    return calls
 
 
 def fill(module: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """joint_attention on kernels of others: `sdpa` against the definition, and what each of them refuses.
 
-`flash_attn` and `xformers`: test_joint_peers.py. Which backend comes first: test_joint_order.py.
+`flash_attn` and `xformers`: test_joint_peers.py. Which backend comes first: test_order.py.
 """
 
 from dataclasses import replace
@@ -341,5 +341,5 @@ def test_names_in_the_environment_variable(monkeypatch):
 
 
 def test_refusals_of_every_backend_are_listed():
-    found = refusals(replace(PLAIN, arch=75, dtype=torch.float64), SUPPORT, order.order(PLAIN))
+    found = refusals(replace(PLAIN, arch=75, dtype=torch.float64), SUPPORT, _environment.NAMES)
     assert found["torch"] == [] and all(found[name] for name in _environment.NAMES if name != "torch")

@@ -5,16 +5,19 @@
     spatial_attention, temporal_attention           its two ends
     joint_attention         every token to every token, in O(N) memory
     rotary_tables           cos and sin of a three-axis rotary embedding, for rotary=
+    explain                 which backend a call would run, and why not another; runs nothing
 
 `python -m vivit_kernels` shows what this install can run, and why not the rest.
 """
 
 from ._attention.rotary import rotary_tables
+from .explain import explain
 from .factorized_attention.api import factorized_attention, spatial_attention, temporal_attention
 from .joint_attention.api import joint_attention
 from .tubelet_embedding.api import tubelet_embedding
 
 __all__ = [
+    "explain",
     "factorized_attention",
     "joint_attention",
     "rotary_tables",

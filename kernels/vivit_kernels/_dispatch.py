@@ -21,12 +21,17 @@ class Call:
     needs_grad: bool
     uses: tuple[str, ...] = ()  # options in use, of "key_mask", "dropout", "rotary", "softcap"
     arch: int = 0  # 90 for sm_90; 0 where there is none, or where it does not matter
+    temporal_heads: int | None = None  # of an op on the token grid: how many of its heads attend along time
+    keys: int | None = None  # tokens of k and v, of an op where they may be others than those of q
+    isa: str = ""  # instruction set of the CPU that its kernels use; "" where there are none, or on another device
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         arch = f" (sm_{self.arch})" if self.arch else ""
+        heads = "" if self.temporal_heads is None else f", temporal_heads={self.temporal_heads}"
+        keys = "" if self.keys in (None, self.shape[1]) else f", {self.keys} keys"
         uses = f", with {', '.join(self.uses)}" if self.uses else ""
-        return f"{tuple(self.shape)} {dtype} on {self.device}{arch}, needs_grad={self.needs_grad}{uses}"
+        return f"{tuple(self.shape)} {dtype} on {self.device}{arch}, needs_grad={self.needs_grad}{heads}{keys}{uses}"
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,21 @@ class Refusal:
 
 
 Predicate = Callable[[Call], "list[Refusal]"]
+
+
+class Question(str):
+    """In the place of a backend's name: the op checks what it was given and raises its `Answer`, having run nothing.
+
+    So explain() goes the way of the call itself, and a call that asks nothing pays nothing for it.
+    """
+
+
+class Answer(Exception):
+    """What an op knows at the moment of its choice."""
+
+    def __init__(self, call: Call, support: Mapping[str, Predicate], order: tuple[str, ...]) -> None:
+        super().__init__(f"{call.op}: its choice was asked for")
+        self.call, self.support, self.order = call, support, order
 
 
 def choose(
@@ -51,14 +71,18 @@ def choose(
     Raises NotImplementedError with every refusal if none can; a backend asked for by name never falls back.
     """
     if backend is not None and backend not in _environment.NAMES:
-        raise ValueError(
-            f"{call.op}: backend={backend!r} is not known; it is one of {', '.join(_environment.NAMES)} or None"
-        )
+        if isinstance(backend, Question):
+            raise Answer(call, support, order)
+        raise unknown(call.op, backend)
     candidates = (backend,) if backend is not None else _environment.allowed_backends(order)
     for name in candidates:
         if name in support and not support[name](call):
             return name
-    raise NotImplementedError(explain(call, refusals(call, support, candidates), backend))
+    raise NotImplementedError(complaint(call, refusals(call, support, candidates), backend))
+
+
+def unknown(op: str, backend: str) -> ValueError:
+    return ValueError(f"{op}: backend={backend!r} is not known; it is one of {', '.join(_environment.NAMES)} or None")
 
 
 def refusals(call: Call, support: Mapping[str, Predicate], candidates: tuple[str, ...]) -> dict[str, list[Refusal]]:
@@ -70,16 +94,31 @@ def _absent(op: str, backend: str) -> Refusal:
     return Refusal(f"this release has no {backend} kernel for {op}", "use backend='torch', or leave backend out")
 
 
-def explain(call: Call, refused: Mapping[str, list[Refusal]], backend: str | None) -> str:
-    head = f"backend {backend!r} cannot run this call." if backend else "no allowed backend can run this call."
+def verdict(call: Call, backend: str | None, chosen: str | None) -> str:
+    """Who runs the call, or that nobody can, in one sentence."""
+    if chosen:
+        return f"{call.op}: backend {chosen!r} runs this call."
+    if backend:
+        return f"{call.op}: backend {backend!r} cannot run this call."
+    return f"{call.op}: no allowed backend can run this call."
+
+
+def complaint(call: Call, refused: Mapping[str, list[Refusal]], backend: str | None) -> str:
+    """The message of a call that cannot run: every reason, each with its remedy."""
     width = column(refused)
-    lines = [f"{call.op}: {head}", f"  {'call':<{width}}{call}"]
-    for name, reasons in refused.items():
-        for i, refusal in enumerate(reasons):
-            lines += [f"  {name if i == 0 else '':<{width}}{refusal.reason}", f"  {'':<{width}}-> {refusal.remedy}"]
+    lines = [verdict(call, backend, None), f"  {'call':<{width}}{call}", *listed(refused, width)]
     if backend is None and _environment.RESTRICTED:
-        lines.append(f"  VIVIT_KERNELS_BACKENDS={','.join(_environment.RESTRICTED)} restricts the choice")
+        lines.append(f"  {_environment.VARIABLE}={','.join(_environment.RESTRICTED)} restricts the choice")
     return "\n".join([*lines, "  `python -m vivit_kernels` shows what this install can run."])
+
+
+def listed(refused: Mapping[str, Iterable[Refusal]], width: int) -> list[str]:
+    """Lines for each backend: that it runs, or its reasons against it and what to do about each."""
+    lines = []
+    for name, reasons in refused.items():
+        said = [text for refusal in reasons for text in (refusal.reason, f"-> {refusal.remedy}")] or ["runs"]
+        lines += [f"  {name if i == 0 else '':<{width}}{text}" for i, text in enumerate(said)]
+    return lines
 
 
 def column(names: Iterable[str]) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from .. import _dispatch, _environment
+from .. import _dispatch, _native
 from .._triton import arch_of
 from .options import Options
 from .registration import run
@@ -24,34 +24,35 @@ setattr(_arch, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def _uses(options: Options) -> tuple[str, ...]:
-    given = (
-        ("key_mask", options.mask is not None),
-        ("dropout", options.seed is not None),
-        ("rotary", options.cos is not None),
-        ("softcap", options.softcap > 0),
-    )
-    return tuple(name for name, used in given if used)
+    given = (options.mask is not None, options.seed is not None, options.cos is not None, options.softcap > 0)
+    if not any(given):
+        return ()
+    return tuple(name for name, used in zip(("key_mask", "dropout", "rotary", "softcap"), given, strict=True) if used)
 
 
 def call(
     op: str,
     support: Mapping[str, _dispatch.Predicate],
+    order: Order,
     backend: str | None,
     shape: tuple,
     tensors: tuple[Tensor, Tensor | None, Tensor | None],
-    temporal_heads: int,
     options: Options,
-    order: Order | None = None,
+    temporal_heads: int | None = None,
+    keys: int | None = None,
 ) -> Tensor:
     """Chooses a backend for q of `shape`, runs `vivit_kernels::<op>_fwd`; tensors: q, k, v, or packed q, None, None.
 
-    order: in which backends are tried, from the facts of the call, where that is not everywhere the same.
+    order: in which backends are tried, from the facts of the call. temporal_heads, keys: as in _dispatch.Call.
     """
     q = tensors[0]
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    arch = _arch(q.device.index) if q.device.type == "cuda" else 0
-    facts = _dispatch.Call(op, shape, q.dtype, q.device.type, needs_grad, _uses(options), arch)
-    chosen = _dispatch.choose(facts, support, backend, _environment.BACKENDS if order is None else order(facts))
+    device = q.device.type
+    arch = _arch(q.device.index) if device == "cuda" else 0
+    isa = _native.isa_name() if device == "cpu" else ""
+    uses = _uses(options)
+    facts = _dispatch.Call(op, shape, q.dtype, device, needs_grad, uses, arch, temporal_heads, keys, isa)
+    chosen = _dispatch.choose(facts, support, backend, order(facts))
     scale, softcap, dropout_p, mask, seed, cos, sin = options
-    arguments = *tensors, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, chosen, needs_grad
+    arguments = *tensors, mask, seed, cos, sin, temporal_heads or 0, scale, softcap, dropout_p, chosen, needs_grad
     return run(op, arguments, needs_grad)

@@ -7,7 +7,7 @@ from torch import Tensor
 from .._attention.call import call
 from .._attention.options import Rotary, autocast, check_options, check_qkv
 from . import op  # noqa: F401  registers torch.ops.vivit_kernels.factorized_attention_fwd
-from .support import SUPPORT
+from .support import SUPPORT, decide, order  # noqa: F401  decide: for explain()
 
 
 def factorized_attention(
@@ -62,7 +62,8 @@ def factorized_attention(
         "factorized_attention", q_view, T * S, (T, S),
         scale=scale, key_mask=key_mask, dropout_p=dropout_p, seed=seed, rotary=rotary, softcap=softcap,
     )  # fmt: skip
-    return call("factorized_attention", SUPPORT, backend, tuple(q_view.shape), (q, k, v), temporal_heads, options)
+    shape = tuple(q_view.shape)
+    return call("factorized_attention", SUPPORT, order, backend, shape, (q, k, v), options, temporal_heads)
 
 
 def spatial_attention(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, **options) -> Tensor:

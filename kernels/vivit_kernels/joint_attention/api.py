@@ -7,7 +7,7 @@ from torch import Tensor
 from .._attention.call import call
 from .._attention.options import Rotary, autocast, check_options, check_qkv
 from . import op  # noqa: F401  registers torch.ops.vivit_kernels.joint_attention_fwd
-from .support import SUPPORT, order
+from .support import SUPPORT, decide, order  # noqa: F401  decide: for explain()
 
 
 def joint_attention(
@@ -57,4 +57,4 @@ def joint_attention(
         "joint_attention", q_view, N, (N,), key_grid=(N_k,),
         scale=scale, key_mask=key_mask, dropout_p=dropout_p, seed=seed, rotary=rotary, softcap=softcap,
     )  # fmt: skip
-    return call("joint_attention", SUPPORT, backend, tuple(q_view.shape), (q, k, v), 0, options, order)
+    return call("joint_attention", SUPPORT, order, backend, tuple(q_view.shape), (q, k, v), options, keys=N_k)

@@ -7,7 +7,7 @@ import torch
 from .. import _environment
 from .._attention.support import torch_refusals, triton_attention_refusals
 from .._dispatch import Call, Refusal
-from .order import is_deterministic, order  # noqa: F401  for those outside of this op
+from .order import decide, is_deterministic, order  # noqa: F401  for those outside of this op
 
 _OLDEST = 80
 _MOST_SEQUENCES = 65_535  # clips x heads: they put them into one dimension of a grid

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _dispatch
 from . import op  # noqa: F401  registers torch.ops.vivit_kernels.tubelet_embedding_fwd
-from .support import ORDER, SUPPORT
+from .support import SUPPORT, decide, order  # noqa: F401  decide: for explain()
 
 Normalisation = float | Sequence[float] | None
 _LAYOUTS = {"BCFYX": (0, 1, 2, 3, 4), "BFCYX": (0, 2, 1, 3, 4), "BFYXC": (0, 4, 1, 2, 3)}
@@ -66,7 +66,7 @@ def tubelet_embedding(
     parameters = (weight, bias, position, class_token)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (video, *parameters))
     call = _dispatch.Call("tubelet_embedding", tuple(video.shape), weight.dtype, video.device.type, needs_grad)
-    chosen = _dispatch.choose(call, SUPPORT, backend, ORDER)
+    chosen = _dispatch.choose(call, SUPPORT, backend, order(call))
     return torch.ops.vivit_kernels.tubelet_embedding_fwd(
         video, *parameters, class_token_per == "frame", scale, shift, chosen
     )

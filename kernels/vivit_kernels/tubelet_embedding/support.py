@@ -1,9 +1,10 @@
-"""What each backend of tubelet_embedding can run."""
+"""What each backend of tubelet_embedding can run, and in which order they are tried (order.py)."""
 
 from __future__ import annotations
 
 from .._dispatch import Call, Refusal
 from .._triton import triton_refusals
+from .order import decide, order  # noqa: F401  for those outside of this op
 
 
 def torch_refusals(call: Call) -> list[Refusal]:
@@ -11,8 +12,4 @@ def torch_refusals(call: Call) -> list[Refusal]:
     return []
 
 
-# Triton's kernels only for those who name them: in their one run of the benchmark (H200, 2026-11-26) their tokens were
-# outside the error budget. An earlier state was right there, all states are right when interpreted; what went wrong is
-# not found.
-ORDER = ("cuda", "cpu", "torch", "triton")
 SUPPORT = {"triton": triton_refusals, "torch": torch_refusals}

@@ -1,0 +1,31 @@
+"""Which backend of tubelet_embedding is tried first: `Ladder`s (_order.py) of measured cases."""
+
+from __future__ import annotations
+
+from .. import _order
+from .._dispatch import Call
+from .._order import Decision, Ladder
+
+LETTERS = ("B", "C", "F", "Y", "X")
+LADDERS = {
+    "cuda": Ladder(
+        ("cuda", "torch"),
+        "A compiled kernel, then the composition of PyTorch ops. Triton's kernels only by name: in their one run of "
+        "the benchmark (H200, 2026-11-26) their tokens were outside the error budget. An earlier state was right "
+        "there, all states are right when interpreted; what went wrong is not found.",
+    ),
+    "cpu": Ladder(
+        ("cpu", "torch"),
+        "A compiled kernel, then the composition of PyTorch ops, which runs every call. Triton's kernels run on CPU "
+        "tensors only interpreted, to be checked: by name.",
+    ),
+}
+
+
+def decide(call: Call) -> Decision:
+    """The backends in the order in which they are tried for this call, and why in this one."""
+    return _order.decide(call, LADDERS, LETTERS)
+
+
+def order(call: Call) -> tuple[str, ...]:
+    return decide(call).order
