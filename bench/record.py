@@ -151,6 +151,18 @@ def latest(records: Iterable[Record]) -> list[Record]:
 
 # What a time of ours speaks of: the files of its op and backend, and what the ops share.
 _FILES = {"torch": "composed", "triton": "triton_kernels", "cuda": "cuda_kernels", "cpu": "cpu_kernels"}
+# Of what the attention ops share, what belongs to one backend; and what only chooses one.
+_OWN = {
+    "torch": ("blockwise.py", "groups.py", "probabilities.py", "sdpa.py"),
+    "triton": ("triton_*.py", "tiles.py"),
+    "cuda": ("cuda_*.py",),
+    "cpu": ("cpu_*.py",),
+}
+_CHOICE = ("support.py",)
+# Backends of the native library, each with a folder in csrc/. Of a library only a fresh one is loaded (_native.py), so
+# its sources say what it is.
+_NATIVE = {"cuda", "cpu"}
+_NATIVE_SUFFIXES = (".cpp", ".h", ".cu", ".cuh", ".py")  # .py: how it is compiled
 
 
 def source_files(op: str, backend: str) -> list[Path]:
@@ -159,14 +171,19 @@ def source_files(op: str, backend: str) -> list[Path]:
     A whole model whose backend was chosen per call (backend "auto") depends on all of them."""
     package = ROOT / "kernels" / "vivit_kernels"
     folders = sorted(set(PACKAGES.values())) if op == "model" else [PACKAGES[op]]
-    backends = [_FILES[backend]] if backend in _FILES else list(_FILES.values())
-    files = [package / folder / f"{name}.py" for folder in folders for name in (*backends, "op", "tiles")]
+    backends = [backend] if backend in _FILES else list(_FILES)
+    names = [*(_FILES[name] for name in backends), "op", "tiles"]
+    files = [package / folder / f"{name}.py" for folder in folders for name in names]
     if op != "tubelet":
-        files += sorted(package.glob("_attention/*.py")) + [package / "_philox.py"]
+        others = [pattern for name, own in _OWN.items() if name not in backends for pattern in own]
+        shared = sorted(package.glob("_attention/*.py"))
+        files += [path for path in shared if not any(map(path.match, (*others, *_CHOICE)))] + [package / "_philox.py"]
     if op == "model":
         files.append(ROOT / "vivit" / "model.py")
-    if {"cuda_kernels", "cpu_kernels"} & set(backends):
-        files += sorted((ROOT / "csrc").rglob("*.[ch]*"))
+    if native := _NATIVE.intersection(backends):
+        csrc, others = ROOT / "csrc", _NATIVE - native
+        sources = (path for path in sorted(csrc.rglob("*")) if path.suffix in _NATIVE_SUFFIXES)
+        files += [path for path in sources if path.relative_to(csrc).parts[0] not in others]
     return [path for path in files if path.is_file()]
 
 
@@ -175,7 +192,8 @@ def source_hash(op: str, backend: str) -> str:
     digest = hashlib.sha256()
     for path in source_files(op, backend.partition("@")[0]):
         lines = (line.strip() for line in path.read_text().splitlines())
-        code = [line for line in lines if line and not line.startswith(("#", "//"))]
+        comment = "#" if path.suffix == ".py" else "//"  # in C++ a # begins code
+        code = [line for line in lines if line and not line.startswith(comment)]
         digest.update("\n".join([path.name, *code]).encode())
     return digest.hexdigest()[:12]
 

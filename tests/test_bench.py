@@ -211,6 +211,48 @@ def test_every_kernel_has_its_source(op):
     assert ("blockwise.py" in names) == (op != "tubelet")
 
 
+@pytest.fixture
+def a_tree(tmp_path, monkeypatch):
+    """A tree with the files that the hash of a kernel looks for."""
+    package = tmp_path / "kernels" / "vivit_kernels"
+    shared = ("call", "support", "options", "blockwise", "triton_grid", "cpu_launch")
+    files = [package / "_attention" / f"{name}.py" for name in shared]
+    own = ("op", "composed", "triton_kernels", "cpu_kernels", "cuda_kernels")
+    files += [package / "joint_attention" / f"{name}.py" for name in own]
+    files += [tmp_path / "csrc" / name for name in ("bindings.cpp", "build.py", "cpu/a.h", "cpu/a.cpp", "cuda/a.cu")]
+    for path in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x = 1\n")
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "backend, its_own",
+    [
+        ("torch", {"composed.py", "blockwise.py"}),
+        ("triton", {"triton_kernels.py", "triton_grid.py"}),
+        ("cpu", {"cpu_kernels.py", "cpu_launch.py", "bindings.cpp", "build.py", "a.h", "a.cpp"}),
+        ("cuda", {"cuda_kernels.py", "bindings.cpp", "build.py", "a.cu"}),
+    ],
+)
+def test_a_record_speaks_of_the_files_of_its_backend(backend, its_own, a_tree):
+    names = {path.name for path in record.source_files("joint", backend)}
+    assert names == its_own | {"op.py", "call.py", "options.py"}
+    everything = {path for path in record.source_files("joint", "auto")}
+    assert {path.name for path in everything} >= its_own and len(everything) == 15
+
+
+def test_a_changed_line_of_the_native_library_makes_its_records_stale(a_tree):
+    """A # begins code there; the kernels of a GPU are another matter."""
+    one, header = made(backend="cpu", source=record.source_hash("joint", "cpu"), op="joint"), a_tree / "csrc/cpu/a.h"
+    (a_tree / "csrc/cuda/a.cu").write_text("x = 2\n")
+    header.write_text("// why\nx = 1\n")
+    assert not record.is_stale(one)
+    header.write_text("#define X 1\nx = 1\n")
+    assert record.is_stale(one)
+
+
 # ---- the plan ----
 
 RATES = {"float32": {"copy_gbps": 40.0, "matmul_tflops": 0.2, "exp_gops": 2.0}}
