@@ -16,6 +16,10 @@ INSTALL = @command -v $(PYTHON) >/dev/null || { \
 	$(PYTHON) .ci/install.py --venv $(VENV)
 endif
 
+# The native library: compiles what has changed, and says what it builds and why. Where there is no compiler it says so,
+# and everything runs without it.
+BUILD = $(PY) csrc/build.py
+
 # One thread per test process: the processes share the cores. Without pytest-xdist the tests run one after another.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest \
 	$$($(PY) -c "import xdist" 2>/dev/null && echo "-n $(JOBS) --dist worksteal")
@@ -23,11 +27,15 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest \
 INTERPRETING = TRITON_INTERPRET=1 $(PYTEST)
 # Where `make test-full` finds another version of Triton than the installed one.
 NEWEST = $(abspath $(VENV))/newest-triton
+# Another version of PyTorch, and the tests of the native library, which is one file for all versions.
+OLDEST = $(abspath $(VENV))/oldest-torch
+NATIVE_TESTS = $(wildcard tests/test_native.py tests/test_cpu_attention.py)
 # pytest answers 5 when it finds no test of the kind asked for; that is not a failure
 NONE_IS_FINE = || [ $$? -eq 5 ]
 CPP = $(shell git ls-files '*.cu' '*.cuh' '*.cpp' '*.h')
 
-.PHONY: help venv demo test test-full test-kernels test-newest-triton test-gpu bench check clean for-demo for-test for-check
+.PHONY: help venv build demo test test-full test-kernels test-newest-triton test-oldest-torch sanitize test-gpu bench \
+	check clean for-build for-demo for-test for-check
 
 help:
 	@echo "make demo       create $(VENV), install, run the main job on real video, print where the results are"
@@ -35,8 +43,10 @@ help:
 	@echo "make test-full  every test but interpreted grids and GPU tests, and ratios of times (at most 40 minutes on 2 cores)"
 	@echo "make test-kernels every interpreted test of Triton kernels (hours), and with the newest Triton"
 	@echo "make test-gpu   the tests that need an NVIDIA GPU"
+	@echo "make build      the native library (csrc/), again only what has changed"
+	@echo "make sanitize   the native library's tests with ASan and UBSan"
 	@echo "make bench      the operations beside what others run, in two minutes (more: python -m bench --help)"
-	@echo "make check      ruff, pyright, clang-format"
+	@echo "make check      ruff, pyright, clang-format, clang-tidy"
 	@echo "make venv       only create $(VENV) and install what all of these need"
 	@echo "make clean      remove build products and caches; $(VENV) and runs/ stay"
 	@echo
@@ -44,23 +54,50 @@ help:
 	@echo "VENV=               use \$$(PYTHON) itself, install nothing: it already has torch and the test tools"
 	@echo "JOBS=2              test processes"
 	@echo "VIVIT_CUDA=0|1      install for a machine without / with an NVIDIA GPU, whatever is found here"
+	@echo "VIVIT_KERNELS_BUILD=auto|cuda|cpu|none  the native library (docs/building.md)"
 	@echo "VIVIT_TORCH_INDEX=  another index of CPU builds of torch"
 
 venv: for-check
 
-for-demo for-test for-check:
+for-build for-demo for-test for-check:
 	$(INSTALL) $(@:for-%=%)
 
+build: for-build
+	@$(BUILD)
+
 demo: for-demo
+	@$(BUILD)
 	$(PY) -m vivit demo
 
 test: for-test
+	@$(BUILD)
 	$(PYTEST) $(NONE_IS_FINE)
 	$(INTERPRETING) $(NONE_IS_FINE)
 
 test-full: for-test
+	@$(BUILD)
 	$(PYTEST) -m "not gpu" $(NONE_IS_FINE)
 	OMP_NUM_THREADS=1 $(PY) -m pytest bench -q -k test_ratio
+	@$(MAKE) --no-print-directory test-oldest-torch
+
+# The library as it is built for the installed PyTorch, loaded and tested under the oldest one that it is for.
+test-oldest-torch: for-test
+	@$(BUILD)
+	@if [ -n "$(strip $(VENV))" ] && $(PYTHON) .ci/install.py oldest-torch --venv $(VENV); then \
+		export PYTHONPATH=$(OLDEST)$(if $(PYTHONPATH),:$(PYTHONPATH)); \
+		$(PY) -c "import torch; print('torch', torch.__version__, 'from', torch.__file__)" && \
+		$(PYTEST) $(NATIVE_TESTS); \
+	else \
+		echo "LEFT OUT: the tests of the native library under the oldest PyTorch, which is not here"; \
+	fi
+
+# Leaks are not looked for: PyTorch and Python keep what they have until the process ends.
+sanitize: for-test
+	@$(BUILD) --sanitize
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
+	VIVIT_KERNELS_LIBRARY=$(CURDIR)/build/native/sanitized/_C.so \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	$(PY) -m pytest $(NATIVE_TESTS)
 
 # Every interpreted test of Triton kernels (an hour or two: a case takes seconds), and those of `make test` once more with
 # the newest Triton.
@@ -80,9 +117,11 @@ test-newest-triton:
 	$(PYTEST) tests/test_triton_gate.py $(NONE_IS_FINE)
 
 bench: for-test
+	@$(BUILD)
 	$(PY) -m bench --quick
 
 test-gpu: for-test
+	@$(BUILD)
 	$(PY) -m pytest -m gpu $(NONE_IS_FINE)
 
 check: for-check
@@ -90,7 +129,8 @@ check: for-check
 	$(PY) -m ruff format --check
 	$(PY) -m pyright --pythonpath "$$($(PY) -c 'import sys; print(sys.executable)')"
 	$(if $(CPP),$(if $(VENV),$(VENV)/bin/)clang-format --dry-run -Werror $(CPP))
+	$(BUILD) --tidy
 
 clean:
-	rm -rf build dist *.egg-info kernels/*.egg-info .pytest_cache .ruff_cache .benchmarks
+	rm -rf build dist kernels/vivit_kernels/_C.* *.egg-info kernels/*.egg-info .pytest_cache .ruff_cache .benchmarks
 	find kernels vivit bench tests .ci -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -34,18 +34,22 @@ ROOT = Path(__file__).resolve().parent.parent
 CI = ROOT / ".ci"
 CPU_INDEX = os.environ.get("VIVIT_TORCH_INDEX") or "https://download.pytorch.org/whl/cpu"
 # What each make target installs. Each goal holds the one before it, so a bigger one also serves the smaller ones.
+BUILD = ["-r", ".ci/build.txt"]
 GOALS = {
-    "demo": ["-e", ".[train]"],
-    "test": ["-e", ".[test]"],
-    "check": ["-e", ".[test]", "-r", ".ci/checks.txt"],
+    "build": ["-e", ".", *BUILD],
+    "demo": ["-e", ".[train]", *BUILD],
+    "test": ["-e", ".[test]", *BUILD],
+    "check": ["-e", ".[test]", *BUILD, "-r", ".ci/checks.txt"],
 }
-NEWEST = "newest-triton"  # not a goal of that kind: a folder of its own, which make test-full puts on PYTHONPATH
+# Not goals of that kind: each is a folder of its own, which one make target puts on PYTHONPATH.
+NEWEST, OLDEST = "newest-triton", "oldest-torch"
 INPUTS = [
     "pyproject.toml",
     "setup.py",
     ".ci/install.py",
     ".ci/constraints.txt",
     ".ci/constraints-cpu.txt",
+    ".ci/build.txt",
     ".ci/checks.txt",
 ]
 RECORD = "vivit-installed.json"
@@ -208,41 +212,89 @@ def install(goal: str, venv: Path) -> None:
             if found:
                 raise Stop(cuda_message(found, version, goal, why or "  what it serves brings CUDA packages too"))
     say("installing (a few minutes the first time)")
-    if run([*pip, "install", *wanted]).returncode != 0:
+    # The native library comes after this, by `csrc/build.py`: here it would be built before there is a torch.
+    if run([*pip, "install", *wanted], env=os.environ | {"VIVIT_KERNELS_BUILD": "none"}).returncode != 0:
         raise Stop(f"pip failed, see above.\n  -> mend the cause, then run `make {goal}` again")
     smaller = list(GOALS)[: list(GOALS).index(goal) + 1]
     record.write_text(json.dumps(done | {name: fingerprint(name, version, gpu) for name in smaller}, indent=1) + "\n")
     say(f"done in {time.monotonic() - started:.0f} s")
 
 
-def install_newest_triton(venv: Path) -> None:
-    """Triton alone, without what it requires, into a folder of the environment (1 GB), once per version."""
-    pinned = (CI / "constraints-newest.txt").read_text()
-    folder = venv / NEWEST
+def install_aside(venv: Path, name: str, pin: str, ways: dict[str, list[str]]) -> Path | None:
+    """One package alone, without what it requires, into a folder of the environment; once per version.
+
+    ways: how pip may come by it, tried in order: what to say, and pip's arguments.
+    Returns the folder if it is new. Raises Stop with every way's reason if none succeeds.
+    """
+    folder = venv / name
     record = folder / RECORD
-    if record.exists() and record.read_text() == pinned:
+    if record.exists() and record.read_text() == pin:
         say(f"{folder.name} is up to date")
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    wanted = next(line for line in pinned.splitlines() if line.startswith("triton=="))
-    say(f"{wanted} alone into {folder.name}")
-    options = ["--no-deps", "--quiet", "--only-binary", ":all:", "--timeout", "15", "--retries", "1"]
-    command = [str(venv / "bin" / "python"), "-m", "pip", "install", *options, "--target", str(folder), wanted]
-    done = run(command, stderr=subprocess.PIPE)
-    if done.returncode != 0:
+        return None
+    failed = []
+    for what, arguments in ways.items():
         shutil.rmtree(folder, ignore_errors=True)
-        raise Stop(f"{wanted} cannot be had:\n{last_lines(done.stderr)}")
-    record.write_text(pinned)
+        say(f"{what} into {folder.name}")
+        options = ["--no-deps", "--quiet", "--only-binary", ":all:", "--timeout", "15", "--retries", "1"]
+        command = [str(venv / "bin" / "python"), "-m", "pip", "install", *options, "--target", str(folder), *arguments]
+        done = run(command, stderr=subprocess.PIPE)
+        if done.returncode == 0:
+            return folder
+        failed.append(last_lines(done.stderr))
+    shutil.rmtree(folder, ignore_errors=True)
+    raise Stop(f"{pin} cannot be had:\n" + "\n".join(failed))
+
+
+def pin_of(file: str, package: str) -> str:
+    return next(line for line in (CI / file).read_text().splitlines() if line.startswith(f"{package}=="))
+
+
+def install_newest_triton(venv: Path) -> None:
+    pin = pin_of("constraints-newest.txt", "triton")
+    if folder := install_aside(venv, NEWEST, pin, {f"{pin} alone (1 GB)": [pin]}):
+        (folder / RECORD).write_text(pin)
+
+
+def install_oldest_torch(venv: Path) -> None:
+    """The CPU build where it can be had; else any build, with stand-ins for the CUDA libraries that it asks for."""
+    pin = pin_of("constraints-oldest.txt", "torch")
+    ways = {
+        f"{pin}, the CPU build,": ["--index-url", CPU_INDEX, f"{pin}+cpu"],
+        f"{pin} alone (0.5 GB)": [pin],
+    }
+    folder = install_aside(venv, OLDEST, pin, ways)
+    if folder is None:
+        return
+    sys.path.insert(0, str(CI))
+    import stand_ins
+
+    try:
+        if made := stand_ins.make(folder / "torch" / "lib", [*(folder / "torch" / "lib").glob("*.so*")]):
+            say(f"it is a CUDA build; stand-ins for {len(made)} libraries: {', '.join(made[:3])}, ...")
+        ask = [str(venv / "bin" / "python"), "-c", "import torch"]
+        failed = run(ask, env=os.environ | {"PYTHONPATH": str(folder)}, capture_output=True)
+        why = last_lines(failed.stderr) if failed.returncode else ""
+    except (OSError, subprocess.CalledProcessError) as error:  # binutils or a C compiler are missing
+        why = f"  {error}"
+    if why:
+        shutil.rmtree(folder)
+        raise Stop(f"{pin} does not run here:\n{why}")
+    (folder / RECORD).write_text(pin)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("goal", choices=[*GOALS, NEWEST])
+    parser.add_argument("goal", choices=[*GOALS, NEWEST, OLDEST])
     parser.add_argument("--venv", default=".venv", help="the environment's folder (default: %(default)s)")
     arguments = parser.parse_args()
     venv = (ROOT / arguments.venv).absolute()
     try:
-        install_newest_triton(venv) if arguments.goal == NEWEST else install(arguments.goal, venv)
+        if arguments.goal == NEWEST:
+            install_newest_triton(venv)
+        elif arguments.goal == OLDEST:
+            install_oldest_torch(venv)
+        else:
+            install(arguments.goal, venv)
     except Stop as stop:
         sys.exit(f"install: {stop}")
 

@@ -169,12 +169,13 @@ def cuda_arches(chosen: str, known: str) -> tuple[str, ...]:
                 f"TORCH_CUDA_ARCH_LIST={chosen!r}: {entry!r} is no GPU", "write it like 8.0, 9.0a or 9.0+PTX"
             )
         number, letter, ptx = int(match[1] + match[2]), match[3], match[4]
+        if number < OLDEST_ARCH:
+            continue
         if number not in numbers:
             raise BuildError(
                 f"TORCH_CUDA_ARCH_LIST={chosen!r}: this nvcc does not know {entry}", "leave it out, or a newer CUDA"
             )
-        if number >= OLDEST_ARCH:
-            arches += [f"sm_{number}{letter}"] + [f"compute_{number}{letter}"] * bool(ptx)
+        arches += [f"sm_{number}{letter}"] + [f"compute_{number}{letter}"] * bool(ptx)
     if not arches:
         raise BuildError(f"TORCH_CUDA_ARCH_LIST={chosen!r}: no GPU of it runs the CUDA kernels", "name sm_80 or newer")
     return tuple(dict.fromkeys(arches))

@@ -18,6 +18,8 @@ spec = importlib.util.spec_from_file_location("install", ROOT / ".ci" / "install
 assert spec and spec.loader
 install = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(install)
+sys.path.insert(0, str(ROOT / ".ci"))
+import stand_ins  # noqa: E402
 
 PIP = [sys.executable, "-m", "pip"]
 
@@ -145,9 +147,10 @@ def test_a_second_call_installs_nothing(monkeypatch, tmp_path, capsys):
     assert [command for command in commands if ".[test]" in command and ".ci/constraints-cpu.txt" in command]
     commands.clear()
     install.install("test", tmp_path)
-    install.install("demo", tmp_path)  # the smaller one came with it
+    install.install("demo", tmp_path)  # the smaller ones came with it
+    install.install("build", tmp_path)
     assert not commands
-    assert capsys.readouterr().out.count("is up to date") == 2
+    assert capsys.readouterr().out.count("is up to date") == 3
 
 
 def test_cuda_without_a_gpu_stops_before_anything_is_installed(monkeypatch, tmp_path):
@@ -184,20 +187,39 @@ def test_with_a_gpu_torch_is_left_free(monkeypatch, tmp_path):
     monkeypatch.setenv("VIVIT_CUDA", "1")
     install.install("demo", tmp_path)
     assert ".ci/constraints-cpu.txt" not in commands[-1] and ".ci/constraints.txt" in commands[-1]
-    assert json.loads((tmp_path / install.RECORD).read_text()).keys() == {"demo"}
+    assert json.loads((tmp_path / install.RECORD).read_text()).keys() == {"build", "demo"}
+
+
+def test_the_native_library_is_left_to_make(monkeypatch, tmp_path):
+    """pip builds this package before it installs torch, whose headers the library needs."""
+    environments = []
+
+    def run(command, **options):
+        if command[1:4] == ["-m", "pip", "install"]:
+            environments.append(options.get("env", {}).get("VIVIT_KERNELS_BUILD"))
+        return subprocess.CompletedProcess(command, 0, "3.12.1" if command[1] == "-c" else "pip 26.3", "")
+
+    monkeypatch.setattr(install, "make_venv", lambda venv: Path(sys.executable))
+    monkeypatch.setattr(install, "run", run)
+    monkeypatch.setenv("VIVIT_CUDA", "1")
+    for goal in install.GOALS:
+        install.install(goal, tmp_path)
+    assert environments == ["none"] * len(install.GOALS)
+    assert all(".ci/build.txt" in wanted for wanted in install.GOALS.values())
 
 
 def test_the_wheel_holds_both_packages_and_nothing_else(tmp_path):
     """Built from a copy, so that no build folder appears in the checkout."""
     source = tmp_path / "source"
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
-    for name in ("kernels", "vivit", "tests", "bench"):
+    for name in ("kernels", "vivit", "csrc", "tests", "bench"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, source / name, ignore=ignore)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     command = [*PIP, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)]
-    built = subprocess.run(command, capture_output=True, text=True)
+    without_library = os.environ | {"VIVIT_KERNELS_BUILD": "none"}  # with it: test_build.py
+    built = subprocess.run(command, env=without_library, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     (wheel,) = tmp_path.glob("vivit_kernels-*-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
@@ -231,3 +253,76 @@ def test_the_newest_triton_is_installed_once(monkeypatch, tmp_path):
     install.install_newest_triton(tmp_path)
     install.install_newest_triton(tmp_path)
     assert len(commands) == 1 and "--no-deps" in commands[0] and commands[0][-1].startswith("triton==")
+
+
+@pytest.fixture
+def pip_targets(monkeypatch, tmp_path):
+    """What pip is asked to install aside, as the last words of each command; it succeeds where `answers` says so."""
+    asked, answers = [], []
+
+    def run(command, **options):
+        if "--target" in command:
+            asked.append(command[command.index("--target") + 2 :])
+            (Path(command[command.index("--target") + 1]) / "torch" / "lib").mkdir(parents=True)
+            return subprocess.CompletedProcess(command, int(not answers.pop(0)), "", "ERROR: no answer")
+        return subprocess.CompletedProcess(command, int(not answers.pop(0)), "", "OSError: libcudart.so.13 is missing")
+
+    monkeypatch.setattr(install, "run", run)
+    return asked, answers
+
+
+def test_the_oldest_torch_is_the_cpu_build_where_it_can_be_had(pip_targets, tmp_path):
+    asked, answers = pip_targets
+    pin = install.pin_of("constraints-oldest.txt", "torch")
+    answers += [True, True]
+    install.install_oldest_torch(tmp_path)
+    install.install_oldest_torch(tmp_path)  # is up to date
+    assert asked == [["--index-url", install.CPU_INDEX, f"{pin}+cpu"]] and not answers
+    lower = (ROOT / "pyproject.toml").read_text()
+    assert f'"torch>={pin.removeprefix("torch==").removesuffix(".0")}"' in lower, (
+        "the oldest is what pyproject.toml says"
+    )
+
+
+def test_the_oldest_torch_is_else_any_build_of_it(pip_targets, tmp_path):
+    asked, answers = pip_targets
+    answers += [False, True, True]
+    install.install_oldest_torch(tmp_path)
+    assert asked[1:] == [[install.pin_of("constraints-oldest.txt", "torch")]]
+
+
+@pytest.mark.parametrize(
+    "given, why",
+    [([False, False], "cannot be had:\n  ERROR: no answer\n  ERROR"), ([True, False], "does not run here:\n  OSError")],
+)
+def test_an_oldest_torch_that_cannot_be_used_stops_with_the_reason(pip_targets, tmp_path, given, why):
+    pip_targets[1].extend(given)
+    with pytest.raises(install.Stop, match=f"torch==\\S+ {why}"):
+        install.install_oldest_torch(tmp_path)
+    assert not (tmp_path / install.OLDEST / install.RECORD).exists()
+
+
+@pytest.mark.skipif(not (shutil.which("gcc") and shutil.which("readelf")), reason="no gcc here")
+def test_stand_ins_let_a_library_load_whose_needs_are_missing(tmp_path):
+    def link(name: str, code: str, *options: str) -> None:
+        (tmp_path / "code.c").write_text(code)
+        command = ["gcc", "-shared", "-fPIC", "code.c", "-o", name, f"-Wl,-soname,{name}", *options]
+        subprocess.run(command, cwd=tmp_path, check=True)
+
+    (tmp_path / "versions").write_text("libcublas.so.7 { global: cublasCreate; };")
+    link("libcublas.so.7", "int cublasCreate(void) { return 0; }", "-Wl,--version-script=versions")
+    link("libnccl.so.2", "int ncclInit(void) { return 0; }")
+    code = "int cublasCreate(void); int ncclInit(void); int both(void) { return cublasCreate() + ncclInit(); }"
+    link("libuser.so", code, "-L.", "-l:libcublas.so.7", "-l:libnccl.so.2", "-Wl,-rpath,$ORIGIN")
+    load = [
+        sys.executable,
+        "-c",
+        "import ctypes, sys; print(ctypes.CDLL(sys.argv[1]).both())",
+        str(tmp_path / "libuser.so"),
+    ]
+    for name in ("libcublas.so.7", "libnccl.so.2"):
+        (tmp_path / name).unlink()
+    assert subprocess.run(load, capture_output=True).returncode == 1
+    assert stand_ins.make(tmp_path, [tmp_path / "libuser.so"]) == ["libcublas.so.7", "libnccl.so.2"]
+    done = subprocess.run(load, capture_output=True, text=True)
+    assert done.stdout == f"{2 * stand_ins.ERROR}\n", done.stderr

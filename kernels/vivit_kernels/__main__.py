@@ -6,7 +6,7 @@ import platform
 
 import torch
 
-from . import _environment
+from . import _environment, _library, _native
 from ._dispatch import Call, column, refusals
 from .factorized_attention.support import SUPPORT as FACTORIZED
 from .joint_attention.support import SUPPORT as JOINT
@@ -31,6 +31,20 @@ def device_lines() -> list[str]:
         major, minor = torch.cuda.get_device_capability(i)
         lines.append(f"cuda:{i}  {torch.cuda.get_device_name(i)}, compute capability {major}.{minor}")
     return lines
+
+
+def native_lines() -> list[str]:
+    """The native library: which build it is and what it uses of this processor, or why it is not used."""
+    record = _native.RECORD
+    if record is None:
+        return [f"native  not used: {_native.WHY}", f"        -> {_native.REMEDY}"]
+    return [
+        f"native  {'CPU and CUDA' if record.kind == 'cuda' else 'CPU alone'}: {record.why}",
+        f"        {_library.library_path()}",
+        f"        built by {record.compiler}, headers of torch {record.torch}, vivit-kernels {record.version}",
+        f"        instruction set {_native.isa_name()}, "
+        + (f"forced by {_native.VARIABLE}" if _native.FORCED else "the best here"),
+    ]
 
 
 def backend_lines(device: str, dtype: torch.dtype) -> list[str]:
@@ -61,7 +75,7 @@ def main() -> None:
     print(f"vivit_kernels on Python {platform.python_version()}, torch {torch.__version__}, triton {triton}")
     flash = ", ".join(map(str, _environment.FLASH_ATTN)) or "not installed"
     print(f"FlashAttention {flash}, xformers {'installed' if _environment.HAS_XFORMERS else 'not installed'}\n")
-    print("\n".join(device_lines()) + "\n")
+    print("\n".join([*device_lines(), *native_lines()]) + "\n")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print("\n".join(backend_lines(device, torch.bfloat16)))
     restriction = ",".join(_environment.RESTRICTED) or "not set (tried in the order shown)"

@@ -1,0 +1,418 @@
+"""How the native library is built: what is decided and said, what is compiled again, and what wheels and sdists hold.
+
+Built here is a small stand-in for csrc/, from a copy of what builds the real one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from vivit_kernels import _native
+
+ROOT = Path(__file__).resolve().parent.parent
+if not (ROOT / "csrc" / "build.py").is_file():
+    pytest.skip("no csrc/ here: an installed package is tested", allow_module_level=True)
+spec = importlib.util.spec_from_file_location("native_build", ROOT / "csrc" / "build.py")
+assert spec and spec.loader
+build = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(build)
+toolchain, library = sys.modules["toolchain"], build.library
+
+PIP = [sys.executable, "-m", "pip"]
+SOURCES = {
+    "bindings.cpp": """
+        #include "cpu/numbers.h"
+        extern "C" int aoti_torch_device_type_cpu();
+        extern "C" __attribute__((visibility("default"))) int answer() {
+            return kAnswer + portable_number() + aoti_torch_device_type_cpu();
+        }
+    """,
+    "cpu/numbers.h": "constexpr int kAnswer = 40;\nint portable_number();\n",
+    "cpu/isa_portable.cpp": "int portable_number() { return 2; }\n",
+    "cpu/isa_avx2.cpp": "int avx2_number() { return 3; }\n",
+}
+KERNEL = "__global__ void twice(float* x) { x[threadIdx.x] *= 2; }\nint cuda_number() { return 1; }\n"
+CUDA_BINDINGS = """
+    int cuda_number();
+    extern "C" __attribute__((visibility("default"))) int answer() { return cuda_number(); }
+"""
+
+
+def can_build() -> str:
+    """Why nothing can be compiled here; "" if it can."""
+    plan = toolchain.plan(dict(os.environ) | {toolchain.VARIABLE: "auto"})
+    return plan.why if plan.kind == "none" else ""
+
+
+builds = pytest.mark.skipif(bool(can_build()), reason=can_build())
+
+
+def write(tree: Path, sources: dict[str, str]) -> None:
+    for name, text in sources.items():
+        (tree / "csrc" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / "csrc" / name).write_text(text)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A checkout with the real build files and small sources."""
+    tree = tmp_path / "tree"
+    for name in ("kernels", "vivit"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "_C.*"))
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree / name)
+    write(tree, SOURCES)
+    for name in ("build.py", "toolchain.py", "torch_symbols.txt"):
+        shutil.copy(ROOT / "csrc" / name, tree / "csrc" / name)
+    return tree
+
+
+def run(tree: Path, *command: str, **environ: str) -> subprocess.CompletedProcess:
+    kept = {name: value for name, value in os.environ.items() if name not in (toolchain.VARIABLE, "CXX")}
+    return subprocess.run(command, cwd=tree, env=kept | environ, capture_output=True, text=True)
+
+
+def run_build(tree: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess:
+    return run(tree, sys.executable, "csrc/build.py", *arguments, **environ)
+
+
+def compiled(done: subprocess.CompletedProcess) -> set[str]:
+    """The names of what ninja made."""
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {Path(line.split()[-1]).name for line in done.stdout.splitlines() if line.startswith("[")}
+
+
+def built(tree: Path) -> Path:
+    return tree / "kernels" / "vivit_kernels" / "_C.so"
+
+
+def answer_of(path: Path) -> int:
+    return ctypes.CDLL(str(path)).answer()
+
+
+# ---- what is decided ----
+
+
+def plan(**environ: str) -> str:
+    """The decision's line, or the error that ends it."""
+    try:
+        return toolchain.plan({"PATH": os.environ["PATH"]} | environ).line()
+    except toolchain.BuildError as error:
+        return f"error: {error}"
+
+
+@pytest.mark.parametrize(
+    "mode, compiler, expected",
+    [
+        ("none", "", "native library: none: VIVIT_KERNELS_BUILD=none"),
+        ("auto", "missing++", "native library: none: no C++ compiler is here (tried CXX=missing++) -> install g++"),
+        ("cpu", "missing++", "error: VIVIT_KERNELS_BUILD=cpu: no C++ compiler is here (tried CXX=missing++)\n  -> "),
+        ("cuda", "missing++", "error: VIVIT_KERNELS_BUILD=cuda: no C++ compiler is here (tried CXX=missing++)\n  -> "),
+        ("auto", "false", "native library: none: false does not know this processor's instruction sets -> install g++"),
+        ("gpu", "", "error: VIVIT_KERNELS_BUILD='gpu' is not known\n  -> it is one of auto, cuda, cpu, none"),
+    ],
+)
+def test_the_decision_and_its_reason(mode, compiler, expected):
+    assert plan(**{toolchain.VARIABLE: mode}, **({"CXX": compiler} if compiler else {})).startswith(expected)
+
+
+@builds
+def test_what_is_missing_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(toolchain, "CSRC", tmp_path)
+    assert plan().startswith("native library: CPU alone: csrc/ has no CUDA sources; ")
+    (tmp_path / "kernel.cu").write_text(KERNEL)
+    assert plan(CUDA_HOME=str(tmp_path)).startswith("native library: CPU alone: no nvcc is here (in CUDA_HOME=")
+    asked = {toolchain.VARIABLE: "cuda", "CUDA_HOME": str(tmp_path)}
+    assert plan(**asked).startswith("error: VIVIT_KERNELS_BUILD=cuda: no nvcc is here (in CUDA_HOME=")
+    assert plan(**asked | {toolchain.VARIABLE: "cpu"}).startswith(
+        "native library: CPU alone: VIVIT_KERNELS_BUILD=cpu; "
+    )
+    monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(toolchain.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert plan() == "native library: none: PyTorch's headers are not here -> pip install 'torch>=2.11'"
+    which = shutil.which
+    monkeypatch.setattr(toolchain.shutil, "which", lambda name, **kw: None if name == "ninja" else which(name, **kw))
+    assert plan() == "native library: none: ninja is not here -> pip install ninja"
+    monkeypatch.setattr(toolchain.sys, "platform", "darwin")
+    assert plan() == "native library: none: it is built on Linux only, this is darwin"
+
+
+@builds
+def test_an_isolated_build_takes_the_headers_of_the_environment(monkeypatch, tmp_path):
+    """pip then hides the environment's packages from Python, not its folders."""
+    monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: None)
+    folder = tmp_path / "torch" / "include" / "torch" / "csrc" / "stable"
+    folder.mkdir(parents=True)
+    (folder / "library.h").touch()
+    (tmp_path / "torch" / "version.py").write_text("__version__ = '2.99.0+cpu'\n")
+    monkeypatch.setattr(toolchain.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert toolchain.plan(os.environ).torch == tmp_path / "torch"
+    (tmp_path / "torch" / "version.py").write_text("__version__ = '2.10.0'\n")
+    assert plan().startswith("native library: none: torch 2.10.0 is too old to build with -> ")
+
+
+CODES = "sm_75\nsm_80\nsm_90\nsm_100\ncompute_75\n"
+
+
+@pytest.mark.parametrize(
+    "chosen, known, expected",
+    [
+        ("", CODES, ("sm_80", "sm_90a", "compute_90", "sm_100")),
+        ("", "sm_80\nsm_90\n", ("sm_80", "sm_90a", "compute_90")),
+        ("8.0;9.0a+PTX", CODES, ("sm_80", "sm_90a", "compute_90a")),
+        ("5.0 7.5 9.0+PTX", CODES, ("sm_90", "compute_90")),
+        ("10.0", CODES, ("sm_100",)),
+        ("7.5", CODES, "no GPU of it runs the CUDA kernels"),
+        ("Hopper", CODES, "'Hopper' is no GPU\n  -> write it like"),
+        ("8.0 9.9", CODES, "this nvcc does not know 9.9"),
+    ],
+)
+def test_the_list_of_gpus(chosen, known, expected):
+    if isinstance(expected, tuple):
+        assert toolchain.cuda_arches(chosen, known) == expected
+    else:
+        with pytest.raises(toolchain.BuildError) as error:
+            toolchain.cuda_arches(chosen, known)
+        assert f"TORCH_CUDA_ARCH_LIST={chosen!r}: " in str(error.value) and expected in str(error.value)
+
+
+def test_instruction_sets_are_compiled_for_their_processors_and_linked_in_rising_order(monkeypatch):
+    """The linker keeps the first copy of an inline function, and that must be the one that runs everywhere."""
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    names = [path.stem for path in build.sources("cpu")]
+    sets = ["isa_portable", "isa_avx2", "isa_avx512", "isa_avx512_bf16"]
+    assert names[-4:] == sets and {"bindings", "dispatch"} <= set(names[:-4])
+    some = toolchain.Plan("cpu", "", cxx=("g++",))
+    flags = [build.host_flags(some, path, sanitize=False) for path in build.sources("cpu")[-4:]]
+    assert ["-mavx2" in f for f in flags] == [False, True, True, True]
+    assert ["-mavx512bf16" in f for f in flags] == [False, False, False, True]
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert [path.stem for path in build.sources("cpu") if path.stem.startswith("isa_")] == ["isa_portable"]
+
+
+# ---- what is built, and built again ----
+
+
+@builds
+def test_a_second_build_compiles_nothing_and_a_change_only_what_it_touches(tree):
+    first = run_build(tree)
+    isas = {"isa_portable.cpp", "isa_avx2.cpp"} if len(toolchain.machine_flags()) > 1 else {"isa_portable.cpp"}
+    assert compiled(first) == {"bindings.cpp", "record.cpp", "_C.so"} | isas
+    assert first.stdout.splitlines()[0].startswith("native library: CPU alone: csrc/ has no CUDA sources; ")
+    assert answer_of(built(tree)) == 42
+    assert library.problem_of(built(tree), tree) is None
+    assert str(tree).encode() not in built(tree).read_bytes(), "messages would show where it was built"
+
+    second = run_build(tree)
+    assert compiled(second) == set() and len(second.stdout.splitlines()) == 1
+
+    write(tree, {"cpu/numbers.h": SOURCES["cpu/numbers.h"].replace("40", "50")})
+    stale = library.problem_of(built(tree), tree)
+    assert stale and "is stale: csrc/ has changed since it was built" in stale.reason and "make build" in stale.remedy
+    assert compiled(run_build(tree)) == {"bindings.cpp", "record.cpp", "_C.so"}
+    shutil.copy(built(tree), tree / "again.so")  # the loader knows the first one by its name
+    assert library.problem_of(built(tree), tree) is None and answer_of(tree / "again.so") == 52
+
+
+@builds
+def test_a_build_that_fails_says_so_and_leaves_the_old_library(tree):
+    assert run_build(tree).returncode == 0
+    before = built(tree).read_bytes()
+    write(tree, {"cpu/isa_portable.cpp": "int portable_number() { return missing; }\n"})
+    done = run_build(tree)
+    assert done.returncode == 1 and "'missing'" in done.stdout.replace("‘", "'").replace("’", "'")
+    assert "compiling failed, see above\n  -> VIVIT_KERNELS_BUILD=none installs without it" in done.stderr
+    assert built(tree).read_bytes() == before
+
+
+@builds
+def test_builds_at_the_same_time_wait_for_each_other(tree):
+    command = [sys.executable, "csrc/build.py"]
+    both = [subprocess.Popen(command, cwd=tree, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    made = [process.communicate()[0].count("_C.so") for process in both]
+    assert [process.returncode for process in both] == [0, 0] and sorted(made) == [0, 1]
+    assert answer_of(built(tree)) == 42
+
+
+UNLISTED = """
+    extern "C" int torch_get_num_threads(unsigned*);
+    extern "C" __attribute__((visibility("default"))) int answer() {
+        unsigned count = 0;
+        return torch_get_num_threads(&count);
+    }
+"""
+
+
+@builds
+def test_a_symbol_that_is_not_on_the_list_is_named(tree):
+    write(tree, {"bindings.cpp": UNLISTED})
+    done = run_build(tree)
+    assert done.returncode == 0, done.stdout
+    assert "native library: may not load in another PyTorch, it uses torch_get_num_threads\n" in done.stdout
+    assert build.torch_symbols(built(tree)) == {"torch_get_num_threads"}
+    write(tree, SOURCES)
+    assert "may not load" not in run_build(tree).stdout
+
+
+@builds
+def test_without_a_compiler_the_reason_is_left_for_the_user(tree):
+    done = run_build(tree, CXX="missing++")
+    assert done.returncode == 0 and not built(tree).exists()
+    missing = library.problem_of(built(tree), tree)
+    assert missing and "_C.so is missing (no C++ compiler is here (tried CXX=missing++))" in missing.reason
+    assert missing.remedy.startswith("install g++") and missing.remedy.endswith("make build (or: python csrc/build.py)")
+    assert run_build(tree).returncode == 0
+    assert library.problem_of(built(tree), tree) is None and not built(tree).with_name(library.NOTE).exists()
+
+
+@builds
+def test_where_it_can_be_built_it_is_there():
+    """`make test` builds it first; without this, tests of native code would be left out and nobody would see it."""
+    if os.environ.get(toolchain.VARIABLE) == "none":
+        pytest.skip("VIVIT_KERNELS_BUILD=none")
+    assert _native.AVAILABLE, f"{_native.WHY}\n  -> {_native.REMEDY}"
+
+
+# ---- CUDA ----
+
+FAKE_NVCC = """#!/bin/sh
+echo "$@" >> {log}
+case "$1" in
+    --version) echo "Cuda compilation tools, release 13.0, V13.0.88"; exit;;
+    --list-gpu-code) printf 'sm_80\\nsm_90\\n'; exit;;
+esac
+for word; do
+    case "$word" in -gencode|arch=*|-ccbin|g++|-Xcompiler|-fPIC,*|-Xlinker=*) ;; *) set -- "$@" "$word";; esac
+    shift
+done
+case "$*" in *-shared*) exec g++ "$@";; *) exec g++ -fPIC -x c++ "$@";; esac
+"""
+
+
+@builds
+@pytest.mark.skipif(not shutil.which("g++"), reason="the stand-in for nvcc calls g++")
+def test_cuda_sources_are_compiled_by_nvcc_for_the_chosen_gpus(tree, tmp_path):
+    home, log = tmp_path / "cuda", tmp_path / "log"
+    (home / "bin").mkdir(parents=True)
+    (home / "bin" / "nvcc").write_text(FAKE_NVCC.format(log=log))
+    (home / "bin" / "nvcc").chmod(stat.S_IRWXU)
+    write(tree, {"bindings.cpp": CUDA_BINDINGS, "cuda/kernel.cu": "int cuda_number() { return 1; }\n"})
+    done = run_build(tree, CUDA_HOME=str(home), TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX", CXX="g++")
+    assert {"kernel.cu", "bindings.cpp", "_C.so"} <= compiled(done)
+    line = "native library: CPU and CUDA (sm_80 sm_90 compute_90): nvcc 13.0 is here; g++"
+    assert done.stdout.startswith(line)
+    commands = log.read_text().splitlines()
+    compiling = next(command for command in commands if "kernel.cu" in command)
+    for arch in ("arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"):
+        assert f"-gencode {arch}" in compiling
+    assert any("-shared" in command for command in commands)
+    record = library.read_record(built(tree))
+    assert record and record.kind == "cuda" and answer_of(built(tree)) == 1
+    assert compiled(run_build(tree, CUDA_HOME=str(home), TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX", CXX="g++")) == set()
+
+
+@pytest.mark.full
+@builds
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc here")
+def test_nvcc_itself_builds_a_library_that_loads_without_a_gpu(tree):
+    write(tree, {"bindings.cpp": CUDA_BINDINGS, "cuda/kernel.cu": KERNEL})
+    done = run_build(tree, VIVIT_KERNELS_BUILD="cuda")
+    assert "kernel.cu" in compiled(done) and done.stdout.startswith(
+        "native library: CPU and CUDA (sm_80 sm_90a compute_90"
+    )
+    assert answer_of(built(tree)) == 1
+    needed = subprocess.run(["readelf", "-d", str(built(tree))], capture_output=True, text=True).stdout
+    assert "libcudart" not in needed and "libcuda" not in needed
+
+
+# ---- sanitizers ----
+
+
+@pytest.mark.full
+@builds
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++ here")
+@pytest.mark.parametrize(
+    "wrong, finding",
+    [
+        ("int* x = new int(1); delete x; return *x;", "heap-use-after-free"),
+        ('int x = 2147483647; return x + (getenv("PATH") != nullptr);', "signed integer overflow"),
+    ],
+)
+def test_sanitizers_find_what_is_planted(tree, wrong, finding):
+    body = f'#include <cstdlib>\nextern "C" __attribute__((visibility("default"))) int answer() {{ {wrong} }}\n'
+    write(tree, {"bindings.cpp": body})
+    assert run_build(tree, "--sanitize", CXX="g++").returncode == 0
+    ask = ["g++", "-print-file-name=libasan.so"]
+    preload = subprocess.run(ask, capture_output=True, text=True).stdout.strip()
+    call = "import ctypes; ctypes.CDLL('build/native/sanitized/_C.so').answer()"
+    torch_lib = str(Path(torch.__file__).parent / "lib")
+    options = {"LD_PRELOAD": preload, "LD_LIBRARY_PATH": torch_lib, "ASAN_OPTIONS": "detect_leaks=0"}
+    done = run(tree, sys.executable, "-c", call, **options)
+    assert done.returncode != 0 and finding in done.stderr
+
+
+# ---- wheels ----
+
+
+def make_wheel(source: Path, folder: Path, **environ: str) -> tuple[str, list[str]]:
+    """The name of the wheel that pip makes, and what it holds of the native library."""
+    command = [*PIP, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder), str(source)]
+    done = run(source, *command, **environ)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = folder.glob("*.whl")
+    return wheel.name, [name for name in zipfile.ZipFile(wheel).namelist() if Path(name).stem == "_C"]
+
+
+@builds
+def test_the_sdist_builds_a_wheel_for_every_python_of_the_platform(tree, tmp_path):
+    run_build(tree)  # what lies about in the checkout does not get into the sdist
+    ask = "from setuptools import build_meta; print(build_meta.build_sdist('dist'))"
+    assert run(tree, sys.executable, "-c", ask).returncode == 0
+    (sdist,) = (tree / "dist").glob("vivit_kernels-*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    present = {str(path.relative_to(tree)) for path in (tree / "csrc").rglob("*.*") if "__pycache__" not in path.parts}
+    assert present <= names and not [name for name in names if name.endswith((".so", ".o", ".ninja"))]
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    name, held = make_wheel(unpacked, tmp_path / "wheels")
+    assert name.endswith(f"-py3-none-linux_{platform.machine()}.whl") and held == ["vivit_kernels/_C.so"]
+
+
+def test_a_wheel_without_the_library_is_for_every_platform_and_says_why(tree, tmp_path):
+    built(tree).write_bytes(b"left over from another build")
+    name, held = make_wheel(tree, tmp_path / "wheels", VIVIT_KERNELS_BUILD="none")
+    assert name.endswith("-py3-none-any.whl") and held == ["vivit_kernels/_C.why"]
+    text = zipfile.ZipFile(tmp_path / "wheels" / name).read("vivit_kernels/_C.why").decode()
+    assert text.startswith("VIVIT_KERNELS_BUILD=none\n")
+
+
+@builds
+def test_an_editable_install_builds_in_place(tree):
+    ask = "from setuptools import build_meta; print(build_meta.build_editable('dist'))"
+    done = run(tree, sys.executable, "-c", ask)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("native library: CPU alone") == 1, "the decision is one line"
+    assert library.problem_of(built(tree), tree) is None and answer_of(built(tree)) == 42
+
+
+def test_an_install_of_what_cannot_be_built_stops_with_the_reason(tree):
+    ask = "from setuptools import build_meta; print(build_meta.build_wheel('dist'))"
+    done = run(tree, sys.executable, "-c", ask, VIVIT_KERNELS_BUILD="cuda")
+    assert (
+        done.returncode == 1 and "native library: VIVIT_KERNELS_BUILD=cuda: " in done.stderr and "  -> " in done.stderr
+    )
+    assert "Traceback" not in done.stderr
