@@ -68,6 +68,11 @@ class Group:
         """The fastest peer that was given its inputs in the layout it likes."""
         return next((record for record in self.peers if record.ideal), None)
 
+    @property
+    def composed(self) -> Record | None:
+        """This project's own composition of PyTorch ops."""
+        return next((record for record in self.ours if record.backend == "torch"), None)
+
     def peer(self, prefix: str) -> Record | None:
         """The fastest honest peer whose name begins so; if none has a time, the one that says why."""
         named = [r for r in self.peers + self.untimed if not (r.ours or r.ideal) and r.backend.startswith(prefix)]

@@ -12,6 +12,11 @@ from typing import Any
 
 import torch
 
+try:
+    from vivit_kernels import _native
+except ImportError:  # `--base` with kernels from before there was a native library
+    _native = None
+
 ROOT = Path(__file__).resolve().parent.parent
 # glibc keeps freed memory in the process: page faults on fresh temporaries above 32 MB, which inflate PyTorch's own
 # times two- to threefold on a CPU, are gone
@@ -39,7 +44,14 @@ def device_name(device: torch.device) -> str:
         for extra, there in (("AMX", "_is_amx_tile_supported"), ("bf16", "_is_avx512_bf16_supported"))
         if getattr(torch.cpu, there, bool)()
     ]
-    return " ".join([name, torch.backends.cpu.get_cpu_capability(), *extras, f"{torch.get_num_threads()} threads"])
+    forced = [f"{_native.FORCED} kernels"] if _native and _native.FORCED else []  # as another machine, in its own file
+    facts = [torch.backends.cpu.get_cpu_capability(), *extras, *forced, f"{torch.get_num_threads()} threads"]
+    return " ".join([name, *facts])
+
+
+def without_library() -> str:
+    """Why the native library is not here and how to get it; "" if it is."""
+    return f"{_native.WHY}; {_native.REMEDY}" if _native and not _native.AVAILABLE else ""
 
 
 def slug(name: str) -> str:

@@ -7,6 +7,7 @@ import fnmatch
 import io
 import statistics
 import subprocess
+import sys
 import tarfile
 import tempfile
 import time
@@ -89,13 +90,18 @@ class Run:
 
     def start_base(self, ref: str) -> None:
         """A second worker whose kernels are those of a git ref; the bench is this tree's."""
-        archive = subprocess.run(["git", "archive", ref, "kernels"], cwd=ROOT, capture_output=True)
+        native = subprocess.run(["git", "cat-file", "-e", f"{ref}:csrc"], cwd=ROOT, capture_output=True).returncode == 0
+        wanted = ["kernels", *["csrc"] * native]
+        archive = subprocess.run(["git", "archive", ref, *wanted], cwd=ROOT, capture_output=True)
         if archive.returncode != 0:
             raise SystemExit(f"bench: --base {ref}: {archive.stderr.decode().strip()}; name a commit, branch or tag")
         self.base_folder = tempfile.TemporaryDirectory()
         with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
             tar.extractall(self.base_folder.name, filter="data")
-        kernels = Path(self.base_folder.name) / "kernels"
+        kernels, build = (Path(self.base_folder.name) / part for part in ("kernels", "csrc/build.py"))
+        if build.is_file():  # where it fails, those of its backends that need the library are not here
+            self.board.say(f"building the native library of {ref}")
+            subprocess.run([sys.executable, str(build)], capture_output=True)
         self.base = Worker(str(self.device), self.args.plugin, kernels, self.args.tuned_malloc)
 
     def lanes(self, group: Group) -> list[Lane]:

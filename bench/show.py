@@ -106,15 +106,16 @@ def final_table(groups: list[Compared]) -> list[str]:
     rows.sort(key=lambda entry: -(entry[2] or 0.0))
     lines = [
         f"{'operation':<12}{'case':<22}{'dtype':<6}{'direction':<17}{'backend':<10}{'ms':>9}{'share':>12}{'error':>7}"
-        f"{'MiB':>8}  {'best peer':<32}{'ms':>9}{'ratio':>7}"
+        f"{'MiB':>8}{'composed':>10}  {'best peer':<32}{'ms':>9}{'ratio':>7}"
     ]
     for group, record, ratio in rows:
-        best = group.best_peer
+        best, composed = group.best_peer, group.composed
+        against = group.ratio(record, composed) if composed and composed is not record else None
         share = f"{100 * record.share.get(record.bound, 0.0):.0f} % {record.bound}" if record.bound else "-"
         lines.append(
             f"{record.op:<12}{record.case:<22}{_SHORT.get(record.dtype, record.dtype):<6}{record.direction:<17}"
             f"{record.backend:<10}{figure(record.ms['median']):>9}{share:>12}{record.error['share']:>7.2f}"
-            f"{record.memory.get('peak', 0) / 2**20:>8.1f}  "
+            f"{record.memory.get('peak', 0) / 2**20:>8.1f}{f'{against:.2f}' if against else '-':>10}  "
             + (f"{best.backend:<32}{figure(best.ms['median']):>9}{ratio:>7.2f}" if best and ratio else "no peer ran")
         )
     return lines

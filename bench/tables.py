@@ -47,9 +47,10 @@ _OPS_LEGEND = (
     "budget]({root}kernels/vivit_kernels/numerics.py) against float64 (in brackets: the part of the output that was "
     "compared, if not all). *peak*: memory one call takes. *ratio*: time of the best peer over ours, in the same run "
     "(lowest–highest of the rounds); below 1 we are slower. *ideal*: the same against the best peer that gets its "
-    "inputs, at no cost, in the layout it likes. Shapes: [bench/cases.py]({root}bench/cases.py)."
+    "inputs, at no cost, in the layout it likes. *composed*: the same against our own composition of PyTorch ops, "
+    "where another of our backends is shown. Shapes: [bench/cases.py]({root}bench/cases.py)."
 )
-_OPS_HEAD = "operation | direction | ours | ms | limit | error | peak | best peer, ms | ratio | ideal"
+_OPS_HEAD = "operation | direction | ours | ms | limit | error | peak | best peer, ms | ratio | ideal | composed"
 
 
 def ops(records: list[Record]) -> list[str]:
@@ -86,13 +87,14 @@ def _ops_cells(group: Group, letters: dict[str, str]) -> list[str]:
     best, peer = group.best, group.best_peer
     theirs = f"`{peer.backend}` {md.three(peer.ms['median'])}" if peer else "none"
     if best is None:
-        return ["none", "–", "–", "–", "–", theirs, "–", "–"]
+        return ["none", "–", "–", "–", "–", theirs, "–", "–", "–"]
     spread = group.spread(best)
     ratio = md.times(group.ratio(best)) + (md.between(*spread) if spread else "")
     ideal = md.times(group.ratio(best, group.best_ideal)) if group.best_ideal else "–"
+    composed = md.times(group.ratio(best, group.composed)) if group.composed not in (None, best) else "–"
     limit = f"{md.share(best, best.bound)} {best.bound}".strip()
     name = f"`{best.backend}`{md.marks(best)}{letters[best.run]}"
-    return [name, md.milliseconds(best), limit, md.error(best), md.peak(best), theirs, ratio, ideal]
+    return [name, md.milliseconds(best), limit, md.error(best), md.peak(best), theirs, ratio, ideal, composed]
 
 
 def _verdict(found: list[Group]) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cases, ceilings, plan, record
+from bench import cases, ceilings, device, plan, record
 from bench.attention import Attention
 from bench.cases import AttentionCase, TubeletCase
 from bench.record import Record
@@ -22,10 +22,14 @@ from bench.timing import in_turns, summary
 from bench.tubelet import Tubelet
 from bench.worker import explain
 from bench.workers import Died, Worker
+from vivit_kernels import _native, spatial_attention
+from vivit_kernels._attention.support import cpu_attention_refusals
+from vivit_kernels.factorized_attention.support import SUPPORT as FACTORIZED
 
 ROOT = Path(__file__).resolve().parent.parent
 PLUGIN = str(Path(__file__).with_name("bench_plugin.py"))
 CPU = torch.device("cpu")
+OF_THE_LIBRARY = {"cpu": "ok"} if "cpu" in FACTORIZED and _native.AVAILABLE else {}  # missing is not stored
 
 
 def case(op: str, name: str):
@@ -298,6 +302,27 @@ def test_every_failure_has_a_status_and_a_reason(error, status):
     assert found == status in record.STATUSES and reason and "\n" not in reason
 
 
+def test_a_backend_without_its_library_is_missing_and_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(_native, "AVAILABLE", False)
+    monkeypatch.setattr(_native, "WHY", "the native library is not built (_C.so is missing): no g++")
+    monkeypatch.setattr(_native, "REMEDY", "make build")
+    monkeypatch.setitem(FACTORIZED, "cpu", cpu_attention_refusals)
+    grid = torch.zeros(1, 3, 4, 3, 2, 16)
+    with pytest.raises(NotImplementedError) as error:
+        spatial_attention(grid, backend="cpu")
+    assert explain(error.value) == ("missing", f"{_native.WHY}; make build")
+    with pytest.raises(NotImplementedError) as error:
+        spatial_attention(grid, backend="triton")
+    assert explain(error.value)[0] == "refused"
+
+
+def test_a_forced_instruction_set_is_another_machine(monkeypatch):
+    monkeypatch.setattr(_native, "FORCED", "avx2")
+    assert " avx2 kernels " in device.device_name(CPU)
+    monkeypatch.setattr(_native, "FORCED", "")
+    assert "kernels" not in device.device_name(CPU)
+
+
 def test_a_run_among_bad_peers(tmp_path):
     """Wrong ones are shown and not stored; one that takes the process along stops nobody else; all say why."""
     bad = ["scaled_by_two_percent", "one_wrong_row", "stops_the_process", "takes_all_memory", "refuses"]
@@ -312,6 +337,7 @@ def test_a_run_among_bad_peers(tmp_path):
     assert {name: one.status for name, one in stored.items()} == {
         "torch": "ok", "triton": "refused", "eager": "ok", "sdpa": "ok", "sdpa_ideal": "ok", "sdpa_math": "ok",
         "stops_the_process": "crashed", "takes_all_memory": "out of memory", "refuses": "refused", "raises": "crashed",
+        **OF_THE_LIBRARY,
     }  # fmt: skip
     assert "SIGSEGV" in stored["stops_the_process"].reason
     assert "invalid configuration argument: 65,536 sequences" in stored["raises"].reason
@@ -322,8 +348,9 @@ def test_a_run_among_bad_peers(tmp_path):
 
     ours, peers = stored["torch"], [stored["eager"], stored["sdpa"], stored["sdpa_math"]]
     best = min(peers, key=lambda one: one.ms["median"])
-    row = next(line for line in done.stdout.split("best peer ")[-1].splitlines() if line.startswith("temporal"))
-    assert best.backend in row.split() and f"{best.ms['median'] / ours.ms['median']:.2f}" == row.split()[-1]
+    rows = [line.split() for line in done.stdout.split("best peer ")[-1].splitlines() if line.startswith("temporal")]
+    (row,) = (row for row in rows if row[4] == "torch")
+    assert best.backend in row and f"{best.ms['median'] / ours.ms['median']:.2f}" == row[-1]
     # each number again, by hand: T=8, S=9, two clips of two heads of 32
     pairs, tensor = 2 * 2 * 9 * 8 * 8, 2 * 8 * 9 * 2 * 32
     assert (ours.flops, ours.bytes, ours.exps) == (14 * pairs * 32, 11 * tensor * 4, 2 * pairs)
@@ -350,7 +377,7 @@ def test_a_wrong_kernel_of_ours_fails_the_run(tmp_path):
     )  # fmt: skip
     assert done.returncode == 1 and "NOT STORED" in done.stdout, done.stdout + done.stderr
     stored = [one for path in tmp_path.glob("*.jsonl") for one in record.read(path)]
-    assert all(one.backend == "triton" and one.status == "refused" for one in stored)  # there is no GPU
+    assert {one.backend: one.status for one in stored} == {"triton": "refused", **OF_THE_LIBRARY}  # there is no GPU
 
 
 def test_a_worker_that_hangs_is_stopped_in_time():

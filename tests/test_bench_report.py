@@ -12,6 +12,7 @@ import pytest
 
 from bench import compare, plots, record, report, tables
 from bench.record import Record
+from bench.show import final_table
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = {"device": "Some CPU, 2 threads", "torch": "2.13.0+cpu", "malloc": "default"}
@@ -29,7 +30,7 @@ def made(backend: str, ms: float | None, **changes) -> Record:
 
     1e9 bytes at 1,000 GB/s; 1e9 FLOPs at 2 TFLOP/s.
     """
-    ours = backend in ("torch", "triton") or "@" in backend
+    ours = backend in ("torch", "triton", "cpu") or "@" in backend
     values: dict = dict(
         run="r1", date="2026-11-24T10:00:00+00:00", kind="op", op="temporal", case="vivit_b_16x2.b1", shape="B=1",
         dtype="float32", direction="forward", backend=backend, ours=ours, status="ok", commit="abc1234567",
@@ -129,8 +130,16 @@ def test_which_run_is_shown():
 def test_a_row_says_time_limit_error_memory_peer_and_ratio():
     assert rows_of(text_of(run())) == [
         ["temporal `vivit_b_16x2.b1`", "forward", "`torch`", "2.00 (2.00–4.00)", "50 % copy", "0.50", "3.00 MiB",
-         "`sdpa` 5.00", "2.50×", "1.50×"]
+         "`sdpa` 5.00", "2.50×", "1.50×", "–"]
     ]  # fmt: skip
+
+
+def test_another_backend_of_ours_is_shown_beside_our_composition():
+    (row,) = rows_of(text_of([made("cpu", 0.5), *run()]))
+    assert row[2:4] == ["`cpu`", "0.500 (0.500–1.00)"] and row[-3:] == ["10.0×", "6.00×", "4.00×"]
+    head, cpu, torch_ = final_table(compare.groups([made("cpu", 0.5), *run()]))
+    assert head.split()[-4:] == ["best", "peer", "ms", "ratio"] and "composed" in head
+    assert [line.split()[-4:] for line in (cpu, torch_)] == [["4.00", "sdpa", "5", "10.00"], ["-", "sdpa", "5", "2.50"]]
 
 
 def test_below_the_table_stand_source_ceilings_and_who_gave_no_time():
@@ -152,13 +161,13 @@ def test_a_loss_is_said_in_words():
 
 def test_another_run_gives_no_ratio_but_the_row_says_so():
     (row,) = rows_of(text_of([made("torch", 2.0), made("sdpa", 5.0, run="r2")]))
-    assert row[7:] == ["none", "–", "–"]
+    assert row[7:] == ["none", "–", "–", "–"]
 
 
 def test_ours_without_a_time_is_a_row():
     records = [failed("torch", "out of memory", "13 GB"), made("sdpa", 5.0)]
     (row,) = rows_of(text_of(records))
-    assert row[2:] == ["none", "–", "–", "–", "–", "`sdpa` 5.00", "–", "–"]
+    assert row[2:] == ["none", "–", "–", "–", "–", "`sdpa` 5.00", "–", "–", "–"]
     assert "`torch` out of memory (temporal): 13 GB." in text_of(records)
 
 

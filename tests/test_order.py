@@ -11,7 +11,7 @@ import torch
 from bench.cases import PACKAGES
 from bench.compare import groups
 from bench.record import Record, is_stale, read
-from vivit_kernels import _environment, _order
+from vivit_kernels import _environment, _native, _order
 from vivit_kernels._dispatch import Call
 from vivit_kernels._order import MANY, Ladder, Rung
 from vivit_kernels.factorized_attention import order as factorized
@@ -176,7 +176,8 @@ OFFERED = {"sdpa": "sdpa", "sdpa_cudnn": "sdpa", "sdpa_flash": "sdpa", "xformers
 OFFERED |= {f"flash_attn_{version}": "flash_attn" for version in (2, 3, 4)}
 OWN = {name: name for name in _environment.BACKENDS}
 ARCHES = {"A100": 80, "H100": 90, "H200": 90, "B200": 100}
-ISAS = {"AVX512 bf16": "avx512_bf16", "AVX512 AMX": "avx512_bf16", "AVX512": "avx512", "AVX2": "avx2"}
+ISAS = {f"{isa} kernels": isa for isa in _native.ISAS}  # forced
+ISAS |= {"AVX512 bf16": "avx512_bf16", "AVX512 AMX": "avx512_bf16", "AVX512": "avx512", "AVX2": "avx2"}
 NOTICEABLE = 1.05  # times as long: less is not worth a rung
 
 
