@@ -2,7 +2,7 @@
 
 Standard library only, so that it runs on a fresh machine. Without an NVIDIA GPU no CUDA package is ever downloaded: the
 whole set is resolved first, and if that brings CUDA, PyTorch's CPU index is tried; when it does not answer, the script
-stops and says what to run. (For `make test-full` alone, 0.5 GB: the oldest torch without its CUDA packages, when its CPU
+stops and says what to run. (For `make test-full` alone, 0.5 GB: the oldest torch without its CUDA packages, if its CPU
 build cannot be had.) A second call with the same inputs does nothing.
 """
 
