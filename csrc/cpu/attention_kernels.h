@@ -1,37 +1,47 @@
 // The entry points of one instruction set: which arithmetic each dtype takes.
 #pragma once
 
+#include "backward.h"
 #include "forward.h"
+
+#define VIVIT_NAME_OF(isa) #isa
+#define VIVIT_NAME(isa) VIVIT_NAME_OF(isa)
 
 namespace vivit::cpu::VIVIT_ISA {
 
-// Calls work(element, arithmetic) with values of the types.
-template <class Work>
-auto with_types(DType dtype, Work work) {
+template <template <class, class> class Kernel>
+struct Entry {
+    template <class Work>
+    static auto with_types(DType dtype, Work work) {
+        if (dtype == DType::kFloat32) return work(static_cast<Type<float, InFloat32>*>(nullptr));
+        if (dtype == DType::kFloat16) return work(static_cast<Type<Float16, InFloat32>*>(nullptr));
 #if defined(__AVX512BF16__)
-    if (dtype == DType::kBFloat16) return work(BFloat16{}, InBFloat16{});
+        return work(static_cast<Type<BFloat16, InBFloat16>*>(nullptr));
 #else
-    if (dtype == DType::kBFloat16) return work(BFloat16{}, InFloat32{});
+        return work(static_cast<Type<BFloat16, InFloat32>*>(nullptr));
 #endif
-    if (dtype == DType::kFloat16) return work(Float16{}, InFloat32{});
-    return work(0.f, InFloat32{});
-}
+    }
 
-static int64_t forward_units(const AttentionParams& p, Axis axis) {
-    return with_types(p.dtype, [&](auto element, auto arithmetic) {
-        return Forward<decltype(element), decltype(arithmetic)>(p, axis).units();
-    });
-}
+    static int64_t units(const AttentionParams& p, Axis axis) {
+        return with_types(p.dtype, [&](auto* type) { return make(type, p, axis).units(); });
+    }
 
-static void forward(const AttentionParams& p, Axis axis, int64_t first, int64_t end) {
-    with_types(p.dtype, [&](auto element, auto arithmetic) {
-        Forward<decltype(element), decltype(arithmetic)>(p, axis).run(first, end);
-    });
-}
+    static void run(const AttentionParams& p, Axis axis, int64_t first, int64_t end) {
+        with_types(p.dtype, [&](auto* type) { make(type, p, axis).run(first, end); });
+    }
 
-static int64_t none(const AttentionParams&, Axis) { return 0; }
-static void nothing(const AttentionParams&, Axis, int64_t, int64_t) {}
+  private:
+    template <class E, class Arithmetic>
+    struct Type {};
+
+    template <class E, class Arithmetic>
+    static Kernel<E, Arithmetic> make(Type<E, Arithmetic>*, const AttentionParams& p, Axis axis) {
+        return Kernel<E, Arithmetic>(p, axis);
+    }
+};
+
 extern const AttentionKernels kAttention;
-const AttentionKernels kAttention = {"x", forward_units, forward, none, nothing};
+const AttentionKernels kAttention = {VIVIT_NAME(VIVIT_ISA), Entry<Forward>::units, Entry<Forward>::run,
+                                     Entry<Backward>::units, Entry<Backward>::run};
 
 }  // namespace vivit::cpu::VIVIT_ISA

@@ -10,35 +10,24 @@ namespace vivit::cpu::VIVIT_ISA {
 
 constexpr float kLog2E = 1.44269504088896f;
 
-// How a product of a query and a key becomes a probability; the same for a whole call.
+// How a product of a query and a key becomes a probability; the same for a whole call. A block's scores are kept in a
+// `unit` that makes exp a power of two: products as they are, or, with a soft-cap, the tanh of them.
 struct Rules {
-    float scale, scale_log2;  // scores are kept in units of log2, so that exp is 2^x
-    float softcap;
+    float unit, softcap, into_tanh;
     bool dropout;
     float keep_scale;
     uint32_t keep_from;
     int64_t seed, offset;
 
     explicit Rules(const AttentionParams& p)
-        : scale(p.scale),
-          scale_log2(p.scale * kLog2E),
+        : unit((p.softcap > 0 ? p.softcap : p.scale) * kLog2E),
           softcap(p.softcap),
+          into_tanh(p.softcap > 0 ? p.scale / p.softcap : 0.f),
           dropout(p.dropout),
           keep_scale(p.keep_scale),
           keep_from(static_cast<uint32_t>(smallest<uint64_t>(p.keep_from, 0xffffffffu))),
           seed(p.seed),
           offset(p.offset) {}
-
-    // The score of a product q.k, times log2(e).
-    VIVIT_INLINE Floats score(Floats product) const {
-        if (softcap > 0) return tanh(product * (scale / softcap)) * (softcap * kLog2E);
-        return product * scale_log2;
-    }
-    // d score / d (scale * product), from the score.
-    VIVIT_INLINE Floats slope(Floats score) const {
-        const Floats t = score * (1.f / (softcap * kLog2E));
-        return 1.f - t * t;
-    }
 };
 
 // The keys of a block and the queries in its lanes.
@@ -59,10 +48,13 @@ struct Keep {
         philox(rules.seed, rules.offset, static_cast<uint32_t>((block.first_key + key) / 4),
                load<Words>(block.row_low + lane), load<Words>(block.row_high + lane), word);
     }
+    // All bits of a lane set where the pair is kept.
+    VIVIT_INLINE Words kept(const Rules& rules, int64_t key) const {
+        return (Words)(word[key % 4] >= all_words(rules.keep_from));
+    }
     // x where the pair is kept, else 0.
     VIVIT_INLINE Floats of(Floats x, const Rules& rules, int64_t key) const {
-        const Words kept = (Words)(word[key % 4] >= all_words(rules.keep_from));
-        return bits<Floats>(bits<Words>(x) & kept);
+        return bits<Floats>(bits<Words>(x) & kept(rules, key));
     }
 };
 
@@ -78,24 +70,27 @@ struct Softmax {
     }
 };
 
+// The larger of `largest` and a block's scores for one vector of queries, in powers of two; turns products into scores.
 template <bool kPlain>
 VIVIT_INLINE Floats largest_of(float* scores, const Rules& rules, const Block& block, int64_t lane, Floats largest) {
-    if (kPlain) {  // scaling keeps or turns the order: it can wait
-        Floats a = load<Floats>(scores + lane) * rules.scale_log2, b = a;
+    if (kPlain) {
+        Floats a = load<Floats>(scores + lane) * rules.unit, b = a;
         int64_t j = 1;
         for (; j + 2 <= block.keys; j += 2) {
-            a = larger(a, load<Floats>(scores + j * block.lanes + lane) * rules.scale_log2);
-            b = larger(b, load<Floats>(scores + (j + 1) * block.lanes + lane) * rules.scale_log2);
+            a = larger(a, load<Floats>(scores + j * block.lanes + lane) * rules.unit);
+            b = larger(b, load<Floats>(scores + (j + 1) * block.lanes + lane) * rules.unit);
         }
-        if (j < block.keys) a = larger(a, load<Floats>(scores + j * block.lanes + lane) * rules.scale_log2);
+        if (j < block.keys) a = larger(a, load<Floats>(scores + j * block.lanes + lane) * rules.unit);
         return larger(largest, larger(a, b));
     }
     for (int64_t j = 0; j < block.keys; ++j) {
-        if (!block.allowed(j)) continue;
         float* at = scores + j * block.lanes + lane;
-        const Floats x = rules.score(load<Floats>(at));
-        store(at, x);
-        largest = larger(largest, x);
+        Floats x = load<Floats>(at);
+        if (rules.softcap > 0) {
+            x = tanh(x * rules.into_tanh);
+            store(at, x);
+        }
+        if (block.allowed(j)) largest = larger(largest, x * rules.unit);
     }
     return largest;
 }
@@ -104,9 +99,8 @@ VIVIT_INLINE Floats largest_of(float* scores, const Rules& rules, const Block& b
 template <class Arithmetic, bool kPlain>
 VIVIT_INLINE Floats power(const float* scores, const Rules& rules, const Block& block, int64_t key, int64_t lane,
                           Floats largest) {
-    const Floats x = load<Floats>(scores + key * block.lanes + lane);
-    if (kPlain) return exp2<Arithmetic::kExact>(x * rules.scale_log2 - largest);
-    return block.allowed(key) ? exp2<Arithmetic::kExact>(x - largest) : Floats{};
+    if (!kPlain && !block.allowed(key)) return Floats{};
+    return exp2<Arithmetic::kExact>(load<Floats>(scores + key * block.lanes + lane) * rules.unit - largest);
 }
 
 // One step of an online softmax: products q.k in `scores` become the operand `p` of the product with v, in words
