@@ -95,7 +95,8 @@ def explain(op: str | Callable[..., Tensor], /, *args: Any, backend: str | None 
     if backend is not None and backend not in _environment.NAMES:
         raise unknown(call.op, backend)
     order = (backend,) if backend is not None else _environment.allowed_backends(answer.order)
-    found = refusals(call, support, order + tuple(one for one in support if one not in order))
+    others = tuple(one for one in _environment.NAMES if one in support and one not in order)
+    found = refusals(call, support, order + others)
     chosen = next((one for one in order if not found[one]), None)
     kept = {one: tuple(reasons) for one, reasons in found.items()}
     return Explanation(call, backend, chosen, order, _reasons(call, backend), kept)
