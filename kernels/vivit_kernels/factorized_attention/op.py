@@ -2,6 +2,7 @@
 
 import torch
 
+from .._attention import cpu_grid
 from .._attention.registration import register
 from .._attention.triton_tiles import statistics
 from . import tiles
@@ -18,4 +19,10 @@ def _triton_saves(q: tuple, _: tuple, dtype: torch.dtype, temporal_heads: int) -
     return (statistics(dtype.itemsize), B, H, T * S) if tile.keeps_output else None
 
 
-register("factorized_attention", __package__ or "", _flops, {"triton": _triton_saves})
+def _cpu_saves(q: tuple, _: tuple, dtype: torch.dtype, temporal_heads: int) -> tuple[int, ...] | None:
+    B, T, S, H, _ = q
+    count = cpu_grid.statistics(T, S, S, H, temporal_heads)
+    return (count, B, H, T * S) if count else None
+
+
+register("factorized_attention", __package__ or "", _flops, {"triton": _triton_saves, "cpu": _cpu_saves})

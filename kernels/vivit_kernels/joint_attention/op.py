@@ -2,6 +2,7 @@
 
 import torch
 
+from .._attention import cpu_grid
 from .._attention.registration import register
 from .._attention.triton_tiles import statistics
 from . import tiles
@@ -18,11 +19,23 @@ def _triton_saves(q: tuple, k: tuple, dtype: torch.dtype, _: int) -> tuple[int, 
     return (statistics(dtype.itemsize), B, H, N) if tile.keeps_output else None
 
 
+def _cpu_saves(q: tuple, k: tuple, dtype: torch.dtype, _: int) -> tuple[int, ...] | None:
+    B, N, H, _ = q
+    count = cpu_grid.statistics(1, N, k[1], H, 0)
+    return (count, B, H, N) if count else None
+
+
 def _peer_saves(q: tuple, k: tuple, dtype: torch.dtype, _: int) -> tuple[int, ...]:
     """Logsumexp of each row of scores, natural: one form for all of them, whichever of their kernels made it."""
     B, N, H, _ = q
     return B, H, N
 
 
-_SAVED = {"triton": _triton_saves, "sdpa": _peer_saves, "flash_attn": _peer_saves, "xformers": _peer_saves}
+_SAVED = {
+    "triton": _triton_saves,
+    "cpu": _cpu_saves,
+    "sdpa": _peer_saves,
+    "flash_attn": _peer_saves,
+    "xformers": _peer_saves,
+}
 register("joint_attention", __package__ or "", _flops, _SAVED)

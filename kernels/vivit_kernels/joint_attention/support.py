@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import _environment
-from .._attention.support import torch_refusals, triton_attention_refusals
+from .._attention.support import cpu_attention_refusals, torch_refusals, triton_attention_refusals
 from .._dispatch import Call, Refusal
 from .order import decide, is_deterministic, order  # noqa: F401  for those outside of this op
 
@@ -113,6 +113,7 @@ def xformers_refusals(call: Call) -> list[Refusal]:
 
 SUPPORT = {
     "triton": triton_attention_refusals,
+    "cpu": cpu_attention_refusals,
     "sdpa": sdpa_refusals,
     "flash_attn": flash_attn_refusals,
     "xformers": xformers_refusals,
