@@ -210,7 +210,7 @@ def test_rate_one_drops_the_second_of_two_layers(attention, schedule):
     del model.blocks[1]
     if model.temporal is not None:
         del model.temporal.blocks[1]  # its schedule starts anew
-    assert_same(dropped, model(video), 0.0)
+    assert_same(dropped, model(video), F64_BUDGET)  # the last block computes fewer rows, and in another order
     assert (dropped - plain).abs().max() > F32_BUDGET
 
 

@@ -2,7 +2,8 @@
 
 Letters: B clips, C channels, F Y X the clip's frames, rows, columns, T temporal and S spatial tokens, N tokens that one
 query attends to, H heads, D head size, E = H*D. Attention and tubelet embedding are vivit_kernels' public functions;
-everything else is plain PyTorch. The names in brackets are the sections of the paper.
+everything else is plain PyTorch, linears on a CPU by its fastest route (linear.py). The names in brackets are the
+sections of the paper.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from vivit_kernels import factorized_attention, joint_attention, tubelet_embedding
 
 from .config import ViViTConfig
+from .linear import Linear, mlp, unwatched
 
 
 def uniform_frame_indices(frames: int, wanted: int) -> list[int]:
@@ -57,8 +59,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.over, self.attention_dropout, self.backend = heads, over, attention_dropout, backend
         self.temporal_heads = {"space": 0, "time": heads, "dot_product": heads // 2}.get(over)
-        self.qkv = nn.Linear(embedding, 3 * embedding)
-        self.proj = nn.Linear(embedding, embedding)
+        self.qkv = Linear(embedding, 3 * embedding)
+        self.proj = Linear(embedding, embedding)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, N, E] or [B, T, S, E]
@@ -70,14 +72,25 @@ class Attention(nn.Module):
             o = factorized_attention(qkv, temporal_heads=self.temporal_heads, dropout_p=dropout_p, backend=self.backend)
         return self.dropout(self.proj(o.reshape(x.shape)))
 
+    def class_row(self, x: Tensor) -> Tensor:  # [..., N, E] -> [..., 1, E]
+        """The first row of `forward`, over all N tokens ("joint", "space"): no other query is asked."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).flatten(0, -5)  # [B, N, 3, H, D], B times T frames
+        q, k, v = qkv.unbind(2)
+        dropout_p = self.attention_dropout if self.training else 0.0
+        o = joint_attention(q[:, :1], k, v, dropout_p=dropout_p, backend=self.backend)  # [B, 1, H, D]
+        return self.dropout(self.proj(o.reshape(x[..., :1, :].shape)))
+
 
 class MLP(nn.Module):
     def __init__(self, embedding: int, hidden: int, dropout: float = 0.0):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(embedding, hidden), nn.Linear(hidden, embedding)
+        self.fc1, self.fc2 = Linear(embedding, hidden), Linear(hidden, embedding)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., E]
+        fc1, fc2 = self.fc1, self.fc2
+        if type(fc1) is type(fc2) is Linear and unwatched(fc1, fc2) and not (self.training and self.dropout.p > 0):
+            return mlp(x, fc1, fc2)  # the same with a pass and a tensor less
         return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x), approximate="tanh"))))
 
 
@@ -100,6 +113,13 @@ class Block(nn.Module):
         for norm, attention in zip(self.norms, self.attentions, strict=True):
             x = x + self.drop_path(attention(norm(x)))
         return x + self.drop_path(self.mlp(self.norm_mlp(x)))
+
+    def class_row(self, x: Tensor) -> Tensor:  # [..., N, E] -> [..., 1, E]
+        """The first row of `forward`; only where each token is attended to once ("joint", "space")."""
+        attention = self.attentions[0]
+        assert isinstance(attention, Attention)
+        row = x[..., :1, :] + self.drop_path(attention.class_row(self.norms[0](x)))
+        return row + self.drop_path(self.mlp(self.norm_mlp(row)))
 
 
 def drop_path_rates(config: ViViTConfig, depth: int) -> list[float]:
@@ -148,6 +168,7 @@ class ViViT(nn.Module):
     """
 
     frame_indices: Tensor
+    class_row_alone = True  # a last block that is read in one row computes that row
 
     def __init__(self, config: ViViTConfig, backend: str | None = None):
         super().__init__()
@@ -184,8 +205,10 @@ class ViViT(nn.Module):
         x = self.dropout(self.embed(video, layout))  # [B, N(+1), E], model 2 [B, T, S(+1), E]
         if self.on_grid:
             x = x.unflatten(1, (config.T, config.S))  # [B, T, S, E]
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x = block(x)
+        x = last.class_row(x) if isinstance(last, Block) and self._only_class_row(last) else last(x)
         if self.class_token is not None:
             x = self.norm(x[..., 0, :])  # [B, E], model 2 [B, T, E]: the class rows are all that is read
         else:
@@ -193,6 +216,10 @@ class ViViT(nn.Module):
         if self.per_frame:
             x = self.temporal(x) if self.temporal is not None else x.mean(1)  # [B, E]
         return torch.tanh(self.representation(x)) if self.representation is not None else x
+
+    def _only_class_row(self, last: Block) -> bool:
+        """Whether the other rows of the last block, 90 % of its work, would go unread: no hook takes them either."""
+        return self.class_token is not None and self.class_row_alone and unwatched(*last.modules())
 
     def embed(self, video: Tensor, layout: str = "BCFYX") -> Tensor:
         """Tokens with positions and class token (sections 3.1, 3.2)."""

@@ -1,0 +1,222 @@
+"""Linear layers on a CPU by the fastest route that PyTorch has; everywhere else, and in every result, F.linear.
+
+PyTorch's float32 products go through MKL, which on an AMD runs 256 bits wide: 45 % of what oneDNN reaches on a Zen 5,
+87 % on a Zen 4. A 1x1 convolution over rows laid out as channels-last pixels is the same product through oneDNN; it
+brings the weight into blocks first, and so wins in bfloat16 too, where F.linear is oneDNN without the blocks. GFLOP/s
+of ViT-B's four layers at 3137 tokens on 2 cores of a Zen 4 (peak 224 in float32), F.linear or its gradient -> here:
+
+                       float32                  bfloat16
+    forward            168..195 -> 190..219     303..372 -> 406..435
+    input gradient     167..199 -> 187..222     313..387 -> 404..433
+    weight gradient    182..205 -> 171..200     the matrix product, 341..401: a convolution's is 324..341
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+# Fewer rows do not pay for the weight's blocks: level from 200 to 800 rows, at one row bfloat16 takes 2.5 times as long
+_FEWEST_ROWS = 512
+_FEWEST_COLUMNS = 16  # the strides of narrower rows leave open which layout a convolution sees
+
+_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+_BFLOAT16 = _ONEDNN and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+# Private names without autograd, taken only where they are there: the same results come without them
+_MATMUL = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if _ONEDNN else None
+_CONVOLUTION = getattr(torch.ops.mkldnn, "_convolution_pointwise", None) if _ONEDNN else None
+
+
+class Linear(nn.Linear):
+    """nn.Linear by `linear`: the same parameters, the same results."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear: x `[..., K]`, weight `[N, K]`, bias `[N]` -> `[..., N]`; backward any number of times."""
+    if not _takes(x, weight, bias):
+        return F.linear(x, weight, bias)
+    rows, weight, bias = _prepared(x, weight, bias)
+    y = _Linear.apply(rows, weight, bias) if _needs_grad(rows, weight, bias) else _convolved(rows, weight, bias)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
+    """fc2(F.gelu(fc1(x), approximate="tanh")), x `[..., E]`; hooks of the two layers are not called.
+
+    Without gradients the GELU is the product's epilogue: 3 to 10 % of an MLP (Zen 4), and no second hidden tensor. With
+    them, it is made again in backward: 1 % of a layer's step, and its output, 38 MB per layer of ViT-B in float32, is
+    not kept.
+    """
+    if not (_takes(x, fc1.weight, fc1.bias) and _takes(x, fc2.weight, fc2.bias)):
+        return F.linear(F.gelu(F.linear(x, fc1.weight, fc1.bias), approximate="tanh"), fc2.weight, fc2.bias)
+    rows, weight1, bias1 = _prepared(x, fc1.weight, fc1.bias)
+    _, weight2, bias2 = _prepared(rows, fc2.weight, fc2.bias)
+    if _needs_grad(rows, weight1, bias1, weight2, bias2):
+        y = _GeluLinear.apply(linear(rows, weight1, bias1), weight2, bias2)
+    else:
+        y = _convolved(_convolved(rows, weight1, bias1, gelu=True), weight2, bias2)
+    return y.view(*x.shape[:-1], weight2.shape[0])
+
+
+def unwatched(*modules: nn.Module) -> bool:
+    """Whether no hook of these modules wants to see, or could change, what goes in and out of them."""
+    return not any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        for module in modules
+    )
+
+
+# ---- which calls, and in what form ----
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    """In which F.linear would compute: under autocast, not x's own."""
+    if x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
+        return torch.get_autocast_dtype("cpu")
+    return x.dtype
+
+
+def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the convolution can compute this call and is not slower."""
+    dtype = _dtype(x)
+    if not (_ONEDNN if dtype == torch.float32 else _BFLOAT16 and dtype == torch.bfloat16):
+        return False
+    return (
+        all(t.device.type == "cpu" and t.is_floating_point() and _dtype(t) == dtype for t in _given(x, weight, bias))
+        and weight.dim() == 2
+        and x.shape[-1:] == weight.shape[1:]
+        and min(weight.shape) >= _FEWEST_COLUMNS
+        and x.numel() >= _FEWEST_ROWS * x.shape[-1]
+    )
+
+
+def _prepared(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x as rows `[M, K]`, and all in the dtype of the product: under autocast that is not theirs."""
+    dtype = _dtype(x)
+    rows = x.to(dtype).reshape(-1, x.shape[-1]).contiguous()
+    return rows, weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype)
+
+
+def _given(*tensors: Tensor | None) -> list[Tensor]:
+    return [t for t in tensors if t is not None]
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in _given(*tensors))
+
+
+# ---- products ----
+
+
+def _image(rows: Tensor) -> Tensor:
+    """`[M, K]` as a channels-last picture `[1, K, 1, M]`, in place."""
+    return rows[None, None].permute(0, 3, 1, 2)
+
+
+def _rows(image: Tensor) -> Tensor:
+    return image.permute(0, 2, 3, 1).reshape(image.shape[3], image.shape[1])
+
+
+def _convolved(rows: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+    """rows `[M, K]`, weight `[N, K]` -> `[M, N]`."""
+    image, kernel = _image(rows), weight[..., None, None]
+    if not gelu:
+        return _rows(F.conv2d(image, kernel, bias))
+    if _CONVOLUTION is None or torch.compiler.is_compiling():  # a compiler has passes of its own for what it can see
+        return F.gelu(_rows(F.conv2d(image, kernel, bias)), approximate="tanh")
+    return _rows(_CONVOLUTION(image, kernel, bias, [0, 0], [1, 1], [1, 1], 1, "gelu", [], "tanh"))
+
+
+def _input_gradient(dy: Tensor, rows: Tensor | None, weight: Tensor) -> Tensor:
+    """dy `[M, N]`, weight `[N, K]` -> `[M, K]`; `rows` only lend their shape."""
+    rows = dy.new_empty(dy.shape[0], weight.shape[1]) if rows is None else rows
+    found = torch.ops.aten.convolution_backward(
+        _image(dy), _image(rows), weight[..., None, None], None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1,
+        [True, False, False],
+    )  # fmt: skip
+    return _rows(found[0])
+
+
+def _weight_gradient(dy: Tensor, rows: Tensor) -> Tensor:
+    """dy `[M, N]`, rows `[M, K]` -> `[N, K]`.
+
+    float32 by oneDNN, the longer side as columns: 171..200 GFLOP/s against MKL's 182..205 on a Zen 4, where an AMD runs
+    256 bits at once in any case; from Zen 5 on it runs 512, and oneDNN's product is 1.7 times MKL's.
+    """
+    if _MATMUL is None or dy.dtype != torch.float32 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return dy.t() @ rows  # with create_graph=True the gradient is differentiated
+    if dy.shape[1] > rows.shape[1]:
+        return _MATMUL(rows.t(), dy.t(), None, "none", [], "").t().contiguous()
+    return _MATMUL(dy.t(), rows.t(), None, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _convolved(rows, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        rows, weight, _ = inputs
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        dy = dy.contiguous()
+        return (
+            _input_gradient(dy, rows, weight) if ctx.needs_input_grad[0] else None,
+            _weight_gradient(dy, rows) if ctx.needs_input_grad[1] else None,
+            dy.sum(0) if ctx.needs_input_grad[2] else None,
+        )
+
+
+class _GeluLinear(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _convolved(F.gelu(hidden, approximate="tanh"), weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        hidden, weight, _ = inputs
+        ctx.save_for_backward(hidden, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight = ctx.saved_tensors
+        dy = dy.contiguous()
+        dweight = dhidden = None
+        if ctx.needs_input_grad[1]:
+            dweight = _weight_gradient(dy, F.gelu(hidden, approximate="tanh"))
+        if ctx.needs_input_grad[0]:
+            dhidden = _input_gradient(dy, hidden, weight)
+            dhidden = torch.ops.aten.gelu_backward(dhidden, hidden, approximate="tanh")
+        return dhidden, dweight, dy.sum(0) if ctx.needs_input_grad[2] else None
+
+
+# ---- for PyTorch's FlopCounterMode, which knows neither ----
+
+
+def _matmul_flops(x: tuple, weight: tuple, *_, **__) -> int:
+    return 2 * x[0] * x[1] * weight[0]
+
+
+def _convolution_flops(image: tuple, kernel: tuple, *_, **__) -> int:
+    return 2 * image[3] * kernel[0] * kernel[1]
+
+
+_FORMULAS: list[tuple[Any, Any]] = [(_MATMUL, _matmul_flops), (_CONVOLUTION, _convolution_flops)]
+for _op, _formula in _FORMULAS:
+    if _op is not None and _op not in flop_registry:
+        register_flop_formula(_op)(_formula)
