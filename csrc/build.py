@@ -160,7 +160,8 @@ def clang_tidy() -> list[str]:
 
 def run_ninja(chosen: Plan, folder: Path, targets: tuple[str, ...]) -> None:
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-    command = [chosen.ninja, "-f", str(folder / "build.ninja"), *jobs, *targets]
+    keep_going = ["-k", "0"] if targets else []  # every finding of clang-tidy, but the first error of a compiler
+    command = [chosen.ninja, "-f", str(folder / "build.ninja"), *jobs, *keep_going, *targets]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         for line in process.stdout:

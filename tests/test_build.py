@@ -234,7 +234,7 @@ def test_a_build_that_fails_says_so_and_leaves_the_old_library(tree):
     write(tree, {"cpu/isa_portable.cpp": "int portable_number() { return missing; }\n"})
     done = run_build(tree)
     assert done.returncode == 1 and "'missing'" in done.stdout.replace("‘", "'").replace("’", "'")
-    assert "compiling failed, see above\n  -> VIVIT_KERNELS_BUILD=none installs without it" in done.stderr
+    assert "native library: failed, see above\n  -> VIVIT_KERNELS_BUILD=none installs without it" in done.stderr
     assert built(tree).read_bytes() == before
 
 
