@@ -10,7 +10,11 @@ without it py3-none-any. csrc/build.py decides which of them it is; docs/buildin
 import importlib.util
 from pathlib import Path
 
+import setuptools
 from setuptools import Distribution, Extension, find_packages, setup
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # without build isolation pip takes what there is
+    raise SystemExit(f"setuptools >= 77 is needed, this is {setuptools.__version__}\n  -> pip install -U setuptools")
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
@@ -21,7 +25,7 @@ spec.loader.exec_module(native)
 
 
 class WithLibrary(Distribution):
-    """Decides once, and only when something is built: metadata and an sdist need no compiler."""
+    """Decides once, and not for an sdist, which needs no compiler."""
 
     plan = None
 
@@ -31,7 +35,6 @@ class WithLibrary(Distribution):
                 self.plan = native.plan()
             except native.BuildError as error:
                 raise SystemExit(f"native library: {error}") from None
-            print(self.plan.line(), flush=True)
         return self.plan
 
     def has_ext_modules(self):
@@ -55,6 +58,7 @@ class BuildPython(build_py):
     def run(self):
         super().run()
         plan = self.distribution.native_plan()
+        print(plan.line(), flush=True)
         if plan.kind == "none":
             package = native.library.PACKAGE if self.editable_mode else Path(self.build_lib, "vivit_kernels")
             native.write_note(plan, package)

@@ -169,7 +169,7 @@ def run_ninja(chosen: Plan, folder: Path, targets: tuple[str, ...]) -> None:
                 print(line, end="", flush=True)
     if process.returncode:
         raise BuildError(
-            "compiling failed, see above", f"{VARIABLE}=none installs without it, =cpu builds without nvcc"
+            "failed, see above", "" if targets else f"{VARIABLE}=none installs without it, =cpu without nvcc"
         )
 
 
