@@ -23,13 +23,11 @@ from bench.tubelet import Tubelet
 from bench.worker import explain
 from bench.workers import Died, Worker
 from vivit_kernels import _native, spatial_attention
-from vivit_kernels._attention.support import cpu_attention_refusals
-from vivit_kernels.factorized_attention.support import SUPPORT as FACTORIZED
 
 ROOT = Path(__file__).resolve().parent.parent
 PLUGIN = str(Path(__file__).with_name("bench_plugin.py"))
 CPU = torch.device("cpu")
-OF_THE_LIBRARY = {"cpu": "ok"} if "cpu" in FACTORIZED and _native.AVAILABLE else {}  # missing is not stored
+OF_THE_LIBRARY = {"cpu": "ok"} if _native.AVAILABLE else {}  # missing is not stored
 
 
 def case(op: str, name: str):
@@ -306,7 +304,6 @@ def test_a_backend_without_its_library_is_missing_and_says_what_to_do(monkeypatc
     monkeypatch.setattr(_native, "AVAILABLE", False)
     monkeypatch.setattr(_native, "WHY", "the native library is not built (_C.so is missing): no g++")
     monkeypatch.setattr(_native, "REMEDY", "make build")
-    monkeypatch.setitem(FACTORIZED, "cpu", cpu_attention_refusals)
     grid = torch.zeros(1, 3, 4, 3, 2, 16)
     with pytest.raises(NotImplementedError) as error:
         spatial_attention(grid, backend="cpu")

@@ -25,7 +25,6 @@ from vivit_kernels._dispatch import Answer, Call, Question, choose
 from vivit_kernels._order import Ladder, Rung
 from vivit_kernels.factorized_attention import composed as factorized_composed
 from vivit_kernels.factorized_attention import order as factorized_order
-from vivit_kernels.factorized_attention.support import SUPPORT as FACTORIZED
 from vivit_kernels.joint_attention import composed as joint_composed
 from vivit_kernels.joint_attention import order as joint_order
 from vivit_kernels.joint_attention.support import SUPPORT as JOINT
@@ -53,8 +52,6 @@ def an_install_without_others(monkeypatch):
     monkeypatch.setattr(_environment, "RESTRICTED", ())
     monkeypatch.setattr(_native, "AVAILABLE", True)
     monkeypatch.setattr(_native, "isa_name", lambda: "avx512_bf16")
-    for support in (FACTORIZED, JOINT):
-        monkeypatch.setitem(support, "cpu", cpu_attention_refusals)
     for module in (joint_composed, factorized_composed, tubelet_composed):  # explain() runs nothing
         for launcher in ("launch_fwd", "launch_bwd"):
             monkeypatch.setattr(module, launcher, ran)
@@ -205,8 +202,6 @@ def test_the_call_makes_the_choice_that_is_explained(name, backend, monkeypatch)
         with pytest.raises(NotImplementedError, match=f"backend '{backend}' cannot run this call"):
             function(*args, **kwargs, backend=backend)
         return
-    if found.chosen == "cpu" and not importlib.util.find_spec("vivit_kernels.joint_attention.cpu_kernels"):
-        pytest.skip("the launchers of backend cpu are not here")
     for op in ("joint_attention", "factorized_attention", "tubelet_embedding"):
         for one, file in (("torch", "composed"), ("cpu", "cpu_kernels")):
             if importlib.util.find_spec(f"vivit_kernels.{op}.{file}"):
