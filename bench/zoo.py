@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vivit import ViViT, ViViTConfig, flops, weights
 from vivit.config import SIZES
+from vivit.linear import Linear
 from vivit.model import Attention, Block
 from vivit_kernels import _environment, _native
 from vivit_kernels._attention.options import Options
@@ -199,6 +200,8 @@ def _calls(spec: Spec) -> list[Call]:
     if spec.model in ("joint", "factorized_encoder"):
         N = (c.T if per_frame else c.T * c.S) + 1
         calls.append(call("joint_attention", B, N, H, D, keys=N))
+        sequences, keys = (B * c.T, c.S + 1) if per_frame else (B, N)  # the last block asks with the class token alone
+        calls.append(call("joint_attention", sequences, 1, H, D, keys=keys))
     return calls
 
 
@@ -239,6 +242,11 @@ def use_liger(module: nn.Module, on: str) -> None:
             part.__class__ = LigerLayerNorm
 
 
+class StockLinear(Linear):  # an MLP of them fuses nothing and makes nothing again
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight, self.bias)
+
+
 class StockAttention(Attention):
     def forward(self, x: Tensor) -> Tensor:  # [B, N, E] or [B, T, S, E]
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
@@ -264,11 +272,15 @@ def stock_attention(qkv: Tensor, temporal_heads: int | None) -> Tensor:
 
 
 class StockViViT(ViViT):
+    class_row_alone = False
+
     def __init__(self, config: ViViTConfig):
         super().__init__(config)
         for module in self.modules():
             if isinstance(module, Attention):
                 module.__class__ = StockAttention  # the same parameters under the same names
+            if type(module) is Linear:
+                module.__class__ = StockLinear
 
     def embed(self, video: Tensor, layout: str = "BCFYX") -> Tensor:
         config, B = self.config, video.shape[0]
@@ -307,6 +319,8 @@ class ReferenceBlock(Block):
 
 
 class ReferenceViViT(ViViT):
+    class_row_alone = False
+
     def __init__(self, config: ViViTConfig):
         super().__init__(config)
         for module in self.modules():
@@ -314,6 +328,8 @@ class ReferenceViViT(ViViT):
                 module.__class__ = ReferenceAttention
             if isinstance(module, Block):
                 module.__class__ = ReferenceBlock
+            if type(module) is Linear:
+                module.__class__ = StockLinear
 
     def embed(self, video: Tensor, layout: str = "BCFYX") -> Tensor:
         channels = self.config.channels
