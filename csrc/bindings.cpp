@@ -129,6 +129,8 @@ void attention_bwd(const Tensor& d_o, const Tensor& q, const Tensor& k, const Te
 
 int64_t best_isa() { return static_cast<int64_t>(vivit::cpu::best_isa()); }
 
+void poison_scratch(bool on) { vivit::cpu::poison_scratch(on); }
+
 int64_t resident_keys() { return vivit::cpu::kResidentKeys; }
 
 }  // namespace
@@ -136,6 +138,7 @@ int64_t resident_keys() { return vivit::cpu::kResidentKeys; }
 STABLE_TORCH_LIBRARY(vivit_kernels_native, m) {
     m.def("best_isa() -> int");
     m.def("resident_keys() -> int");
+    m.def("poison_scratch(bool on) -> ()");
     m.def(
         "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor(a!) o, Tensor(b!)? stats, Tensor? mask, Tensor? seed, "
         "Tensor? cos, Tensor? sin, int temporal_heads, float scale, float softcap, float dropout_p, int isa) -> ()");
@@ -148,6 +151,7 @@ STABLE_TORCH_LIBRARY(vivit_kernels_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(vivit_kernels_native, CompositeExplicitAutograd, m) {
     m.impl("best_isa", TORCH_BOX(&best_isa));
     m.impl("resident_keys", TORCH_BOX(&resident_keys));
+    m.impl("poison_scratch", TORCH_BOX(&poison_scratch));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vivit_kernels_native, CPU, m) {

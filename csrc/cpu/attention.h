@@ -59,5 +59,7 @@ const AttentionKernels* attention_kernels(Isa isa);
 // 64-byte aligned memory of the calling thread, kept from call to call; its content is undefined. Throws
 // std::bad_alloc.
 void* thread_scratch(int64_t bytes);
+// For tests: scratch memory is handed out full of NaN, so that what nobody wrote cannot pass.
+void poison_scratch(bool on);
 
 }  // namespace vivit::cpu

@@ -1,5 +1,7 @@
 // Which instruction set runs here, and the scratch memory of threads. Compiled for any processor of the platform.
+#include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 
 #include "attention.h"
@@ -61,7 +63,11 @@ struct Scratch {
     ~Scratch() { std::free(data); }
 };
 
+std::atomic<bool> poisoned{false};
+
 }  // namespace
+
+void poison_scratch(bool on) { poisoned = on; }
 
 void* thread_scratch(int64_t bytes) {
     thread_local Scratch scratch;
@@ -72,6 +78,7 @@ void* thread_scratch(int64_t bytes) {
         scratch.bytes = scratch.data == nullptr ? 0 : rounded;
         if (scratch.data == nullptr) throw std::bad_alloc();
     }
+    if (poisoned) std::memset(scratch.data, 0xff, static_cast<size_t>(scratch.bytes));
     return scratch.data;
 }
 

@@ -26,7 +26,7 @@ class OnGrid {
           rules_(p),
           rotary_{p.cos, p.sin},
           columns_(round_up<int64_t>(p.D, kLanes)),
-          plain_(p.mask == nullptr && !p.dropout && p.softcap == 0.f),
+          plain_(p.mask == nullptr && !p.dropout && !rules_.turns),
           short_(size_.N <= kQueryLanes) {}
 
     int64_t places() const { return p_.B * size_.across; }

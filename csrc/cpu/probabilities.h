@@ -10,24 +10,33 @@ namespace vivit::cpu::VIVIT_ISA {
 
 constexpr float kLog2E = 1.44269504088896f;
 
-// How a product of a query and a key becomes a probability; the same for a whole call. A block's scores are kept in a
-// `unit` that makes exp a power of two: products as they are, or, with a soft-cap, the tanh of them.
+// How a product of a query and a key becomes a probability; the same for a whole call. A block's scores are the
+// products themselves where these rise with the probability, and a `unit` makes exp a power of two; else they are
+// turned first: into their tanh, or, with a negative scale, over.
 struct Rules {
-    float unit, softcap, into_tanh;
+    float unit;
+    bool caps, turns;
+    float into_tanh;
     bool dropout;
     float keep_scale;
     uint32_t keep_from;
     int64_t seed, offset;
 
     explicit Rules(const AttentionParams& p)
-        : unit((p.softcap > 0 ? p.softcap : p.scale) * kLog2E),
-          softcap(p.softcap),
-          into_tanh(p.softcap > 0 ? p.scale / p.softcap : 0.f),
+        : unit((p.softcap > 0 ? p.softcap
+                : p.scale < 0 ? -p.scale
+                              : p.scale) *
+               kLog2E),
+          caps(p.softcap > 0),
+          turns(caps || p.scale < 0),
+          into_tanh(caps ? p.scale / p.softcap : 0.f),
           dropout(p.dropout),
           keep_scale(p.keep_scale),
           keep_from(static_cast<uint32_t>(smallest<uint64_t>(p.keep_from, 0xffffffffu))),
           seed(p.seed),
           offset(p.offset) {}
+
+    VIVIT_INLINE Floats turned(Floats product) const { return caps ? tanh(product * into_tanh) : -product; }
 };
 
 // The keys of a block and the queries in its lanes.
@@ -70,37 +79,41 @@ struct Softmax {
     }
 };
 
-// The larger of `largest` and a block's scores for one vector of queries, in powers of two; turns products into scores.
-template <bool kPlain>
-VIVIT_INLINE Floats largest_of(float* scores, const Rules& rules, const Block& block, int64_t lane, Floats largest) {
-    if (kPlain) {
-        Floats a = load<Floats>(scores + lane) * rules.unit, b = a;
-        int64_t j = 1;
-        for (; j + 2 <= block.keys; j += 2) {
-            a = larger(a, load<Floats>(scores + j * block.lanes + lane) * rules.unit);
-            b = larger(b, load<Floats>(scores + (j + 1) * block.lanes + lane) * rules.unit);
-        }
-        if (j < block.keys) a = larger(a, load<Floats>(scores + j * block.lanes + lane) * rules.unit);
-        return larger(largest, larger(a, b));
-    }
+// Turns a block's products into scores for one vector of queries, where that takes anything.
+VIVIT_INLINE void turn(float* scores, const Rules& rules, const Block& block, int64_t lane) {
+    if (!rules.turns) return;
     for (int64_t j = 0; j < block.keys; ++j) {
         float* at = scores + j * block.lanes + lane;
-        Floats x = load<Floats>(at);
-        if (rules.softcap > 0) {
-            x = tanh(x * rules.into_tanh);
-            store(at, x);
-        }
-        if (block.allowed(j)) largest = larger(largest, x * rules.unit);
+        store(at, rules.turned(load<Floats>(at)));
     }
-    return largest;
 }
 
-// 2^(score - largest) of a key for one vector of queries.
+// The larger of `largest` and a block's scores.
+template <bool kPlain>
+VIVIT_INLINE Floats largest_of(const float* scores, const Block& block, int64_t lane, Floats largest) {
+    Floats other = largest;  // two chains: one would wait for each comparison
+    int64_t j = 0;
+    for (; kPlain && j + 2 <= block.keys; j += 2) {
+        largest = larger(largest, load<Floats>(scores + j * block.lanes + lane));
+        other = larger(other, load<Floats>(scores + (j + 1) * block.lanes + lane));
+    }
+    for (; j < block.keys; ++j) {
+        if (kPlain || block.allowed(j)) largest = larger(largest, load<Floats>(scores + j * block.lanes + lane));
+    }
+    return larger(largest, other);
+}
+
+// exp of the difference of two scores: exactly 1 where there is none, which a product rounded apart would miss.
+template <bool kExact>
+VIVIT_INLINE Floats power_of(Floats score, Floats largest, const Rules& rules) {
+    return exp2<kExact>((score - largest) * rules.unit);
+}
+
 template <class Arithmetic, bool kPlain>
 VIVIT_INLINE Floats power(const float* scores, const Rules& rules, const Block& block, int64_t key, int64_t lane,
                           Floats largest) {
     if (!kPlain && !block.allowed(key)) return Floats{};
-    return exp2<Arithmetic::kExact>(load<Floats>(scores + key * block.lanes + lane) * rules.unit - largest);
+    return power_of<Arithmetic::kExact>(load<Floats>(scores + key * block.lanes + lane), largest, rules);
 }
 
 // One step of an online softmax: products q.k in `scores` become the operand `p` of the product with v, in words
@@ -111,11 +124,12 @@ bool softmax_step(float* scores, uint32_t* p, const Rules& rules, const Block& b
     bool shrinks = false;
     for (int64_t lane = 0; lane < block.lanes; lane += kLanes) {
         const Floats before = load<Floats>(state.largest + lane);
-        const Floats largest = largest_of<kPlain>(scores, rules, block, lane, before);
+        if (!kPlain) turn(scores, rules, block, lane);
+        const Floats largest = largest_of<kPlain>(scores, block, lane, before);
         store(state.largest + lane, largest);
         // without any key so far there is nothing to shrink, and -inf - -inf must not arise
         const Floats base = largest == all(kNothing) ? Floats{} : largest;
-        const Floats shrink = before == all(kNothing) ? Floats{} : exp2<true>(before - base);
+        const Floats shrink = before == all(kNothing) ? Floats{} : power_of<true>(before, base, rules);
         store(state.shrink + lane, shrink);
         for (int i = 0; i < kLanes; ++i) shrinks |= state.shrink[lane + i] != 1.f;
         Floats sum = load<Floats>(state.sum + lane) * shrink;

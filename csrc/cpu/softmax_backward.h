@@ -20,9 +20,9 @@ constexpr uint32_t kDropped = 0x80000000u;
 // 2^(score - largest), marked; dp after dropout; the slope of the soft-cap.
 template <class Arithmetic, bool kPlain>
 VIVIT_INLINE void powers_of_key(const ScoreGradient& at, const Rules& rules, const Block& block, int64_t key,
-                                int64_t lane, Floats largest, Keep& keep, Floats& power_of, Floats& dp) {
+                                int64_t lane, Floats largest, Keep& keep, Floats& weight, Floats& dp) {
     const int64_t i = key * block.lanes + lane;
-    power_of = power<Arithmetic, kPlain>(at.scores, rules, block, key, lane, largest);
+    weight = power<Arithmetic, kPlain>(at.scores, rules, block, key, lane, largest);
     dp = load<Floats>(at.dp + i);
     if (kPlain) return;
     if (at.slope != nullptr) {
@@ -32,16 +32,16 @@ VIVIT_INLINE void powers_of_key(const ScoreGradient& at, const Rules& rules, con
     if (!rules.dropout) return;
     if (key % 4 == 0) keep.draw(rules, block, key, lane);
     dp = keep.of(dp * rules.keep_scale, rules, key);
-    power_of = bits<Floats>(bits<Words>(power_of) | (~keep.kept(rules, key) & kDropped));
+    weight = bits<Floats>(bits<Words>(weight) | (~keep.kept(rules, key) & kDropped));
 }
 
 // p (dropped, as the product with v has seen it) and ds of a key from its marked power.
 template <bool kPlain>
 VIVIT_INLINE void gradient_of_key(const ScoreGradient& at, const Rules& rules, const Block& block, int64_t key,
-                                  int64_t lane, Floats power_of, Floats dp, Floats inverse, Floats delta, Floats& p,
+                                  int64_t lane, Floats weight, Floats dp, Floats inverse, Floats delta, Floats& p,
                                   Floats& ds) {
-    const Words marked = bits<Words>(power_of);
-    p = kPlain ? power_of * inverse : bits<Floats>(marked & ~kDropped) * inverse;
+    const Words marked = bits<Words>(weight);
+    p = kPlain ? weight * inverse : bits<Floats>(marked & ~kDropped) * inverse;
     ds = p * (dp - delta);
     if (kPlain) return;
     if (at.slope != nullptr) ds *= load<Floats>(at.slope + key * block.lanes + lane);
@@ -66,16 +66,17 @@ template <class Arithmetic, bool kPlain>
 void softmax_backward_whole(const ScoreGradient& at, const Rules& rules, const Block& block) {
     constexpr int kPack = Arithmetic::kPack;
     for (int64_t lane = 0; lane < block.lanes; lane += kLanes) {
-        const Floats found = largest_of<kPlain>(at.scores, rules, block, lane, all(kNothing));
+        if (!kPlain) turn(at.scores, rules, block, lane);
+        const Floats found = largest_of<kPlain>(at.scores, block, lane, all(kNothing));
         const Floats largest = found == all(kNothing) ? Floats{} : found;
         Floats sum{}, product_sum{};
         Keep keep;
         for (int64_t j = 0; j < block.keys; ++j) {
-            Floats power_of, dp;
-            powers_of_key<Arithmetic, kPlain>(at, rules, block, j, lane, largest, keep, power_of, dp);
-            const Floats plain = kPlain ? power_of : bits<Floats>(bits<Words>(power_of) & ~kDropped);
+            Floats weight, dp;
+            powers_of_key<Arithmetic, kPlain>(at, rules, block, j, lane, largest, keep, weight, dp);
+            const Floats plain = kPlain ? weight : bits<Floats>(bits<Words>(weight) & ~kDropped);
             sum += plain, product_sum += plain * dp;
-            store(at.scores + j * block.lanes + lane, power_of);
+            store(at.scores + j * block.lanes + lane, weight);
             if (!kPlain && rules.dropout) store(at.dp + j * block.lanes + lane, dp);
         }
         const Floats inverse = sum > Floats{} ? 1.f / sum : Floats{};  // no key left: zeros
@@ -99,7 +100,7 @@ template <class Arithmetic, bool kPlain>
 void softmax_backward_part(const ScoreGradient& at, const Rules& rules, const Block& block) {
     constexpr int kPack = Arithmetic::kPack;
     for (int64_t lane = 0; lane < block.lanes; lane += kLanes) {
-        if (at.slope != nullptr) largest_of<kPlain>(at.scores, rules, block, lane, all(kNothing));  // for the tanh
+        if (!kPlain) turn(at.scores, rules, block, lane);
         const Floats largest = load<Floats>(at.largest + lane), inverse = load<Floats>(at.inverse + lane);
         const Floats delta = load<Floats>(at.delta + lane);
         Keep keep;
@@ -108,9 +109,9 @@ void softmax_backward_part(const ScoreGradient& at, const Rules& rules, const Bl
 #pragma GCC unroll 2
             for (int i = 0; i < kPack; ++i) {
                 if (j + i >= block.keys) break;
-                Floats power_of, dp;
-                powers_of_key<Arithmetic, kPlain>(at, rules, block, j + i, lane, largest, keep, power_of, dp);
-                gradient_of_key<kPlain>(at, rules, block, j + i, lane, power_of, dp, inverse, delta, p[i], ds[i]);
+                Floats weight, dp;
+                powers_of_key<Arithmetic, kPlain>(at, rules, block, j + i, lane, largest, keep, weight, dp);
+                gradient_of_key<kPlain>(at, rules, block, j + i, lane, weight, dp, inverse, delta, p[i], ds[i]);
             }
             store_gradients<Arithmetic>(at, block, j, lane, p, ds);
         }
