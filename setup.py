@@ -25,9 +25,9 @@ spec.loader.exec_module(native)
 
 
 class WithLibrary(Distribution):
-    """Decides once, and not for an sdist, which needs no compiler."""
+    """Decides once, and not for an sdist, which needs no compiler; says so when something is built."""
 
-    plan = None
+    plan, said = None, False
 
     def native_plan(self):
         if self.plan is None:
@@ -37,6 +37,12 @@ class WithLibrary(Distribution):
                 raise SystemExit(f"native library: {error}") from None
         return self.plan
 
+    def say_plan(self):
+        if not self.said:
+            self.said = True
+            print(self.native_plan().line(), flush=True)
+        return self.native_plan()
+
     def has_ext_modules(self):
         return self.native_plan().kind != "none"
 
@@ -44,6 +50,12 @@ class WithLibrary(Distribution):
 class BuildLibrary(build_ext):
     def get_ext_filename(self, fullname):
         return str(Path(*fullname.split(".")[:-1], native.library.NAME))
+
+    def run(self):
+        if self.distribution.say_plan().kind == "none":  # `setup.py build_ext --inplace`; otherwise it is not called
+            native.write_note(self.distribution.native_plan(), native.library.PACKAGE)
+        else:
+            super().run()
 
     def build_extension(self, ext):
         try:
@@ -57,8 +69,7 @@ class BuildPython(build_py):
 
     def run(self):
         super().run()
-        plan = self.distribution.native_plan()
-        print(plan.line(), flush=True)
+        plan = self.distribution.say_plan()
         if plan.kind == "none":
             package = native.library.PACKAGE if self.editable_mode else Path(self.build_lib, "vivit_kernels")
             native.write_note(plan, package)

@@ -1,106 +1,35 @@
-"""How the native library is built: what is decided and said, what is compiled again, and what wheels and sdists hold.
-
-Built here is a small stand-in for csrc/, from a copy of what builds the real one.
-"""
+"""How the native library is built: what is decided and said, and what is compiled again."""
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
 import os
 import platform
 import shutil
 import stat
 import subprocess
 import sys
-import tarfile
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from native_tree import (
+    SOURCES,
+    answer_of,
+    build,
+    builds,
+    built,
+    compiled,
+    library,
+    run,
+    run_build,
+    toolchain,
+    tree,
+    write,
+)
 
 from vivit_kernels import _native
 
-ROOT = Path(__file__).resolve().parent.parent
-if not (ROOT / "csrc" / "build.py").is_file():
-    pytest.skip("no csrc/ here: an installed package is tested", allow_module_level=True)
-spec = importlib.util.spec_from_file_location("native_build", ROOT / "csrc" / "build.py")
-assert spec and spec.loader
-build = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(build)
-toolchain, library = sys.modules["toolchain"], build.library
-
-PIP = [sys.executable, "-m", "pip"]
-SOURCES = {
-    "bindings.cpp": """
-        #include "cpu/numbers.h"
-        extern "C" int aoti_torch_device_type_cpu();
-        extern "C" __attribute__((visibility("default"))) int answer() {
-            return kAnswer + portable_number() + aoti_torch_device_type_cpu();
-        }
-    """,
-    "cpu/numbers.h": "constexpr int kAnswer = 40;\nint portable_number();\n",
-    "cpu/isa_portable.cpp": "int portable_number() { return 2; }\n",
-    "cpu/isa_avx2.cpp": "int avx2_number() { return 3; }\n",
-}
-KERNEL = "__global__ void twice(float* x) { x[threadIdx.x] *= 2; }\nint cuda_number() { return 1; }\n"
-CUDA_BINDINGS = """
-    int cuda_number();
-    extern "C" __attribute__((visibility("default"))) int answer() { return cuda_number(); }
-"""
-
-
-def can_build() -> str:
-    """Why nothing can be compiled here; "" if it can."""
-    plan = toolchain.plan(dict(os.environ) | {toolchain.VARIABLE: "auto"})
-    return plan.why if plan.kind == "none" else ""
-
-
-builds = pytest.mark.skipif(bool(can_build()), reason=can_build())
-
-
-def write(tree: Path, sources: dict[str, str]) -> None:
-    for name, text in sources.items():
-        (tree / "csrc" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tree / "csrc" / name).write_text(text)
-
-
-@pytest.fixture
-def tree(tmp_path):
-    """A checkout with the real build files and small sources."""
-    tree = tmp_path / "tree"
-    for name in ("kernels", "vivit"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "_C.*"))
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree / name)
-    write(tree, SOURCES)
-    for name in ("build.py", "toolchain.py", "torch_symbols.txt"):
-        shutil.copy(ROOT / "csrc" / name, tree / "csrc" / name)
-    return tree
-
-
-def run(tree: Path, *command: str, **environ: str) -> subprocess.CompletedProcess:
-    kept = {name: value for name, value in os.environ.items() if name not in (toolchain.VARIABLE, "CXX")}
-    return subprocess.run(command, cwd=tree, env=kept | environ, capture_output=True, text=True)
-
-
-def run_build(tree: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess:
-    return run(tree, sys.executable, "csrc/build.py", *arguments, **environ)
-
-
-def compiled(done: subprocess.CompletedProcess) -> set[str]:
-    """The names of what ninja made."""
-    assert done.returncode == 0, done.stdout + done.stderr
-    return {Path(line.split()[-1]).name for line in done.stdout.splitlines() if line.startswith("[")}
-
-
-def built(tree: Path) -> Path:
-    return tree / "kernels" / "vivit_kernels" / "_C.so"
-
-
-def answer_of(path: Path) -> int:
-    return ctypes.CDLL(str(path)).answer()
+__all__ = ["tree"]  # a fixture
 
 
 # ---- what is decided ----
@@ -208,6 +137,7 @@ def test_instruction_sets_are_compiled_for_their_processors_and_linked_in_rising
 
 @builds
 def test_a_second_build_compiles_nothing_and_a_change_only_what_it_touches(tree):
+    (tree / "pyproject.toml").unlink()  # a benchmark's checkout of another commit has none
     first = run_build(tree)
     isas = {"isa_portable.cpp", "isa_avx2.cpp"} if len(toolchain.machine_flags()) > 1 else {"isa_portable.cpp"}
     assert compiled(first) == {"bindings.cpp", "record.cpp", "_C.so"} | isas
@@ -288,6 +218,12 @@ def test_where_it_can_be_built_it_is_there():
 
 # ---- CUDA ----
 
+KERNEL = "__global__ void twice(float* x) { x[threadIdx.x] *= 2; }\nint cuda_number() { return 1; }\n"
+CUDA_BINDINGS = """
+    int cuda_number();
+    extern "C" __attribute__((visibility("default"))) int answer() { return cuda_number(); }
+"""
+
 FAKE_NVCC = """#!/bin/sh
 echo "$@" >> {log}
 case "$1" in
@@ -362,57 +298,3 @@ def test_sanitizers_find_what_is_planted(tree, wrong, finding):
     options = {"LD_PRELOAD": preload, "LD_LIBRARY_PATH": torch_lib, "ASAN_OPTIONS": "detect_leaks=0"}
     done = run(tree, sys.executable, "-c", call, **options)
     assert done.returncode != 0 and finding in done.stderr
-
-
-# ---- wheels ----
-
-
-def make_wheel(source: Path, folder: Path, **environ: str) -> tuple[str, list[str]]:
-    """The name of the wheel that pip makes, and what it holds of the native library."""
-    command = [*PIP, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder), str(source)]
-    done = run(source, *command, **environ)
-    assert done.returncode == 0, done.stderr
-    (wheel,) = folder.glob("*.whl")
-    return wheel.name, [name for name in zipfile.ZipFile(wheel).namelist() if Path(name).stem == "_C"]
-
-
-@builds
-def test_the_sdist_builds_a_wheel_for_every_python_of_the_platform(tree, tmp_path):
-    run_build(tree)  # what lies about in the checkout does not get into the sdist
-    ask = "from setuptools import build_meta; print(build_meta.build_sdist('dist'))"
-    assert run(tree, sys.executable, "-c", ask).returncode == 0
-    (sdist,) = (tree / "dist").glob("vivit_kernels-*.tar.gz")
-    with tarfile.open(sdist) as archive:
-        names = {name.partition("/")[2] for name in archive.getnames()}
-        archive.extractall(tmp_path / "unpacked", filter="data")
-    present = {str(path.relative_to(tree)) for path in (tree / "csrc").rglob("*.*") if "__pycache__" not in path.parts}
-    assert present <= names and not [name for name in names if name.endswith((".so", ".o", ".ninja"))]
-    (unpacked,) = (tmp_path / "unpacked").iterdir()
-    name, held = make_wheel(unpacked, tmp_path / "wheels")
-    assert name.endswith(f"-py3-none-linux_{platform.machine()}.whl") and held == ["vivit_kernels/_C.so"]
-
-
-def test_a_wheel_without_the_library_is_for_every_platform_and_says_why(tree, tmp_path):
-    built(tree).write_bytes(b"left over from another build")
-    name, held = make_wheel(tree, tmp_path / "wheels", VIVIT_KERNELS_BUILD="none")
-    assert name.endswith("-py3-none-any.whl") and held == ["vivit_kernels/_C.why"]
-    text = zipfile.ZipFile(tmp_path / "wheels" / name).read("vivit_kernels/_C.why").decode()
-    assert text.startswith("VIVIT_KERNELS_BUILD=none\n")
-
-
-@builds
-def test_an_editable_install_builds_in_place(tree):
-    ask = "from setuptools import build_meta; print(build_meta.build_editable('dist'))"
-    done = run(tree, sys.executable, "-c", ask)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("native library: CPU alone") == 1, "the decision is one line"
-    assert library.problem_of(built(tree), tree) is None and answer_of(built(tree)) == 42
-
-
-def test_an_install_of_what_cannot_be_built_stops_with_the_reason(tree):
-    ask = "from setuptools import build_meta; print(build_meta.build_wheel('dist'))"
-    done = run(tree, sys.executable, "-c", ask, VIVIT_KERNELS_BUILD="cuda")
-    assert (
-        done.returncode == 1 and "native library: VIVIT_KERNELS_BUILD=cuda: " in done.stderr and "  -> " in done.stderr
-    )
-    assert "Traceback" not in done.stderr

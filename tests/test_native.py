@@ -18,7 +18,6 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 OPS = ("best_isa", "resident_keys", "attention_fwd", "attention_bwd")
 loaded = pytest.mark.skipif(not _native.AVAILABLE, reason=f"{_native.WHY} -> {_native.REMEDY}")
-in_checkout = pytest.mark.skipif(_library.checkout() is None, reason="an installed package is tested")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="libraries are ELF files")
 
 
@@ -178,7 +177,6 @@ def test_where_it_is_not_available_there_is_a_reason():
     assert _native.AVAILABLE or (_native.WHY and _native.REMEDY and _native.RECORD is None and _native.BEST == "")
 
 
-@in_checkout
 def test_instruction_sets_are_numbered_as_in_the_sources():
     text = (CSRC / "cpu" / "attention.h").read_text()
     enum = re.search(r"enum class Isa[^{]*\{([^}]*)\}", text)
@@ -256,7 +254,6 @@ def listed() -> list[str]:
     return [line for line in lines if not line.startswith("#")]
 
 
-@in_checkout
 @loaded
 def test_the_library_asks_for_listed_symbols_only():
     """Those of glibc and libstdc++ carry a version, `_ITM_` and `__` are the compiler's and may be missing."""
@@ -268,7 +265,6 @@ def test_the_library_asks_for_listed_symbols_only():
         )
 
 
-@in_checkout
 def test_this_pytorch_has_every_listed_symbol():
     exported = symbols(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so", "--defined-only")
     assert listed() == sorted(set(listed())) and not set(listed()) - {name.partition("@")[0] for name in exported}
