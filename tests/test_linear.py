@@ -61,7 +61,7 @@ def assert_within(function, plain, tensors, terms: int) -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_values_and_gradients(dtype, inputs, outputs, bias):
     tensors = layer(inputs, outputs, dtype, bias)
-    assert routes._takes(*tensors)
+    assert routes._takes(tensors[0], tensors[1:])
     assert_within(linear, F.linear, tensors, terms=ROWS)
 
 
@@ -85,6 +85,7 @@ def test_mlp(dtype):
     x, weight1, bias1 = layer(64, 96, dtype)
     _, weight2, bias2 = layer(96, 64, dtype)
     tensors = (x, weight1, bias1, weight2, bias2)
+    assert routes._takes(x, tensors[1:3], tensors[3:]) and not routes._takes(x, tensors[3:], tensors[1:3])
     assert_within(our_mlp, plain_mlp, tensors, terms=ROWS)
     with torch.no_grad():
         found = our_mlp(*tensors)
@@ -211,7 +212,7 @@ def test_calls_that_are_plain(call):
         with pytest.raises(RuntimeError, match="dtype"):
             linear(x, weight.double(), bias.double())
         return
-    assert not routes._takes(x, weight, bias)
+    assert not routes._takes(x, (weight, bias))
     found, expected = linear(x, weight, bias), F.linear(x, weight, bias)
     assert found.shape == expected.shape and found.dtype == expected.dtype and found.device == expected.device
     assert call == "meta" or torch.equal(found, expected)
@@ -283,6 +284,35 @@ def test_hooks_are_called_and_see_the_whole():
         for handle in handles:
             handle.remove()
         assert torch.equal(model(video), free)
+
+
+@TAKEN
+def test_a_model_takes_these_routes(monkeypatch):
+    """Every product of all tokens is a convolution; GELU is fused, or made again in backward."""
+    model, video = ViViT(ViViTConfig(**SMALL)), torch.randn(1, 3, 4, 256, 256)
+    layers: list[tuple] = []
+    convolved = routes._convolved
+
+    def seen(rows, weight, bias, gelu=False):
+        layers.append((*weight.shape, gelu))
+        return convolved(rows, weight, bias, gelu)
+
+    monkeypatch.setattr(routes, "_convolved", seen)
+    E, mlp = SMALL["embedding"], SMALL["mlp"]
+    with torch.no_grad():
+        model(video)
+    qkv, proj, fc2 = (3 * E, E, False), (E, E, False), (E, mlp, False)
+    assert layers == [qkv, proj, (mlp, E, True), fc2, qkv]  # of the last block, the rest is one row
+    layers.clear()
+    kinds = set()
+    loss = model(video).sum()
+    assert layers == [qkv, proj, (mlp, E, False), fc2, qkv]
+    nodes = [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        kinds.add(type(node).__name__)
+        nodes += [before for before, _ in node.next_functions if before is not None]
+    assert {"_LinearBackward", "_GeluLinearBackward"} <= kinds
 
 
 @pytest.mark.parametrize("attention", ["joint", "factorized_encoder"])

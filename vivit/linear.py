@@ -40,7 +40,7 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: x `[..., K]`, weight `[N, K]`, bias `[N]` -> `[..., N]`; backward any number of times."""
-    if not _takes(x, weight, bias):
+    if not _takes(x, (weight, bias)):
         return F.linear(x, weight, bias)
     rows, weight, bias = _prepared(x, weight, bias)
     y = _Linear.apply(rows, weight, bias) if _needs_grad(rows, weight, bias) else _convolved(rows, weight, bias)
@@ -54,7 +54,7 @@ def mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
     them, it is made again in backward: 1 % of a layer's step, and its output, 38 MB per layer of ViT-B in float32, is
     not kept.
     """
-    if not (_takes(x, fc1.weight, fc1.bias) and _takes(x, fc2.weight, fc2.bias)):
+    if not _takes(x, (fc1.weight, fc1.bias), (fc2.weight, fc2.bias)):
         return F.linear(F.gelu(F.linear(x, fc1.weight, fc1.bias), approximate="tanh"), fc2.weight, fc2.bias)
     rows, weight1, bias1 = _prepared(x, fc1.weight, fc1.bias)
     _, weight2, bias2 = _prepared(rows, fc2.weight, fc2.bias)
@@ -83,18 +83,20 @@ def _dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the convolution can compute this call and is not slower."""
-    dtype = _dtype(x)
+def _takes(x: Tensor, *layers: tuple[Tensor, Tensor | None]) -> bool:
+    """Whether convolutions can compute these layers, one (weight, bias) after the other, and are not slower."""
+    dtype, width = _dtype(x), x.shape[-1] if x.dim() else 0
     if not (_ONEDNN if dtype == torch.float32 else _BFLOAT16 and dtype == torch.bfloat16):
         return False
-    return (
-        all(t.device.type == "cpu" and t.is_floating_point() and _dtype(t) == dtype for t in _given(x, weight, bias))
-        and weight.dim() == 2
-        and x.shape[-1:] == weight.shape[1:]
-        and min(weight.shape) >= _FEWEST_COLUMNS
-        and x.numel() >= _FEWEST_ROWS * x.shape[-1]
-    )
+    if width < _FEWEST_COLUMNS or x.numel() < _FEWEST_ROWS * width:
+        return False
+    for weight, bias in layers:
+        if weight.dim() != 2 or weight.shape[1] != width or weight.shape[0] < _FEWEST_COLUMNS:
+            return False
+        width = weight.shape[0]
+        if any(t.device.type != "cpu" or not t.is_floating_point() or _dtype(t) != dtype for t in _given(weight, bias)):
+            return False
+    return x.device.type == "cpu" and x.is_floating_point()
 
 
 def _prepared(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
