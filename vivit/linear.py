@@ -118,8 +118,13 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def _image(rows: Tensor) -> Tensor:
-    """`[M, K]` as a channels-last picture `[1, K, 1, M]`, in place."""
-    return rows[None, None].permute(0, 3, 1, 2)
+    """`[M, K]` as a channels-last picture `[1, K, 1, M]`, in place.
+
+    Not by unsqueeze and permute: torch.compile gives the two ones strides of 0, the convolution then takes the picture
+    for channels-first, and the model compiled was 12 to 18 % slower than not.
+    """
+    M, K = rows.shape
+    return rows.as_strided((1, K, 1, M), (M * K, 1, M * K, K))
 
 
 def _rows(image: Tensor) -> Tensor:
