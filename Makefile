@@ -30,6 +30,9 @@ NEWEST = $(abspath $(VENV))/newest-triton
 # Another version of PyTorch, and the tests of the native library, which is one file for all versions.
 OLDEST = $(abspath $(VENV))/oldest-torch
 NATIVE_TESTS = $(wildcard tests/test_native.py tests/test_cpu_attention.py)
+IS_LOADED = "import torch; from vivit_kernels import _native; assert _native.AVAILABLE, _native.WHY; \
+	print('native tests with torch', torch.__version__)"
+SANITIZED = build/native/sanitized
 # pytest answers 5 when it finds no test of the kind asked for; that is not a failure
 NONE_IS_FINE = || [ $$? -eq 5 ]
 CPP = $(shell git ls-files '*.cu' '*.cuh' '*.cpp' '*.h')
@@ -85,7 +88,7 @@ test-oldest-torch: for-test
 	@$(BUILD)
 	@if [ -n "$(strip $(VENV))" ] && $(PYTHON) .ci/install.py oldest-torch --venv $(VENV); then \
 		export PYTHONPATH=$(OLDEST)$(if $(PYTHONPATH),:$(PYTHONPATH)); \
-		$(PY) -c "import torch; print('torch', torch.__version__, 'from', torch.__file__)" && \
+		$(PY) -c $(IS_LOADED) && \
 		$(PYTEST) $(NATIVE_TESTS); \
 	else \
 		echo "LEFT OUT: the tests of the native library under the oldest PyTorch, which is not here"; \
@@ -94,10 +97,14 @@ test-oldest-torch: for-test
 # Leaks are not looked for: PyTorch and Python keep what they have until the process ends.
 sanitize: for-test
 	@$(BUILD) --sanitize
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
-	VIVIT_KERNELS_LIBRARY=$(CURDIR)/build/native/sanitized/_C.so \
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	$(PY) -m pytest $(NATIVE_TESTS)
+	@rm -f $(SANITIZED)/finding.*; \
+	export VIVIT_KERNELS_LIBRARY=$(CURDIR)/$(SANITIZED)/_C.so; \
+	export ASAN_OPTIONS=detect_leaks=0:log_path=$(CURDIR)/$(SANITIZED)/finding; \
+	export UBSAN_OPTIONS=print_stacktrace=1:log_path=$(CURDIR)/$(SANITIZED)/finding; \
+	export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"; \
+	$(PY) -c $(IS_LOADED) && $(PYTEST) $(NATIVE_TESTS); failed=$$?; unset LD_PRELOAD; \
+	for finding in $(SANITIZED)/finding.*; do [ ! -f $$finding ] || { failed=1; head -n 12 $$finding; }; done; \
+	exit $$failed
 
 # Every interpreted test of Triton kernels (an hour or two: a case takes seconds), and those of `make test` once more with
 # the newest Triton.

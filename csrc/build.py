@@ -42,7 +42,7 @@ from toolchain import (  # noqa: E402
     warning_flags,
 )
 
-FAST, SANITIZED = ["-O3"], ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
+FAST, SANITIZED = ["-O3"], ["-O2", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
 SANITIZED += ["-fno-sanitize-recover=undefined"]  # the first finding ends the process, as address's does
 # bindings.cpp alone sees torch, by the stable ABI of 2.10: what it compiles to runs in every later release.
 TORCH_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
