@@ -72,7 +72,7 @@ AttentionParams params_of(const Tensor& q, const Tensor& k, const Tensor& v, con
     p.cos = flat<const float>(cos, ScalarType::Float, tokens * (p.D / 2), "cos");
     p.sin = flat<const float>(sin, ScalarType::Float, tokens * (p.D / 2), "sin");
     STD_TORCH_CHECK((p.cos == nullptr) == (p.sin == nullptr), "vivit_kernels_native: cos without sin");
-    p.scale = static_cast<float>(scale), p.softcap = static_cast<float>(softcap);
+    p.scale = scale, p.softcap = softcap;
     const int64_t* words = flat<const int64_t>(seed, ScalarType::Long, 2, "seed");
     if (words != nullptr) {
         p.dropout = true;
@@ -117,8 +117,8 @@ void attention_bwd(const Tensor& d_o, const Tensor& q, const Tensor& k, const Te
                    double dropout_p, int64_t isa) {
     const AttentionKernels& kernels = kernels_of(isa);
     AttentionParams p = params_of(q, k, v, stats, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p);
-    const bool streams = (p.temporal_heads > 0 && p.T > vivit::cpu::kResidentKeys) ||
-                         (p.temporal_heads < p.H && p.S_k > vivit::cpu::kResidentKeys);
+    const bool streams = (p.temporal_heads > 0 && !vivit::cpu::is_resident(p.dtype, p.T)) ||
+                         (p.temporal_heads < p.H && !vivit::cpu::is_resident(p.dtype, p.S_k));
     STD_TORCH_CHECK(!streams || (o.has_value() && p.stats != nullptr),
                     "vivit_kernels_native: the backward of long sequences needs o and stats");
     if (o.has_value()) p.o = grid_of(*o, p, p.S, "o");

@@ -4,7 +4,7 @@
 //     p = softmax(scale * q.k)     dv = p^T do     dp = do v^T     ds = p * (dp - sum(p * dp))     dq = ds k     dk =
 //     ds^T q
 //
-// Sequences of up to kResidentKeys keys need nothing of the forward; longer ones read its o and statistics, and go over
+// Sequences that are resident (attention.h) need nothing of the forward; others read its o and statistics, and go over
 // their keys in blocks. Every gradient is written once, by one thread.
 #pragma once
 
@@ -26,7 +26,8 @@ class Backward : OnGrid<E, Arithmetic> {
   public:
     Backward(const AttentionParams& p, Axis axis)
         : Base(p, axis),
-          whole_(size_.N_k <= kResidentKeys),
+          scale_(static_cast<float>(p.scale)),
+          whole_(is_resident(p.dtype, size_.N_k)),
           key_block_(whole_ ? size_.N_k : smallest(size_.N_k, kKeyBlockBackward)) {}
 
     int64_t units() const { return short_ ? this->places() : this->places() * size_.heads; }
@@ -81,7 +82,7 @@ class Backward : OnGrid<E, Arithmetic> {
         const QueryBlocks blocks(one.N, kQueryLanes);
         for (int64_t i = 0; i < blocks.blocks; ++i) queries(one, blocks.first(i), blocks.lanes(i));
         for (int64_t j = 0; j < one.N_k; ++j) {
-            store_gradient(one.dk.row(j), dk_ + j * columns_, p_.D, p_.scale, rotary_, this->token(one, j));
+            store_gradient(one.dk.row(j), dk_ + j * columns_, p_.D, scale_, rotary_, this->token(one, j));
             store_row(one.dv.row(j), dv_ + j * columns_, p_.D, 1.f);
         }
     }
@@ -101,7 +102,7 @@ class Backward : OnGrid<E, Arithmetic> {
             first == 0 ? keys<false>(block, count) : keys<true>(block, count);
         }
         for (int64_t i = 0; i < count; ++i) {
-            store_gradient(one.dq.row(first + i), dq_ + i * columns_, p_.D, p_.scale, rotary_,
+            store_gradient(one.dq.row(first + i), dq_ + i * columns_, p_.D, scale_, rotary_,
                            this->token(one, first + i));
         }
     }
@@ -134,8 +135,8 @@ class Backward : OnGrid<E, Arithmetic> {
     void keys(const Block& block, int64_t count) {
         const int64_t lanes = block.lanes, key = block.first_key, n = block.keys;
         const int64_t vectors = columns_ / kLanes, words = Pack::words(p_.D), depth = Pack::words(count);
-        product<Arithmetic, Walk::kRows, false>(at_.scores, lanes, k_.words + key * k_.stride, k_.stride, q_columns_,
-                                                lanes, n, lanes / kLanes, words);
+        product<Arithmetic, Walk::kRows, false, Arithmetic::kScoreChain>(
+            at_.scores, lanes, k_.words + key * k_.stride, k_.stride, q_columns_, lanes, n, lanes / kLanes, words);
         product<Arithmetic, Walk::kRows, false>(at_.dp, lanes, v_.words + key * v_.stride, v_.stride, do_columns_,
                                                 lanes, n, lanes / kLanes, words);
         softmax(block);
@@ -164,6 +165,7 @@ class Backward : OnGrid<E, Arithmetic> {
         }
     }
 
+    const float scale_;
     const bool whole_;         // all keys in one block
     const int64_t key_block_;  // keys of a block
     typename Base::Operand k_{}, v_{};

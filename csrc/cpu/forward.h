@@ -89,8 +89,9 @@ class Forward : OnGrid<E, Arithmetic> {
 
     void step(const Block& block) {
         const int64_t lanes = block.lanes, vectors = columns_ / kLanes, depth = Pack::words(block.keys);
-        product<Arithmetic, Walk::kRows, false>(scores_, lanes, k_.words + block.first_key * k_.stride, k_.stride, q_,
-                                                lanes, block.keys, lanes / kLanes, Pack::words(p_.D));
+        product<Arithmetic, Walk::kRows, false, Arithmetic::kScoreChain>(
+            scores_, lanes, k_.words + block.first_key * k_.stride, k_.stride, q_, lanes, block.keys, lanes / kLanes,
+            Pack::words(p_.D));
         const bool shrinks = plain_ ? softmax_step<Arithmetic, true>(scores_, probabilities_, rules_, block, softmax_)
                                     : softmax_step<Arithmetic, false>(scores_, probabilities_, rules_, block, softmax_);
         const uint32_t* v = v_ + block.first_key / Pack::kPack * columns_;

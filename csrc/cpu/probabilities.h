@@ -8,13 +8,13 @@
 
 namespace vivit::cpu::VIVIT_ISA {
 
-constexpr float kLog2E = 1.44269504088896f;
+constexpr double kLog2E = 1.4426950408889634;
 
 // How a product of a query and a key becomes a probability; the same for a whole call. A block's scores are the
 // products themselves where these rise with the probability, and a `unit` makes exp a power of two; else they are
 // turned first: into their tanh, or, with a negative scale, over.
 struct Rules {
-    float unit;
+    float unit, unit_rest;  // the second is what the first loses by rounding
     bool caps, turns;
     float into_tanh;
     bool dropout;
@@ -23,19 +23,21 @@ struct Rules {
     int64_t seed, offset;
 
     explicit Rules(const AttentionParams& p)
-        : unit((p.softcap > 0 ? p.softcap
-                : p.scale < 0 ? -p.scale
-                              : p.scale) *
-               kLog2E),
+        : unit(static_cast<float>(unit_of(p))),
+          unit_rest(static_cast<float>(unit_of(p) - static_cast<float>(unit_of(p)))),
           caps(p.softcap > 0),
           turns(caps || p.scale < 0),
-          into_tanh(caps ? p.scale / p.softcap : 0.f),
+          into_tanh(caps ? static_cast<float>(p.scale / p.softcap) : 0.f),
           dropout(p.dropout),
           keep_scale(p.keep_scale),
           keep_from(static_cast<uint32_t>(smallest<uint64_t>(p.keep_from, 0xffffffffu))),
           seed(p.seed),
           offset(p.offset) {}
 
+    static double unit_of(const AttentionParams& p) {
+        const double factor = p.softcap > 0 ? p.softcap : p.scale;
+        return (factor < 0 ? -factor : factor) * kLog2E;
+    }
     VIVIT_INLINE Floats turned(Floats product) const { return caps ? tanh(product * into_tanh) : -product; }
 };
 
@@ -68,6 +70,9 @@ struct Keep {
 };
 
 constexpr float kNothing = -__builtin_inff();
+
+// Sums over keys are sums of sums of so many: behind one probability of nearly 1, a long sum loses all small ones.
+constexpr int64_t kShortSum = 16;
 
 // Of each query so far: the largest score, the sum of 2^(score - largest), and what the last block scaled older sums
 // by.
@@ -106,7 +111,7 @@ VIVIT_INLINE Floats largest_of(const float* scores, const Block& block, int64_t 
 // exp of the difference of two scores: exactly 1 where there is none, which a product rounded apart would miss.
 template <bool kExact>
 VIVIT_INLINE Floats power_of(Floats score, Floats largest, const Rules& rules) {
-    return exp2<kExact>((score - largest) * rules.unit);
+    return exp2<kExact>(score - largest, rules.unit, rules.unit_rest);
 }
 
 template <class Arithmetic, bool kPlain>
@@ -134,17 +139,21 @@ bool softmax_step(float* scores, uint32_t* p, const Rules& rules, const Block& b
         for (int i = 0; i < kLanes; ++i) shrinks |= state.shrink[lane + i] != 1.f;
         Floats sum = load<Floats>(state.sum + lane) * shrink;
         Keep keep;
-        for (int64_t j = 0; j < block.keys; j += kPack) {
-            Floats x[kPack];
-            if (!kPlain && rules.dropout && j % 4 == 0) keep.draw(rules, block, j, lane);
+        for (int64_t first = 0; first < block.keys; first += kShortSum) {
+            Floats part{};
+            for (int64_t j = first; j < smallest(block.keys, first + kShortSum); j += kPack) {
+                Floats x[kPack];
+                if (!kPlain && rules.dropout && j % 4 == 0) keep.draw(rules, block, j, lane);
 #pragma GCC unroll 2
-            for (int i = 0; i < kPack; ++i) {
-                x[i] =
-                    j + i < block.keys ? power<Arithmetic, kPlain>(scores, rules, block, j + i, lane, base) : Floats{};
-                sum += x[i];
-                if (!kPlain && rules.dropout) x[i] = keep.of(x[i] * rules.keep_scale, rules, j + i);
+                for (int i = 0; i < kPack; ++i) {
+                    const bool there = j + i < block.keys;
+                    x[i] = there ? power<Arithmetic, kPlain>(scores, rules, block, j + i, lane, base) : Floats{};
+                    part += x[i];
+                    if (!kPlain && rules.dropout) x[i] = keep.of(x[i] * rules.keep_scale, rules, j + i);
+                }
+                Arithmetic::store_pair(p + j / kPack * block.lanes + lane, x[0], x[kPack - 1]);
             }
-            Arithmetic::store_pair(p + j / kPack * block.lanes + lane, x[0], x[kPack - 1]);
+            sum += part;
         }
         store(state.sum + lane, sum);
     }

@@ -71,13 +71,17 @@ void softmax_backward_whole(const ScoreGradient& at, const Rules& rules, const B
         const Floats largest = found == all(kNothing) ? Floats{} : found;
         Floats sum{}, product_sum{};
         Keep keep;
-        for (int64_t j = 0; j < block.keys; ++j) {
-            Floats weight, dp;
-            powers_of_key<Arithmetic, kPlain>(at, rules, block, j, lane, largest, keep, weight, dp);
-            const Floats plain = kPlain ? weight : bits<Floats>(bits<Words>(weight) & ~kDropped);
-            sum += plain, product_sum += plain * dp;
-            store(at.scores + j * block.lanes + lane, weight);
-            if (!kPlain && rules.dropout) store(at.dp + j * block.lanes + lane, dp);
+        for (int64_t first = 0; first < block.keys; first += kShortSum) {
+            Floats part{}, product_part{};
+            for (int64_t j = first; j < smallest(block.keys, first + kShortSum); ++j) {
+                Floats weight, dp;
+                powers_of_key<Arithmetic, kPlain>(at, rules, block, j, lane, largest, keep, weight, dp);
+                const Floats unmarked = kPlain ? weight : bits<Floats>(bits<Words>(weight) & ~kDropped);
+                part += unmarked, product_part += unmarked * dp;
+                store(at.scores + j * block.lanes + lane, weight);
+                if (!kPlain && rules.dropout) store(at.dp + j * block.lanes + lane, dp);
+            }
+            sum += part, product_sum += product_part;
         }
         const Floats inverse = sum > Floats{} ? 1.f / sum : Floats{};  // no key left: zeros
         const Floats delta = product_sum * inverse;

@@ -8,14 +8,15 @@ from torch import Tensor
 from .. import _native
 from .options import Options
 
-# kResidentKeys of csrc/cpu/attention.h: the backward of longer sequences reads o and statistics of the forward.
+# kResidentKeys of csrc/cpu/attention.h: the backward of longer sequences reads o and statistics of the forward, but in
+# float32, where no backward does.
 RESIDENT_KEYS = 512
 
 
-def statistics(T: int, S: int, S_k: int, H: int, temporal_heads: int) -> int:
+def statistics(dtype: torch.dtype, T: int, S: int, S_k: int, H: int, temporal_heads: int) -> int:
     """Numbers that a forward leaves of a query for a backward: largest score and 1 / sum, or none."""
-    streams = (temporal_heads > 0 and T > RESIDENT_KEYS) or (temporal_heads < H and S_k > RESIDENT_KEYS)
-    return 2 if streams else 0
+    longest = max(T if temporal_heads > 0 else 0, S_k if temporal_heads < H else 0)
+    return 2 if longest > RESIDENT_KEYS and dtype != torch.float32 else 0
 
 
 def _flat(options: Options) -> tuple[Tensor | None, ...]:
@@ -34,7 +35,7 @@ def launch_fwd(
     """Writes o, of q's shape `[B, T, S, H, D]`, for k, v `[B, T, S_k, H, D]`; returns, if `keep`, the statistics
     `[2, B, H, T * S]` that a backward will ask for, if any."""
     B, T, S, H, _ = q.shape
-    count = statistics(T, S, k.shape[2], H, temporal_heads) if keep else 0
+    count = statistics(q.dtype, T, S, k.shape[2], H, temporal_heads) if keep else 0
     stats = torch.empty(count, B, H, T * S, dtype=torch.float32) if count else None
     if q.numel():
         scalars = temporal_heads, options.scale, options.softcap, options.dropout_p, _native.isa()

@@ -21,7 +21,7 @@ def _triton_saves(q: tuple, _: tuple, dtype: torch.dtype, temporal_heads: int) -
 
 def _cpu_saves(q: tuple, _: tuple, dtype: torch.dtype, temporal_heads: int) -> tuple[int, ...] | None:
     B, T, S, H, _ = q
-    count = cpu_grid.statistics(T, S, S, H, temporal_heads)
+    count = cpu_grid.statistics(dtype, T, S, S, H, temporal_heads)
     return (count, B, H, T * S) if count else None
 
 

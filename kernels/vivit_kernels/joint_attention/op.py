@@ -21,7 +21,7 @@ def _triton_saves(q: tuple, k: tuple, dtype: torch.dtype, _: int) -> tuple[int, 
 
 def _cpu_saves(q: tuple, k: tuple, dtype: torch.dtype, _: int) -> tuple[int, ...] | None:
     B, N, H, _ = q
-    count = cpu_grid.statistics(1, N, k[1], H, 0)
+    count = cpu_grid.statistics(dtype, 1, N, k[1], H, 0)
     return (count, B, H, N) if count else None
 
 
