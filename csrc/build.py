@@ -241,6 +241,8 @@ def main() -> None:
         print(chosen.line(), flush=True)
         if not (arguments.sanitize or arguments.tidy):
             build(library.PACKAGE / library.NAME, chosen)
+        elif chosen.kind == "none" and arguments.tidy:
+            print("LEFT OUT: clang-tidy, which needs what a build needs")
         elif chosen.kind == "none":
             raise BuildError("it has to be built for that", chosen.remedy)
         elif arguments.sanitize:
