@@ -84,7 +84,12 @@ def _dtype(x: Tensor) -> torch.dtype:
 
 
 def _takes(x: Tensor, *layers: tuple[Tensor, Tensor | None]) -> bool:
-    """Whether convolutions can compute these layers, one (weight, bias) after the other, and are not slower."""
+    """Whether convolutions can compute these layers, one (weight, bias) after the other, and are not slower.
+
+    Not of a model that is exported: it is to run anywhere, and with any number of clips.
+    """
+    if torch.compiler.is_exporting():
+        return False
     dtype, width = _dtype(x), x.shape[-1] if x.dim() else 0
     if not (_ONEDNN if dtype == torch.float32 else _BFLOAT16 and dtype == torch.bfloat16):
         return False
