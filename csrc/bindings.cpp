@@ -102,19 +102,19 @@ void share_out(const AttentionParams& p, Units units, Work work) {
     }
 }
 
-void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, Tensor o, MaybeTensor stats, MaybeTensor mask,
-                   MaybeTensor seed, MaybeTensor cos, MaybeTensor sin, int64_t temporal_heads, double scale,
-                   double softcap, double dropout_p, int64_t isa) {
+void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o, const MaybeTensor& stats,
+                   const MaybeTensor& mask, const MaybeTensor& seed, const MaybeTensor& cos, const MaybeTensor& sin,
+                   int64_t temporal_heads, double scale, double softcap, double dropout_p, int64_t isa) {
     const AttentionKernels& kernels = kernels_of(isa);
     AttentionParams p = params_of(q, k, v, stats, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p);
     p.o = grid_of(o, p, p.S, "o");
     share_out(p, kernels.forward_units, kernels.forward);
 }
 
-void attention_bwd(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v, MaybeTensor o,
-                   MaybeTensor stats, Tensor dq, Tensor dk, Tensor dv, MaybeTensor mask, MaybeTensor seed,
-                   MaybeTensor cos, MaybeTensor sin, int64_t temporal_heads, double scale, double softcap,
-                   double dropout_p, int64_t isa) {
+void attention_bwd(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& o,
+                   const MaybeTensor& stats, const Tensor& dq, const Tensor& dk, const Tensor& dv,
+                   const MaybeTensor& mask, const MaybeTensor& seed, const MaybeTensor& cos, const MaybeTensor& sin,
+                   int64_t temporal_heads, double scale, double softcap, double dropout_p, int64_t isa) {
     const AttentionKernels& kernels = kernels_of(isa);
     AttentionParams p = params_of(q, k, v, stats, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p);
     const bool streams = (p.temporal_heads > 0 && !vivit::cpu::is_resident(p.dtype, p.T)) ||

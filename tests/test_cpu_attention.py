@@ -63,7 +63,8 @@ def test_factorized_parity(case, isa):
 
 @pytest.mark.parametrize("case", grid(JOINT, JOINT_CROSSES))
 def test_joint_parity(case, isa):
-    joint.check_case(case, torch.device("cpu"), "cpu", 1 if case["mask"] != "a clip has none" else 2)
+    # of a few rows eager PyTorch may hit all by luck, and a budget of three times its error is then none
+    joint.check_case(case, torch.device("cpu"), "cpu", max(2, 16 // case["N"]))
 
 
 def step(qkv, do, threads=None, **options):

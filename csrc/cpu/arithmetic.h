@@ -11,7 +11,12 @@ struct InFloat32 {
     static constexpr int kPack = 1;
     static constexpr bool kExact = true;  // probabilities are not rounded
     // Products added up in one chain of roundings; fewer in scores, whose errors exp magnifies.
-    static constexpr int64_t kChain = 16, kScoreChain = 8;
+    static constexpr int64_t kChain = 16;
+#if defined(__FMA__)
+    static constexpr int64_t kScoreChain = 8;
+#else
+    static constexpr int64_t kScoreChain = 4;  // here every product rounds too
+#endif
 
     static VIVIT_INLINE Floats add_product(Floats sum, uint32_t a, Words b) {
         return sum + all(bits<float>(a)) * bits<Floats>(b);
@@ -63,18 +68,18 @@ VIVIT_INLINE void product_part(float* c, int64_t ldc, const uint32_t* a, int64_t
     for (int64_t k = 0; k < K; ++k) {
         Words column[V];
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) column[v] = load<Words>(b + k * ldb + v * kLanes);
+        for (int64_t v = 0; v < V; ++v) column[v] = load<Words>(b + k * ldb + v * kLanes);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
+        for (int64_t r = 0; r < R; ++r) {
             const uint32_t word = load<uint32_t>(kWalk == Walk::kRows ? a + r * lda + k : a + k * lda + r);
 #pragma GCC unroll 4
-            for (int v = 0; v < V; ++v) sum[r][v] = Arithmetic::add_product(sum[r][v], word, column[v]);
+            for (int64_t v = 0; v < V; ++v) sum[r][v] = Arithmetic::add_product(sum[r][v], word, column[v]);
         }
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
+    for (int64_t r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) {
+        for (int64_t v = 0; v < V; ++v) {
             float* to = c + r * ldc + v * kLanes;
             store(to, kAdd ? load<Floats>(to) + sum[r][v] : sum[r][v]);
         }

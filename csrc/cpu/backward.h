@@ -70,8 +70,10 @@ class Backward : OnGrid<E, Arithmetic> {
   private:
     void approach_share(int64_t place, int64_t h) const {
         const Sequence<E> next = this->sequence(place, 0);
-        const Rows<E> tensors[] = {next.q, next.k, next.v, next.d_o, next.dq, next.dk, next.dv};
-        this->approach(tensors, size_.N * h / size_.heads, size_.N * (h + 1) / size_.heads);
+        this->approach(next.q, next.N, p_.q, h), this->approach(next.d_o, next.N, p_.d_o, h);
+        this->approach(next.k, next.N_k, p_.k, h), this->approach(next.v, next.N_k, p_.v, h);
+        this->approach(next.dq, next.N, p_.dq, h);
+        this->approach(next.dk, next.N_k, p_.dk, h), this->approach(next.dv, next.N_k, p_.dv, h);
     }
 
     void one_sequence(const Sequence<E>& one) {

@@ -66,8 +66,8 @@ class Forward : OnGrid<E, Arithmetic> {
     // While head h of a place is computed, an H-th of the next place's rows.
     void approach_share(int64_t place, int64_t h) const {
         const Sequence<E> next = this->sequence(place, 0);
-        const Rows<E> tensors[] = {next.q, next.k, next.v, next.o};
-        this->approach(tensors, size_.N * h / size_.heads, size_.N * (h + 1) / size_.heads);
+        this->approach(next.q, next.N, p_.q, h), this->approach(next.o, next.N, p_.o, h);
+        this->approach(next.k, next.N_k, p_.k, h), this->approach(next.v, next.N_k, p_.v, h);
     }
 
     void pack_keys(const Sequence<E>& one) {

@@ -204,6 +204,17 @@ VIVIT_INLINE void store_floats(E* to, Floats x, int count) {
     __builtin_memcpy(to, copy, sizeof(E) * static_cast<uint32_t>(count));
 }
 
+// Lanes of a and, from kLanes on, of b.
+VIVIT_INLINE Words shuffle(Words a, Words b, Words from) {
+#if defined(__clang__)
+    Words x;
+    for (int i = 0; i < kLanes; ++i) x[i] = from[i] < kLanes ? a[from[i]] : b[from[i] - kLanes];
+    return x;
+#else
+    return __builtin_shuffle(a, b, from);
+#endif
+}
+
 // rows[i][j] <-> rows[j][i]: in stage s, rows that differ in bit s exchange blocks of 2^s lanes.
 template <int kStage>
 VIVIT_INLINE void transpose_stage(Words (&rows)[kLanes]) {
@@ -217,8 +228,8 @@ VIVIT_INLINE void transpose_stage(Words (&rows)[kLanes]) {
         for (int row = 0; row < kLanes; ++row) {
             if ((row & kStage) == 0) {
                 const Words a = rows[row], b = rows[row + kStage];
-                rows[row] = __builtin_shuffle(a, b, low);
-                rows[row + kStage] = __builtin_shuffle(a, b, high);
+                rows[row] = shuffle(a, b, low);
+                rows[row + kStage] = shuffle(a, b, high);
             }
         }
         transpose_stage<kStage * 2>(rows);
