@@ -44,6 +44,15 @@ Grid grid_of(const Tensor& x, const AttentionParams& p, int64_t S, const char* n
     return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
 }
 
+// A grid that is about to be written.
+Grid output_of(const Tensor& x, const AttentionParams& p, int64_t S, const char* name) {
+    const Grid grid = grid_of(x, p, S, name);
+    int64_t last = 0;
+    for (int i = 0; i < 5; ++i) last += (x.size(i) - 1) * x.stride(i);
+    if (x.numel() > 0) vivit::cpu::expect_writes(grid.data, (last + 1) * static_cast<int64_t>(x.element_size()));
+    return grid;
+}
+
 template <class T>
 T* flat(const MaybeTensor& x, ScalarType type, int64_t numel, const char* name) {
     if (!x.has_value()) return nullptr;
@@ -107,7 +116,7 @@ void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
                    int64_t temporal_heads, double scale, double softcap, double dropout_p, int64_t isa) {
     const AttentionKernels& kernels = kernels_of(isa);
     AttentionParams p = params_of(q, k, v, stats, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p);
-    p.o = grid_of(o, p, p.S, "o");
+    p.o = output_of(o, p, p.S, "o");
     share_out(p, kernels.forward_units, kernels.forward);
 }
 
@@ -122,8 +131,8 @@ void attention_bwd(const Tensor& d_o, const Tensor& q, const Tensor& k, const Te
     STD_TORCH_CHECK(!streams || (o.has_value() && p.stats != nullptr),
                     "vivit_kernels_native: the backward of long sequences needs o and stats");
     if (o.has_value()) p.o = grid_of(*o, p, p.S, "o");
-    p.d_o = grid_of(d_o, p, p.S, "do"), p.dq = grid_of(dq, p, p.S, "dq");
-    p.dk = grid_of(dk, p, p.S_k, "dk"), p.dv = grid_of(dv, p, p.S_k, "dv");
+    p.d_o = grid_of(d_o, p, p.S, "do"), p.dq = output_of(dq, p, p.S, "dq");
+    p.dk = output_of(dk, p, p.S_k, "dk"), p.dv = output_of(dv, p, p.S_k, "dv");
     share_out(p, kernels.backward_units, kernels.backward);
 }
 

@@ -62,6 +62,10 @@ const AttentionKernels* attention_kernels(Isa isa);
 // 64-byte aligned memory of the calling thread, kept from call to call; its content is undefined. Throws
 // std::bad_alloc.
 void* thread_scratch(int64_t bytes);
+// Asks for large pages in memory that is about to be written whole, if it is large: of fresh memory the first touch of
+// each small page is a fault (8 clips of 16 x 196 tokens in bfloat16, output included: 26 ms without, 14 ms with).
+void expect_writes(void* data, int64_t bytes);
+
 // For tests: scratch memory is handed out full of NaN, so that what nobody wrote cannot pass.
 void poison_scratch(bool on);
 

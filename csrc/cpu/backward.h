@@ -70,10 +70,13 @@ class Backward : OnGrid<E, Arithmetic> {
   private:
     void approach_share(int64_t place, int64_t h) const {
         const Sequence<E> next = this->sequence(place, 0);
-        this->approach(next.q, next.N, p_.q, h), this->approach(next.d_o, next.N, p_.d_o, h);
-        this->approach(next.k, next.N_k, p_.k, h), this->approach(next.v, next.N_k, p_.v, h);
-        this->approach(next.dq, next.N, p_.dq, h);
-        this->approach(next.dk, next.N_k, p_.dk, h), this->approach(next.dv, next.N_k, p_.dv, h);
+        this->template approach<false>(next.q, next.N, p_.q, h),
+            this->template approach<false>(next.d_o, next.N, p_.d_o, h);
+        this->template approach<false>(next.k, next.N_k, p_.k, h),
+            this->template approach<false>(next.v, next.N_k, p_.v, h);
+        this->template approach<true>(next.dq, next.N, p_.dq, h);
+        this->template approach<true>(next.dk, next.N_k, p_.dk, h),
+            this->template approach<true>(next.dv, next.N_k, p_.dv, h);
     }
 
     void one_sequence(const Sequence<E>& one) {

@@ -4,6 +4,10 @@
 #include <cstring>
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "attention.h"
 
 namespace vivit::cpu {
@@ -68,6 +72,18 @@ std::atomic<bool> poisoned{false};
 }  // namespace
 
 void poison_scratch(bool on) { poisoned = on; }
+
+void expect_writes(void* data, int64_t bytes) {
+#if defined(__linux__)
+    constexpr uintptr_t kLargePage = uintptr_t{1} << 21;
+    // whole large pages within the memory only, so that it does not grow
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kLargePage - 1) / kLargePage * kLargePage;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kLargePage * kLargePage;
+    if (end > first) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // no matter if it is refused
+#else
+    (void)data, (void)bytes;
+#endif
+}
 
 void* thread_scratch(int64_t bytes) {
     thread_local Scratch scratch;

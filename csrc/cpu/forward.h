@@ -66,8 +66,9 @@ class Forward : OnGrid<E, Arithmetic> {
     // While head h of a place is computed, an H-th of the next place's rows.
     void approach_share(int64_t place, int64_t h) const {
         const Sequence<E> next = this->sequence(place, 0);
-        this->approach(next.q, next.N, p_.q, h), this->approach(next.o, next.N, p_.o, h);
-        this->approach(next.k, next.N_k, p_.k, h), this->approach(next.v, next.N_k, p_.v, h);
+        this->template approach<false>(next.q, next.N, p_.q, h), this->template approach<true>(next.o, next.N, p_.o, h);
+        this->template approach<false>(next.k, next.N_k, p_.k, h),
+            this->template approach<false>(next.v, next.N_k, p_.v, h);
     }
 
     void pack_keys(const Sequence<E>& one) {
