@@ -49,7 +49,7 @@ Grid output_of(const Tensor& x, const AttentionParams& p, int64_t S, const char*
     const Grid grid = grid_of(x, p, S, name);
     int64_t last = 0;
     for (int i = 0; i < 5; ++i) last += (x.size(i) - 1) * x.stride(i);
-    if (x.numel() > 0) vivit::cpu::expect_writes(grid.data, (last + 1) * static_cast<int64_t>(x.element_size()));
+    if (x.numel() > 0) vivit::cpu::expect_writes(grid.data, (last + 1) * (p.dtype == DType::kFloat32 ? 4 : 2));
     return grid;
 }
 
