@@ -55,7 +55,7 @@ constexpr int kColumnVectors = 4;
 constexpr int rows_at_once(int vectors) { return vectors >= 4 ? 6 : 8; }
 #else
 constexpr int kColumnVectors = 2;
-constexpr int rows_at_once(int vectors) { return vectors >= 2 ? 4 : 8; }
+constexpr int rows_at_once(int vectors) { return vectors >= 2 ? 6 : 8; }
 #endif
 
 enum class Walk { kRows, kColumns };  // word (row, k) of A lies at row * lda + k, or at k * lda + row

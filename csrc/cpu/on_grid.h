@@ -27,7 +27,7 @@ class OnGrid {
           rotary_{p.cos, p.sin},
           columns_(round_up<int64_t>(p.D, kLanes)),
           plain_(p.mask == nullptr && !p.dropout && !rules_.turns),
-          short_(size_.N <= kQueryLanes) {}
+          short_(size_.N <= kQueryLanes && size_.across > 1) {}
 
     int64_t places() const { return p_.B * size_.across; }
 
@@ -68,11 +68,12 @@ class OnGrid {
         return {memory, p_.D};
     }
 
-    // All keys' rows as words: where they lie if they are few, else gathered from the pages of the grid, in which every
-    // block of queries would otherwise look them up again.
+    // All keys' rows as words: where they lie if they are few or read once, else gathered from the pages of the grid,
+    // in which every block of queries would look them up again.
     Operand operand(const Rows<const E>& rows, uint32_t* memory) const {
         const int64_t bytes = rows.stride * static_cast<int64_t>(sizeof(E));
-        if (Pack::kNative && size_.N_k <= kResidentKeys && bytes % 4 == 0) {
+        const bool read_once = size_.N <= kQueryLanes;
+        if (Pack::kNative && (read_once || size_.N_k <= kResidentKeys) && bytes % 4 == 0) {
             return {reinterpret_cast<const uint32_t*>(rows.data), bytes / 4};
         }
         Pack::straight(memory, rows, 0, size_.N_k, p_.D);
@@ -102,7 +103,7 @@ class OnGrid {
     const Rotary rotary_;
     const int64_t columns_;         // D in whole vectors
     const bool plain_;              // no option that a score has to ask about
-    const bool short_;              // a place's sequences are one unit of work
+    const bool short_;              // the sequences of a place, one of many, are one unit of work
     uint32_t* row_low_ = nullptr;   // [kQueryLanes]
     uint32_t* row_high_ = nullptr;  // beside row_low_
 

@@ -45,7 +45,7 @@ VIVIT_INLINE To bits(From x) {
     return y;
 }
 
-VIVIT_INLINE Floats all(float x) { return Floats{} + x; }
+VIVIT_INLINE Floats all(float x) { return x - Floats{}; }  // not 0 + x, which is an addition: it makes 0 of -0
 VIVIT_INLINE Words all_words(uint32_t x) { return Words{} + x; }
 
 VIVIT_INLINE Floats larger(Floats a, Floats b) {
