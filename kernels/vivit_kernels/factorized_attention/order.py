@@ -17,11 +17,11 @@ LADDERS = {
     "cpu": Ladder(
         ("cpu", "torch"),
         "Compiled kernels, which read the token grid where it lies, then the composition of PyTorch ops, which runs "
-        "every call. 2 cores of an AMD EPYC (Zen 4), 2026-11-26, one clip of 16 x 196 tokens, 12 heads of 64, forward + "
-        "backward, bf16 and fp32: along time cpu 7.3 and 9.7 ms, torch 35 and 20; within frames cpu 25 and 45 ms, torch "
-        "80 and 67. Forced to AVX2 and to the portable code, forward: along time 0.6 of torch's time with the same "
-        "instructions, within frames 0.8 to 1.1. Triton's kernels run on CPU tensors only interpreted, to be checked: by "
-        "name.",
+        "every call. 2 cores of an AMD EPYC (Zen 4), 2026-11-26, one clip of 16 x 196 tokens, 12 heads of 64, forward "
+        "+ backward, bf16 and fp32: along time cpu 7.3 and 9.7 ms, torch 35 and 20; within frames cpu 25 and 45 ms, "
+        "torch 80 and 67. Forced to AVX2 and to the portable code, forward: along time 0.6 of torch's time with the "
+        "same instructions, within frames 0.8 to 1.1. Triton's kernels run on CPU tensors only interpreted, to be "
+        "checked: by name.",
     ),
 }
 

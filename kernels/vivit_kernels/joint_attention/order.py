@@ -17,17 +17,17 @@ RUNGS = (
         dtypes=(torch.bfloat16, torch.float16),
         sizes=(("N", 2048, MANY), ("D", 64, 64)),
         deterministic=False,  # cuDNN's backward is not, and PyTorch's FlashAttention is slower than triton
-        reason="One H200, 2026-11-26, bf16, 12 heads of 64, forward + backward: two clips of 3136 tokens cuDNN "
-        "167 + 384 us, triton 154 + 442, PyTorch's FlashAttention 268 + 662; eight of 3137 together (recorded) sdpa "
-        "2167, triton 2271. Forward alone: triton. float16 and other N are not measured.",
+        reason="One H200, 2026-11-26, bf16, 12 heads of 64, forward + backward: two clips of 3136 tokens cuDNN 167 + "
+        "384 us, triton 154 + 442, PyTorch's FlashAttention 268 + 662; eight of 3137 together (recorded) sdpa 2167, "
+        "triton 2271. Forward alone: triton. float16 and other N are not measured.",
     ),
 )
 CPU_RUNGS = (
     Rung(
         "torch",
         isas=("portable",),
-        reason="One core of an AMD EPYC (Zen 4) held to SSE, 2026-11-26, forward over 1568 tokens, 12 heads of 64, bf16 "
-        "and fp32: torch 250 and 219 ms, cpu 298 and 295. Other processors without AVX2 are not measured.",
+        reason="One core of an AMD EPYC (Zen 4) held to SSE, 2026-11-26, forward over 1568 tokens, 12 heads of 64, "
+        "bf16 and fp32: torch 250 and 219 ms, cpu 298 and 295. Other processors without AVX2 are not measured.",
     ),
     Rung(
         "torch",
@@ -50,9 +50,9 @@ LADDERS = {
         ("cpu", "torch"),
         "Compiled kernels, then the composition of PyTorch ops, which runs every call, with PyTorch's fused forward "
         "and a backward more accurate than PyTorch's: in float32 that of sdpa misses the error budget in 57 of 135 "
-        "cases of the parity grid. 2 cores of an AMD EPYC (Zen 4), 2026-11-26, one clip of 3137 tokens, 12 heads of 64: "
-        "bf16, forward + backward, cpu 292 ms, torch 795; fp32, forward, cpu 174 ms, torch 202. Triton's kernels run on "
-        "CPU tensors only interpreted, to be checked. Both by name.",
+        "cases of the parity grid. 2 cores of an AMD EPYC (Zen 4), 2026-11-26, one clip of 3137 tokens, 12 heads of "
+        "64: bf16, forward + backward, cpu 292 ms, torch 795; fp32, forward, cpu 174 ms, torch 202. Triton's kernels "
+        "run on CPU tensors only interpreted, to be checked. Both by name.",
         CPU_RUNGS,
     ),
 }
