@@ -10,7 +10,7 @@
 #include <cmath>
 #include <optional>
 
-#include "cpu/attention.h"
+#include "cpu/tubelet.h"
 
 namespace {
 
@@ -22,6 +22,11 @@ using vivit::cpu::Axis;
 using vivit::cpu::DType;
 using vivit::cpu::Grid;
 using vivit::cpu::Isa;
+using vivit::cpu::Pixel;
+using vivit::cpu::TubeletKernels;
+using vivit::cpu::TubeletParams;
+using vivit::cpu::Tubelets;
+using vivit::cpu::TubeletWork;
 using MaybeTensor = std::optional<Tensor>;
 
 DType dtype_of(const Tensor& x) {
@@ -92,12 +97,14 @@ AttentionParams params_of(const Tensor& q, const Tensor& k, const Tensor& v, con
     return p;
 }
 
-const AttentionKernels& kernels_of(int64_t isa) {
+// find: of an op, the kernels for an instruction set.
+template <class Kernels>
+const Kernels& kernels_of(int64_t isa, const Kernels* (*find)(Isa)) {
     const int64_t best = static_cast<int64_t>(vivit::cpu::best_isa());
     const int64_t wanted = isa < 0 ? best : isa;
     STD_TORCH_CHECK(wanted <= best, "vivit_kernels_native: instruction set ", wanted,
                     " does not run on this processor");
-    const AttentionKernels* found = vivit::cpu::attention_kernels(static_cast<Isa>(wanted));
+    const Kernels* found = find(static_cast<Isa>(wanted));
     STD_TORCH_CHECK(found != nullptr, "vivit_kernels_native: instruction set ", wanted, " is not in this build");
     return *found;
 }
@@ -114,7 +121,7 @@ void share_out(const AttentionParams& p, Units units, Work work) {
 void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o, const MaybeTensor& stats,
                    const MaybeTensor& mask, const MaybeTensor& seed, const MaybeTensor& cos, const MaybeTensor& sin,
                    int64_t temporal_heads, double scale, double softcap, double dropout_p, int64_t isa) {
-    const AttentionKernels& kernels = kernels_of(isa);
+    const AttentionKernels& kernels = kernels_of(isa, vivit::cpu::attention_kernels);
     AttentionParams p = params_of(q, k, v, stats, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p);
     p.o = output_of(o, p, p.S, "o");
     share_out(p, kernels.forward_units, kernels.forward);
@@ -124,7 +131,7 @@ void attention_bwd(const Tensor& d_o, const Tensor& q, const Tensor& k, const Te
                    const MaybeTensor& stats, const Tensor& dq, const Tensor& dk, const Tensor& dv,
                    const MaybeTensor& mask, const MaybeTensor& seed, const MaybeTensor& cos, const MaybeTensor& sin,
                    int64_t temporal_heads, double scale, double softcap, double dropout_p, int64_t isa) {
-    const AttentionKernels& kernels = kernels_of(isa);
+    const AttentionKernels& kernels = kernels_of(isa, vivit::cpu::attention_kernels);
     AttentionParams p = params_of(q, k, v, stats, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p);
     const bool streams = (p.temporal_heads > 0 && !vivit::cpu::is_resident(p.dtype, p.T)) ||
                          (p.temporal_heads < p.H && !vivit::cpu::is_resident(p.dtype, p.S_k));
@@ -134,6 +141,121 @@ void attention_bwd(const Tensor& d_o, const Tensor& q, const Tensor& k, const Te
     p.d_o = grid_of(d_o, p, p.S, "do"), p.dq = output_of(dq, p, p.S, "dq");
     p.dk = output_of(dk, p, p.S_k, "dk"), p.dv = output_of(dv, p, p.S_k, "dv");
     share_out(p, kernels.backward_units, kernels.backward);
+}
+
+Pixel pixel_of(const Tensor& x) {
+    if (x.scalar_type() == ScalarType::Byte) return Pixel::kUInt8;
+    return static_cast<Pixel>(dtype_of(x));  // numbered alike
+}
+
+// pixels [B, T, rows, columns, taps...]: a view of a video, whose last dimensions are merged to runs where they can be.
+Tubelets tubelets_of(const Tensor& x) {
+    STD_TORCH_CHECK(x.dim() == 8 && x.is_cpu(),
+                    "vivit_kernels_native: pixels must be [B, T, rows, columns, 4 of taps]");
+    Tubelets cut;
+    cut.pixel = pixel_of(x), cut.data = x.data_ptr();
+    const int64_t size = cut.pixel == Pixel::kUInt8 ? 1 : cut.pixel == Pixel::kFloat32 ? 4 : 2;
+    int64_t behind = 1;
+    for (int i = 0; i < 8; ++i) behind += (x.size(i) - 1) * x.stride(i);
+    cut.end = static_cast<char*>(cut.data) + behind * size;
+    for (int i = 0; i < 4; ++i) cut.size[i] = x.size(i), cut.stride[i] = x.stride(i);
+    int last = 7;
+    for (; last >= 4 && (x.stride(last) == cut.run || x.size(last) == 1); --last) cut.run *= x.size(last);
+    for (int i = 4; i <= last; ++i) cut.loops[i - 4] = x.size(i), cut.loop_stride[i - 4] = x.stride(i);
+    return cut;
+}
+
+// [groups, tokens, E] of a call, of unit last stride.
+void set_rows(TubeletParams& p, const Tensor& rows) {
+    const bool fits = rows.dim() == 3 && rows.is_cpu() && (rows.stride(2) == 1 || rows.size(2) == 1);
+    STD_TORCH_CHECK(fits, "vivit_kernels_native: tokens must be [groups, tokens, E] on the CPU, E neighbours");
+    p.dtype = dtype_of(rows);
+    p.rows = {rows.data_ptr(), rows.size(1), rows.stride(0), rows.stride(1)};
+    p.tokens = rows.size(0) * rows.size(1), p.E = rows.size(2);
+}
+
+void set_video(TubeletParams& p, const Tensor& pixels) {
+    p.video = tubelets_of(pixels);
+    p.K = 1;
+    for (int i = 4; i < 8; ++i) p.K *= pixels.size(i);
+    int64_t tokens = 1;
+    for (int i = 0; i < 4; ++i) tokens *= pixels.size(i);
+    STD_TORCH_CHECK(tokens == p.tokens && tokens > 0 && p.K > 0 && p.E > 0,
+                    "vivit_kernels_native: pixels and tokens do not fit, or are none");
+}
+
+void* matrix(const Tensor& x, const TubeletParams& p, const char* name) {
+    const bool fits = x.dim() == 2 && x.size(0) == p.E && x.size(1) == p.K && x.is_contiguous() && x.is_cpu();
+    STD_TORCH_CHECK(fits && dtype_of(x) == p.dtype, "vivit_kernels_native: ", name, " must be a contiguous [E, K]");
+    return x.data_ptr();
+}
+
+// [K], and what a vector may read behind.
+const float* per_tap(const MaybeTensor& x, const TubeletParams& p, const char* name) {
+    return flat<const float>(x, ScalarType::Float, p.K + vivit::cpu::kTapsBehind, name);
+}
+
+void set_affine(TubeletParams& p, const MaybeTensor& pixel_scale, const MaybeTensor& pixel_shift, double factor,
+                const MaybeTensor& scale, const MaybeTensor& shift) {
+    p.pixel_scale = per_tap(pixel_scale, p, "pixel_scale"), p.pixel_shift = per_tap(pixel_shift, p, "pixel_shift");
+    STD_TORCH_CHECK((p.pixel_scale == nullptr) == (p.pixel_shift == nullptr),
+                    "vivit_kernels_native: pixel_scale without pixel_shift");
+    p.factor = static_cast<float>(factor);
+    p.scale = per_tap(scale, p, "scale"), p.shift = per_tap(shift, p, "shift");
+}
+
+void share_out(TubeletParams& p, const TubeletWork& work) {
+    const vivit::cpu::SharedMemory memory(work.shared_bytes(p));
+    p.shared = memory.data();
+    for (int step = 0; step < 2; ++step) {
+        torch::stable::parallel_for(0, work.units[step](p), 1,
+                                    [&](int64_t first, int64_t end) { work.run[step](p, first, end); });
+    }
+}
+
+void tubelet_fwd(const Tensor& pixels, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& position,
+                 const Tensor& out, const MaybeTensor& pixel_scale, const MaybeTensor& pixel_shift, double factor,
+                 const MaybeTensor& scale, const MaybeTensor& shift, int64_t isa) {
+    const TubeletKernels& kernels = kernels_of(isa, vivit::cpu::tubelet_kernels);
+    TubeletParams p;
+    set_rows(p, out), set_video(p, pixels);
+    p.weight = matrix(weight, p, "weight");
+    set_affine(p, pixel_scale, pixel_shift, factor, scale, shift);
+    p.bias = flat<const float>(bias, ScalarType::Float, p.E, "bias");
+    if (position.has_value()) {
+        p.position_is_float = position->scalar_type() == ScalarType::Float;
+        const bool fits = position->dim() == 2 && position->size(0) == p.rows.group && position->size(1) == p.E &&
+                          (position->stride(1) == 1 || p.E == 1) && position->is_cpu() &&
+                          (p.position_is_float || dtype_of(*position) == p.dtype);
+        STD_TORCH_CHECK(fits, "vivit_kernels_native: position must be [tokens, E], float32 or as the tokens");
+        p.position = position->data_ptr(), p.position_stride = position->stride(0);
+    }
+    const int64_t last = (out.size(0) - 1) * out.stride(0) + (out.size(1) - 1) * out.stride(1) + p.E - 1;
+    vivit::cpu::expect_writes(p.rows.data, (last + 1) * (p.dtype == DType::kFloat32 ? 4 : 2));
+    share_out(p, kernels.forward);
+}
+
+void tubelet_weight_gradient(const Tensor& d_out, const Tensor& pixels, const Tensor& dweight, const Tensor& sums,
+                             const MaybeTensor& pixel_scale, const MaybeTensor& pixel_shift, double factor,
+                             const MaybeTensor& scale, const MaybeTensor& shift, int64_t isa) {
+    const TubeletKernels& kernels = kernels_of(isa, vivit::cpu::tubelet_kernels);
+    TubeletParams p;
+    set_rows(p, d_out), set_video(p, pixels);
+    p.dweight = matrix(dweight, p, "dweight");
+    p.sums = flat<float>(sums, ScalarType::Float, p.E, "sums");
+    set_affine(p, pixel_scale, pixel_shift, factor, scale, shift);
+    share_out(p, kernels.weight_gradient);
+}
+
+void tubelet_video_gradient(const Tensor& d_out, const Tensor& weight, const Tensor& d_pixels, const MaybeTensor& scale,
+                            int64_t isa) {
+    const TubeletKernels& kernels = kernels_of(isa, vivit::cpu::tubelet_kernels);
+    TubeletParams p;
+    set_rows(p, d_out), set_video(p, d_pixels);
+    STD_TORCH_CHECK(p.video.pixel != Pixel::kUInt8, "vivit_kernels_native: uint8 has no gradient");
+    p.weight = matrix(weight, p, "weight");
+    p.scale = per_tap(scale, p, "scale");
+    share_out(p, kernels.video_gradient);
 }
 
 int64_t best_isa() { return static_cast<int64_t>(vivit::cpu::best_isa()); }
@@ -155,6 +277,14 @@ STABLE_TORCH_LIBRARY(vivit_kernels_native, m) {
         "attention_bwd(Tensor d_o, Tensor q, Tensor k, Tensor v, Tensor? o, Tensor? stats, Tensor(a!) dq, "
         "Tensor(b!) dk, Tensor(c!) dv, Tensor? mask, Tensor? seed, Tensor? cos, Tensor? sin, int temporal_heads, "
         "float scale, float softcap, float dropout_p, int isa) -> ()");
+    m.def(
+        "tubelet_fwd(Tensor pixels, Tensor weight, Tensor? bias, Tensor? position, Tensor(a!) out, Tensor? "
+        "pixel_scale, "
+        "Tensor? pixel_shift, float factor, Tensor? scale, Tensor? shift, int isa) -> ()");
+    m.def(
+        "tubelet_weight_gradient(Tensor d_out, Tensor pixels, Tensor(a!) dweight, Tensor(b!) sums, "
+        "Tensor? pixel_scale, Tensor? pixel_shift, float factor, Tensor? scale, Tensor? shift, int isa) -> ()");
+    m.def("tubelet_video_gradient(Tensor d_out, Tensor weight, Tensor(a!) d_pixels, Tensor? scale, int isa) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vivit_kernels_native, CompositeExplicitAutograd, m) {
@@ -166,4 +296,7 @@ STABLE_TORCH_LIBRARY_IMPL(vivit_kernels_native, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(vivit_kernels_native, CPU, m) {
     m.impl("attention_fwd", TORCH_BOX(&attention_fwd));
     m.impl("attention_bwd", TORCH_BOX(&attention_bwd));
+    m.impl("tubelet_fwd", TORCH_BOX(&tubelet_fwd));
+    m.impl("tubelet_weight_gradient", TORCH_BOX(&tubelet_weight_gradient));
+    m.impl("tubelet_video_gradient", TORCH_BOX(&tubelet_video_gradient));
 }

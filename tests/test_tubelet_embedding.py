@@ -36,7 +36,7 @@ def make_video(case, device):
 
 
 def make_parameters(case, grid, device):
-    C, (T, rows, columns), E = case["size"][1], grid, 24
+    C, (T, rows, columns), E = case["size"][1], grid, case.get("E", 24)
     per, token = case["rows"].split("+")[0], "token" in case["rows"]
     tokens = rows * columns * (T if per == "clip" else 1) + token
     weight = torch.randn(E, C, *case["tubelet"], device=device) * 0.05
@@ -89,7 +89,7 @@ def check_case(case, device, backend):
     shape = (
         case["size"][0],
         *((sizes[0], rows + present[3]) if per == "frame" else (sizes[0] * rows + present[3],)),
-        24,
+        case.get("E", 24),
     )
     terms = parameters[0][0].numel()
     check(actual, defined, tensors, torch.randn(shape, device=device), case["dtype"], names, terms=terms)

@@ -8,23 +8,27 @@
 #include <sys/mman.h>
 #endif
 
-#include "attention.h"
+#include "tubelet.h"
 
 namespace vivit::cpu {
 
 namespace portable {
 extern const AttentionKernels kAttention;
-}
+extern const TubeletKernels kTubelets;
+}  // namespace portable
 #if defined(__x86_64__)
 namespace avx2 {
 extern const AttentionKernels kAttention;
-}
+extern const TubeletKernels kTubelets;
+}  // namespace avx2
 namespace avx512 {
 extern const AttentionKernels kAttention;
-}
+extern const TubeletKernels kTubelets;
+}  // namespace avx512
 namespace avx512_bf16 {
 extern const AttentionKernels kAttention;
-}
+extern const TubeletKernels kTubelets;
+}  // namespace avx512_bf16
 #endif
 
 Isa best_isa() {
@@ -59,6 +63,23 @@ const AttentionKernels* attention_kernels(Isa isa) {
     }
 }
 
+const TubeletKernels* tubelet_kernels(Isa isa) {
+    switch (isa) {
+        case Isa::kPortable:
+            return &portable::kTubelets;
+#if defined(__x86_64__)
+        case Isa::kAvx2:
+            return &avx2::kTubelets;
+        case Isa::kAvx512:
+            return &avx512::kTubelets;
+        case Isa::kAvx512Bf16:
+            return &avx512_bf16::kTubelets;
+#endif
+        default:
+            return nullptr;
+    }
+}
+
 namespace {
 
 struct Scratch {
@@ -77,13 +98,25 @@ void expect_writes(void* data, int64_t bytes) {
 #if defined(__linux__)
     constexpr uintptr_t kLargePage = uintptr_t{1} << 21;
     // whole large pages within the memory only, so that it does not grow
-    const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kLargePage - 1) / kLargePage * kLargePage;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kLargePage * kLargePage;
-    if (end > first) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // no matter if it is refused
+    const uintptr_t address = reinterpret_cast<uintptr_t>(data), end = address + static_cast<uintptr_t>(bytes);
+    const uintptr_t first = (address + kLargePage - 1) / kLargePage * kLargePage, last = end / kLargePage * kLargePage;
+    if (last > first) {
+        madvise(static_cast<char*>(data) + (first - address), last - first, MADV_HUGEPAGE);  // no matter if refused
+    }
 #else
     (void)data, (void)bytes;
 #endif
 }
+
+SharedMemory::SharedMemory(int64_t bytes) {
+    const size_t rounded = static_cast<size_t>((bytes + 4095) / 4096 * 4096);
+    data_ = std::aligned_alloc(64, rounded);
+    if (data_ == nullptr) throw std::bad_alloc();
+    expect_writes(data_, bytes);
+    if (poisoned) std::memset(data_, 0xff, rounded);
+}
+
+SharedMemory::~SharedMemory() { std::free(data_); }
 
 void* thread_scratch(int64_t bytes) {
     thread_local Scratch scratch;

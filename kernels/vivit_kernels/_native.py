@@ -5,6 +5,7 @@
     RECORD          what the library says of its build: kind "cpu" or "cuda", and why; None where it is not AVAILABLE
     ISAS, BEST      names of the instruction sets in rising order, and the best one that runs here ("" without library)
     isa()           what to give to an op as `isa`
+    refusals(call)  why its CPU kernels cannot run a call
 
 Nothing here touches a GPU: initialising CUDA at import breaks forked data loaders.
 """
@@ -18,10 +19,12 @@ from contextlib import contextmanager
 import torch
 
 from . import _library
+from ._dispatch import Call, Refusal
 
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")  # csrc/cpu/attention.h numbers them so
 VARIABLE = "VIVIT_KERNELS_CPU_ISA"
 _CHOOSE_BEST = -1
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def _load() -> _library.Problem | None:
@@ -81,3 +84,16 @@ def forced_isa(name: str) -> Iterator[int]:
         yield _forced
     finally:
         _forced = before
+
+
+def refusals(call: Call) -> list[Refusal]:
+    """The CPU kernels: tensors of 16 and 32 bits, on the CPU."""
+    found = []
+    if not AVAILABLE:
+        found.append(Refusal(WHY, REMEDY))
+    if call.device != "cpu":
+        found.append(Refusal(f"the tensors are on {call.device}", "move them to the CPU, or leave backend out"))
+    if call.dtype not in _DTYPES:
+        dtype = str(call.dtype).removeprefix("torch.")
+        found.append(Refusal(f"{dtype} is not one of float16, bfloat16, float32", "cast, or use backend='torch'"))
+    return found

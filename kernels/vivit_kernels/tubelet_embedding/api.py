@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _dispatch
+from .. import _dispatch, _native
 from . import op  # noqa: F401  registers torch.ops.vivit_kernels.tubelet_embedding_fwd
 from .support import SUPPORT, decide, order  # noqa: F401  decide: for explain()
 
@@ -65,7 +65,8 @@ def tubelet_embedding(
         weight = weight.to(torch.get_autocast_dtype(video.device.type))
     parameters = (weight, bias, position, class_token)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (video, *parameters))
-    call = _dispatch.Call("tubelet_embedding", tuple(video.shape), weight.dtype, video.device.type, needs_grad)
+    device, isa = video.device.type, _native.isa_name() if video.device.type == "cpu" else ""
+    call = _dispatch.Call("tubelet_embedding", tuple(video.shape), weight.dtype, device, needs_grad, isa=isa)
     chosen = _dispatch.choose(call, SUPPORT, backend, order(call))
     return torch.ops.vivit_kernels.tubelet_embedding_fwd(
         video, *parameters, class_token_per == "frame", scale, shift, chosen

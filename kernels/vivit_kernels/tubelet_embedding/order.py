@@ -16,8 +16,8 @@ LADDERS = {
     ),
     "cpu": Ladder(
         ("cpu", "torch"),
-        "A compiled kernel, then the composition of PyTorch ops, which runs every call. Triton's kernels run on CPU "
-        "tensors only interpreted, to be checked: by name.",
+        "Compiled kernels, which read pixels where they lie, then the composition of PyTorch ops, which runs every "
+        "call. Triton's kernels run on CPU tensors only interpreted, to be checked: by name.",
     ),
 }
 

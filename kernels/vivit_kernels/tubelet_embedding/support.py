@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .. import _native
 from .._dispatch import Call, Refusal
 from .._triton import triton_refusals
 from .order import decide, order  # noqa: F401  for those outside of this op
@@ -12,4 +13,4 @@ def torch_refusals(call: Call) -> list[Refusal]:
     return []
 
 
-SUPPORT = {"triton": triton_refusals, "torch": torch_refusals}
+SUPPORT = {"triton": triton_refusals, "cpu": _native.refusals, "torch": torch_refusals}
