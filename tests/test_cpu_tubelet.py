@@ -131,8 +131,9 @@ def test_tokens_do_not_depend_on_where_pixels_lie(layout, dtype, isa):
 
 @pytest.mark.parametrize("shape", ["noncontiguous", "expanded"])
 @pytest.mark.parametrize("per_frame", [True, False])
-def test_gradient_of_the_tokens_may_lie_anyhow(shape, per_frame):
-    pixels, parameters = make(torch.float32, per_frame=per_frame)
+@pytest.mark.parametrize("clips", [1, 2])
+def test_gradient_of_the_tokens_may_lie_anyhow(shape, per_frame, clips):
+    pixels, parameters = make(torch.float32, size=(clips, 3, 4, 28, 45), per_frame=per_frame)
     options = {"class_token_per": "frame" if per_frame else "clip"}
     dout = torch.randn(step(pixels, parameters, **options)[0].shape)
     dout = dout.mT.contiguous().mT if shape == "noncontiguous" else dout[..., :1].expand(dout.shape)
@@ -174,8 +175,11 @@ def test_no_clips(video):
 
 @pytest.mark.parametrize("per_frame", [True, False])
 @pytest.mark.parametrize("video", ["uint8", "same"])
-def test_opcheck(video, per_frame):
-    pixels, parameters = make(torch.float32, video, size=(2, 3, 4, 8, 9), tubelet=(2, 4, 4), E=6, per_frame=per_frame)
+@pytest.mark.parametrize("clips", [1, 2])
+def test_opcheck(video, per_frame, clips):
+    pixels, parameters = make(
+        torch.float32, video, size=(clips, 3, 4, 8, 9), tubelet=(2, 4, 4), E=6, per_frame=per_frame
+    )
     leaves = [x.requires_grad_() for x in ([pixels] if video == "same" else []) + parameters]
     arguments = (*([pixels] if video == "uint8" else []), *leaves, per_frame, [0.1] * 3, [-0.5] * 3, "cpu")
     torch.library.opcheck(torch.ops.vivit_kernels.tubelet_embedding_fwd.default, arguments)

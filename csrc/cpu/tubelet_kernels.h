@@ -1,4 +1,4 @@
-// The entry points of one instruction set: which arithmetic each dtype takes.
+// Tubelet embedding: the entry points of one instruction set, which arithmetic each dtype takes.
 #pragma once
 
 #include "tubelet_backward.h"

@@ -118,11 +118,17 @@ def launch_bwd(
     if needs[2]:
         gradients[2] = sums.to(bias.dtype)
     if needs[3]:
-        gradients[3] = dout.flatten(0, -3).sum(0, keepdim=True, dtype=torch.float32).to(position.dtype)
+        gradients[3] = _summed(dout.flatten(0, -3), position.dtype)
     if needs[4]:
-        rows = dout.flatten(0, -3)[:, :1]
-        gradients[4] = rows.sum(0, keepdim=True, dtype=torch.float32).to(class_token.dtype)
+        gradients[4] = _summed(dout.flatten(0, -3)[:, :1], class_token.dtype)
     return gradients
+
+
+def _summed(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Over groups, in float32; never `rows` itself."""
+    if rows.shape[0] == 1:
+        return rows.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    return rows.sum(0, keepdim=True, dtype=torch.float32).to(dtype)
 
 
 def _weight_gradient(
