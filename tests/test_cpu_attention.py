@@ -1,4 +1,4 @@
-"""Backend `cpu` of both attention ops: the parity grids on every instruction set, and what only a kernel can get wrong."""
+"""Backend `cpu` of both attention ops: parity grids on every instruction set, and what only a kernel gets wrong."""
 
 import pytest
 import test_factorized_attention as factorized
