@@ -105,13 +105,16 @@ def test_video_of_another_dtype(video, normalised, dtype, isa):
 
 
 @pytest.mark.parametrize("video", ["uint8", "same"])
-def test_pixels_around_the_view_are_not_used(video, isa):
-    """A crop's neighbours are NaN, or other pixels; its last row ends the memory."""
-    pixels, parameters = make(torch.float32, video)
-    wide = torch.full((2, 3, 4, 30, 50), 255 if video == "uint8" else float("nan")).to(pixels.dtype)
-    crop = wide[..., 2:, 5:]
-    crop.copy_(pixels)
-    assert all(map(torch.equal, step(pixels, parameters), step(crop, parameters)))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("frames", [1, 2])
+def test_pixels_around_the_view_are_not_used(video, dtype, frames, isa):
+    """A crop's neighbours are NaN, or other pixels; its last row ends the memory. One frame: an odd number of taps."""
+    pixels, parameters = make(dtype, video, tubelet=(frames, 7, 5))
+    wide = torch.empty((2, 3, 4, 30, 50), dtype=pixels.dtype)
+    for crop in (wide[..., 2:, 5:], wide[..., :28, :45]):
+        wide.fill_(255 if video == "uint8" else float("nan"))
+        crop.copy_(pixels)
+        assert all(map(torch.equal, step(pixels, parameters), step(crop, parameters)))
 
 
 @pytest.mark.parametrize("layout", ["BFCYX", "BFYXC", "flipped"])
