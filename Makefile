@@ -29,7 +29,7 @@ INTERPRETING = TRITON_INTERPRET=1 $(PYTEST)
 NEWEST = $(abspath $(VENV))/newest-triton
 # Another version of PyTorch, and the tests of the native library, which is one file for all versions.
 OLDEST = $(abspath $(VENV))/oldest-torch
-NATIVE_TESTS = $(wildcard tests/test_native.py tests/test_cpu_attention.py)
+NATIVE_TESTS = $(wildcard tests/test_native.py tests/test_cpu_attention.py tests/test_cpu_tubelet.py)
 IS_LOADED = "import torch; from vivit_kernels import _native; assert _native.AVAILABLE, _native.WHY; \
 	print('native tests with torch', torch.__version__)"
 SANITIZED = build/native/sanitized
