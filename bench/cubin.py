@@ -180,6 +180,9 @@ def overwritten(sass: str) -> list[str]:
     return [found[at] for at in sorted(found)]
 
 
+NO_DEVICE_CODE = "does not contain device code"  # what cuobjdump says of a library built without CUDA
+
+
 def cuobjdump() -> str:
     """The disassembler: of CUDA's toolkit, or the one inside Triton's wheel."""
     homes = [Path(home) / "bin" for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))]

@@ -197,6 +197,9 @@ def _native(archs: list[int], sass: bool) -> bool:
         try:
             kernels = [kernel for kernel in cubin.read(library) if kernel.arch in archs]
         except (OSError, ValueError) as error:
+            if cubin.NO_DEVICE_CODE in str(error):
+                print(f"\nnative: {library.name} holds no CUDA C++ kernels to read")
+                continue
             print(f"\nnative: {library.name} cannot be read: {error}")
             return False
         print(f"\nnative: {library.name}: {len(kernels)} kernels for {', '.join(f'sm_{arch}' for arch in archs)}")
