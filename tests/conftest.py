@@ -53,3 +53,22 @@ def poisoned_memory():
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     return torch.device(request.param)
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])
+def isa(request):
+    """Each instruction set that the native library's CPU kernels have here."""
+    from vivit_kernels import _native
+
+    if request.param not in _native.ISAS[: _native.ISAS.index(_native.BEST) + 1]:
+        pytest.skip(f"this processor runs {_native.BEST} at best")
+    with _native.forced_isa(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def poisoned_scratch():
+    """Scratch memory of the native library full of NaN: what no kernel wrote cannot pass."""
+    torch.ops.vivit_kernels_native.poison_scratch(True)
+    yield
+    torch.ops.vivit_kernels_native.poison_scratch(False)

@@ -9,9 +9,10 @@ from parity_grid import grid
 from vivit_kernels import _native, factorized_attention, joint_attention, temporal_attention
 from vivit_kernels._attention import cpu_grid
 
-pytestmark = pytest.mark.skipif(not _native.AVAILABLE, reason=f"the native library is not here: {_native.WHY}")
-
-RUN_HERE = _native.ISAS[: _native.ISAS.index(_native.BEST) + 1] if _native.AVAILABLE else _native.ISAS
+pytestmark = [
+    pytest.mark.skipif(not _native.AVAILABLE, reason=f"the native library is not here: {_native.WHY}"),
+    pytest.mark.usefixtures("poisoned_scratch"),
+]
 DTYPES = [torch.bfloat16, torch.float32, torch.float16]
 SIZES = [16, 24, 32, 40, 64, 72, 80, 88, 96, 104, 128, 136, 160]  # of heads; vectors have 4, 8 or 16 lanes
 # Lengths around vectors (16), blocks of queries (64) and of keys (128), and what users have.
@@ -40,19 +41,6 @@ FACTORIZED = {name: axis for name, axis in factorized.AXES.items() if name not i
 JOINT = joint.AXES | {"dtype": DTYPES, "D": SIZES, "N": [1, 2, 17, 63, 64, 65, 130], "N_k": ["same", 1, 33, 129, 600]}
 CROSSES = [["dtype", "grid"], ["dtype", "D"], ["dtype", "mask", "dropout_p", "extra", "heads"]]
 JOINT_CROSSES = [["dtype", "N", "N_k"], ["dtype", "N_k", "mask", "dropout_p", "extra"]]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_scratch():
-    torch.ops.vivit_kernels_native.poison_scratch(True)
-    yield
-    torch.ops.vivit_kernels_native.poison_scratch(False)
-
-
-@pytest.fixture(params=RUN_HERE)
-def isa(request):
-    with _native.forced_isa(request.param):
-        yield request.param
 
 
 @pytest.mark.parametrize("case", grid(FACTORIZED, CROSSES))

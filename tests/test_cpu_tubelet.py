@@ -8,9 +8,10 @@ from parity_grid import grid
 from vivit_kernels import _native, tubelet_embedding
 from vivit_kernels.numerics import judge
 
-pytestmark = pytest.mark.skipif(not _native.AVAILABLE, reason=f"the native library is not here: {_native.WHY}")
-
-RUN_HERE = _native.ISAS[: _native.ISAS.index(_native.BEST) + 1] if _native.AVAILABLE else _native.ISAS
+pytestmark = [
+    pytest.mark.skipif(not _native.AVAILABLE, reason=f"the native library is not here: {_native.WHY}"),
+    pytest.mark.usefixtures("poisoned_scratch"),
+]
 DTYPES = [torch.bfloat16, torch.float32, torch.float16]
 # Embeddings around vectors (4, 8, 16) and panels (64); tubelets with an odd number of taps, runs of 1 to 20 pixels (of
 # a gradient of one number eager PyTorch may hit all by luck);
@@ -23,19 +24,6 @@ AXES = tubelets.AXES | {
 }
 CROSSES = [["dtype", "video", "layout", "rows", "normalise"], ["tubelet", "size", "video", "layout", "strides"]]
 CROSSES += [["dtype", "E", "video"], ["dtype", "E", "tubelet"]]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_scratch():
-    torch.ops.vivit_kernels_native.poison_scratch(True)
-    yield
-    torch.ops.vivit_kernels_native.poison_scratch(False)
-
-
-@pytest.fixture(params=RUN_HERE)
-def isa(request):
-    with _native.forced_isa(request.param):
-        yield request.param
 
 
 @pytest.mark.parametrize("case", grid(AXES, CROSSES))
