@@ -278,9 +278,8 @@ STABLE_TORCH_LIBRARY(vivit_kernels_native, m) {
         "Tensor(b!) dk, Tensor(c!) dv, Tensor? mask, Tensor? seed, Tensor? cos, Tensor? sin, int temporal_heads, "
         "float scale, float softcap, float dropout_p, int isa) -> ()");
     m.def(
-        "tubelet_fwd(Tensor pixels, Tensor weight, Tensor? bias, Tensor? position, Tensor(a!) out, Tensor? "
-        "pixel_scale, "
-        "Tensor? pixel_shift, float factor, Tensor? scale, Tensor? shift, int isa) -> ()");
+        "tubelet_fwd(Tensor pixels, Tensor weight, Tensor? bias, Tensor? position, Tensor(a!) out, "
+        "Tensor? pixel_scale, Tensor? pixel_shift, float factor, Tensor? scale, Tensor? shift, int isa) -> ()");
     m.def(
         "tubelet_weight_gradient(Tensor d_out, Tensor pixels, Tensor(a!) dweight, Tensor(b!) sums, "
         "Tensor? pixel_scale, Tensor? pixel_shift, float factor, Tensor? scale, Tensor? shift, int isa) -> ()");

@@ -2,6 +2,7 @@
 // float32. Both see their operands as 32-bit words along the contraction: one float, or two neighbouring bfloat16.
 #pragma once
 
+#include "attention.h"
 #include "vector.h"
 
 namespace vivit::cpu::VIVIT_ISA {
@@ -47,6 +48,23 @@ struct InBFloat16 {
     }
 };
 #endif
+
+// Calls work with a Named of the kernel for a dtype: which arithmetic each takes.
+template <class K>
+struct Named {
+    using Type = K;
+};
+
+template <template <class, class> class Kernel, class Work>
+auto with_kernel(DType dtype, Work work) {
+    if (dtype == DType::kFloat32) return work(Named<Kernel<float, InFloat32>>{});
+    if (dtype == DType::kFloat16) return work(Named<Kernel<Float16, InFloat32>>{});
+#if defined(__AVX512BF16__)
+    return work(Named<Kernel<BFloat16, InBFloat16>>{});
+#else
+    return work(Named<Kernel<BFloat16, InFloat32>>{});
+#endif
+}
 
 // Rows of A and columns of vectors of B whose sums fit into the registers beside their operands: 32 of AVX-512, 16
 // else. Enough sums in flight to hide the latency of an addition.

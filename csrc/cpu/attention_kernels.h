@@ -1,4 +1,4 @@
-// The entry points of one instruction set: which arithmetic each dtype takes.
+// Attention: the entry points of one instruction set.
 #pragma once
 
 #include "backward.h"
@@ -11,32 +11,11 @@ namespace vivit::cpu::VIVIT_ISA {
 
 template <template <class, class> class Kernel>
 struct Entry {
-    template <class Work>
-    static auto with_types(DType dtype, Work work) {
-        if (dtype == DType::kFloat32) return work(static_cast<Type<float, InFloat32>*>(nullptr));
-        if (dtype == DType::kFloat16) return work(static_cast<Type<Float16, InFloat32>*>(nullptr));
-#if defined(__AVX512BF16__)
-        return work(static_cast<Type<BFloat16, InBFloat16>*>(nullptr));
-#else
-        return work(static_cast<Type<BFloat16, InFloat32>*>(nullptr));
-#endif
-    }
-
     static int64_t units(const AttentionParams& p, Axis axis) {
-        return with_types(p.dtype, [&](auto* type) { return make(type, p, axis).units(); });
+        return with_kernel<Kernel>(p.dtype, [&](auto one) { return typename decltype(one)::Type(p, axis).units(); });
     }
-
     static void run(const AttentionParams& p, Axis axis, int64_t first, int64_t end) {
-        with_types(p.dtype, [&](auto* type) { make(type, p, axis).run(first, end); });
-    }
-
-  private:
-    template <class E, class Arithmetic>
-    struct Type {};
-
-    template <class E, class Arithmetic>
-    static Kernel<E, Arithmetic> make(Type<E, Arithmetic>*, const AttentionParams& p, Axis axis) {
-        return Kernel<E, Arithmetic>(p, axis);
+        with_kernel<Kernel>(p.dtype, [&](auto one) { typename decltype(one)::Type(p, axis).run(first, end); });
     }
 };
 

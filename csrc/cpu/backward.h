@@ -1,8 +1,7 @@
-// Attention, backward: scores are computed again for each block of queries; dk and dv add up over the blocks in
-// float32.
+// Attention, backward: scores are computed again for each block of queries; dk and dv add up over blocks in float32.
 //
-//     p = softmax(scale * q.k)     dv = p^T do     dp = do v^T     ds = p * (dp - sum(p * dp))     dq = ds k     dk =
-//     ds^T q
+//     p = softmax(scale * q.k)             dv = p^T do     dp = do v^T
+//     ds = p * (dp - sum(p * dp))          dq = ds k       dk = ds^T q
 //
 // Sequences that are resident (attention.h) need nothing of the forward; others read its o and statistics, and go over
 // their keys in blocks. Every gradient is written once, by one thread.

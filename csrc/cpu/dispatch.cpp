@@ -12,24 +12,48 @@
 
 namespace vivit::cpu {
 
-namespace portable {
-extern const AttentionKernels kAttention;
-extern const TubeletKernels kTubelets;
-}  // namespace portable
+#define VIVIT_KERNELS_OF(isa)                 \
+    namespace isa {                           \
+    extern const AttentionKernels kAttention; \
+    extern const TubeletKernels kTubelets;    \
+    }
+VIVIT_KERNELS_OF(portable)
 #if defined(__x86_64__)
-namespace avx2 {
-extern const AttentionKernels kAttention;
-extern const TubeletKernels kTubelets;
-}  // namespace avx2
-namespace avx512 {
-extern const AttentionKernels kAttention;
-extern const TubeletKernels kTubelets;
-}  // namespace avx512
-namespace avx512_bf16 {
-extern const AttentionKernels kAttention;
-extern const TubeletKernels kTubelets;
-}  // namespace avx512_bf16
+VIVIT_KERNELS_OF(avx2)
+VIVIT_KERNELS_OF(avx512)
+VIVIT_KERNELS_OF(avx512_bf16)
 #endif
+
+namespace {
+
+struct Kernels {
+    const AttentionKernels* attention = nullptr;
+    const TubeletKernels* tubelets = nullptr;
+};
+
+// Of an instruction set, none where it is not compiled in.
+Kernels kernels_of(Isa isa) {
+    switch (isa) {
+        case Isa::kPortable:
+            return {&portable::kAttention, &portable::kTubelets};
+#if defined(__x86_64__)
+        case Isa::kAvx2:
+            return {&avx2::kAttention, &avx2::kTubelets};
+        case Isa::kAvx512:
+            return {&avx512::kAttention, &avx512::kTubelets};
+        case Isa::kAvx512Bf16:
+            return {&avx512_bf16::kAttention, &avx512_bf16::kTubelets};
+#endif
+        default:
+            return {};
+    }
+}
+
+}  // namespace
+
+const AttentionKernels* attention_kernels(Isa isa) { return kernels_of(isa).attention; }
+
+const TubeletKernels* tubelet_kernels(Isa isa) { return kernels_of(isa).tubelets; }
 
 Isa best_isa() {
 #if defined(__x86_64__)
@@ -44,40 +68,6 @@ Isa best_isa() {
 #else
     return Isa::kPortable;
 #endif
-}
-
-const AttentionKernels* attention_kernels(Isa isa) {
-    switch (isa) {
-        case Isa::kPortable:
-            return &portable::kAttention;
-#if defined(__x86_64__)
-        case Isa::kAvx2:
-            return &avx2::kAttention;
-        case Isa::kAvx512:
-            return &avx512::kAttention;
-        case Isa::kAvx512Bf16:
-            return &avx512_bf16::kAttention;
-#endif
-        default:
-            return nullptr;
-    }
-}
-
-const TubeletKernels* tubelet_kernels(Isa isa) {
-    switch (isa) {
-        case Isa::kPortable:
-            return &portable::kTubelets;
-#if defined(__x86_64__)
-        case Isa::kAvx2:
-            return &avx2::kTubelets;
-        case Isa::kAvx512:
-            return &avx512::kTubelets;
-        case Isa::kAvx512Bf16:
-            return &avx512_bf16::kTubelets;
-#endif
-        default:
-            return nullptr;
-    }
 }
 
 namespace {
