@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from .. import _order
 from .._dispatch import Call
-from .._order import Decision, Ladder
+from .._order import Decision, Ladder, Rung
 
 LETTERS = ("B", "T", "S", "H", "D")
 LADDERS = {
@@ -18,10 +20,21 @@ LADDERS = {
         ("cpu", "torch"),
         "Compiled kernels, which read the token grid where it lies, then the composition of PyTorch ops, which runs "
         "every call. 2 cores of an AMD EPYC (Zen 4), 2026-11-26, one clip of 16 x 196 tokens, 12 heads of 64, forward "
-        "+ backward, bf16 and fp32: along time cpu 7.3 and 9.7 ms, torch 35 and 20; within frames cpu 25 and 45 ms, "
-        "torch 80 and 67. Forced to AVX2 and to the portable code, forward: along time 0.6 of torch's time with the "
-        "same instructions, within frames 0.8 to 1.1. Triton's kernels run on CPU tensors only interpreted, to be "
+        "+ backward, bf16 and fp32: along time cpu 5.3 and 9.1 ms, torch 22 and 21; within frames cpu 24 and 43 ms, "
+        "torch 74 and 62. Both held to AVX2, one core, forward: along time cpu 3.5 and 4.5 ms, torch 10 and 8.1; four "
+        "frames cpu 6.3 and 6.3 ms, torch 8.2 and 7.0. Triton's kernels run on CPU tensors only interpreted, to be "
         "checked: by name.",
+        (
+            Rung(
+                "torch",
+                isas=("portable",),
+                dtypes=(torch.float32,),
+                axis="space",
+                reason="One core of an AMD EPYC (Zen 4) held to SSE, 2026-11-26, forward, four frames of 196 tokens, "
+                "12 heads of 64, fp32: torch 17 ms, cpu 19; in bf16 equal, 20 ms. Along time cpu is first: 8.9 ms, "
+                "torch 14. Other processors without AVX2 are not measured.",
+            ),
+        ),
     ),
 }
 
