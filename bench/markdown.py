@@ -12,6 +12,7 @@ _MARKS = {
     "†": "† Measured before this kernel last changed: the figure of another version.",
     "‡": "‡ Measured with uncommitted changes: the commit named does not hold all of the code.",
     "§": "§ The GPU held its clocks back during this measurement.",
+    "¶": "¶ Shorter than the host takes to launch it: alone in a loop such calls come at the host's pace.",
 }
 
 
@@ -41,7 +42,8 @@ def between(low: float, high: float) -> str:
 
 
 def marks(record: Record) -> str:
-    return "†" * is_stale(record) + "‡" * record.dirty + "§" * bool(record.clocks.get("throttled"))
+    lags = record.ms.get("host", 0.0) > record.ms.get("median", 0.0)
+    return "†" * is_stale(record) + "‡" * record.dirty + "§" * bool(record.clocks.get("throttled")) + "¶" * lags
 
 
 def plain(text: str, longest: int = 140) -> str:

@@ -134,7 +134,7 @@ def _new(height: float, title: str, records: list[Record], *notes: str) -> Any:
     figure.suptitle(title, x=0.012, ha="left", fontsize=10.5, fontweight="bold")
     lines = [*notes, *dict.fromkeys(source(record) for record in records)]
     signs = "".join(dict.fromkeys("".join(map(marks, records))))
-    meaning = {"†": "† older kernel", "‡": "‡ uncommitted changes", "§": "§ clocks held back"}
+    meaning = {"†": "† older kernel", "‡": "‡ uncommitted changes", "§": "§ clocks held back", "¶": "¶ host slower"}
     lines += [", ".join(meaning[sign] for sign in signs)] if signs else []
     text = "\n".join(textwrap.fill(line, 135) for line in lines)
     figure.supxlabel(text, x=0.012, ha="left", fontsize=7, color=MUTED)

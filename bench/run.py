@@ -43,6 +43,7 @@ class Lane:
     ideal: bool
     times: list[float] = field(default_factory=list)
     rounds: list[float] = field(default_factory=list)
+    host_ms: list[float] = field(default_factory=list)
     tried: dict[str, Any] = field(default_factory=dict)
 
 
@@ -201,6 +202,7 @@ class Run:
         times: list[float] = found["ms"]
         lane.times += times
         lane.rounds.append(statistics.median(times))
+        lane.host_ms.append(found.get("host_ms", 0.0))
 
     def _record(self, lane: Lane, group: Group, clocks: dict[str, Any]) -> Record:
         case = group.case
@@ -224,6 +226,8 @@ class Run:
         made.ms, made.rounds, made.memory = summary(lane.times), lane.rounds, lane.tried["memory"]
         made.ceilings = self.ceilings[group.dtype]
         made.share, made.bound = ceilings.shares(made.ms["median"], made.flops, made.bytes, made.exps, made.ceilings)
+        if host := min(lane.host_ms, default=0.0):
+            made.ms["host"] = host
         made.clocks = clocks
         return made
 

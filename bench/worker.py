@@ -91,7 +91,7 @@ class Session:
 
     def times(self, backend: str, direction: str, seconds: float, estimate_ms: float) -> dict[str, Any]:
         call = self.call(self.candidate(backend), direction)
-        return {"ms": self.timer.calls(call, seconds, estimate_ms, fewest=1)}
+        return {"ms": self.timer.calls(call, seconds, estimate_ms, fewest=1), "host_ms": self.timer.host_ms}
 
     def error(self, candidate: Candidate, direction: str) -> dict[str, Any]:
         """Outputs and gradients of this direction under the budget: the worst of them."""
