@@ -55,7 +55,7 @@ TUBELET: tuple[tuple[str, str, str, str | None, torch.dtype], ...] = (
 class Trial:
     """One call: its inputs on the CPU in the dtype under test, how each lies in memory, and what the right answer is.
 
-    names: of the output and of the gradients, in the order of `run`. terms: see `judge`.
+    names: of the output and of the gradients, in the order of `run`. terms, row: see `judge`.
     """
 
     label: str
@@ -66,6 +66,7 @@ class Trial:
     call: Callable[[list[Tensor], str], Tensor]
     defined: Callable[[list[Tensor]], Tensor]
     terms: int = 1
+    row: int = 1
 
 
 class Result(NamedTuple):
@@ -122,7 +123,7 @@ def _attention(case: AttentionCase, named: tuple[str, ...], layout: str, dtype: 
 
     inputs = [torch.stack([q, k, v], -3)] if layout == "packed" else [q, k, v]
     label = _label(case, dtype, "every option" if len(named) > 1 else "".join(named), layout)
-    return Trial(label, inputs, [layout] * len(inputs), do, ("o", "dq", "dk", "dv"), call, defined)
+    return Trial(label, inputs, [layout] * len(inputs), do, ("o", "dq", "dk", "dv"), call, defined, row=case.D)
 
 
 def _options(named: tuple[str, ...], case: AttentionCase, grid: tuple[int, ...], generator) -> dict[str, Any]:
@@ -223,7 +224,7 @@ def attempt(trial: Trial, backend: str, device: torch.device, exact: list[Tensor
         results = run(lambda x: trial.call(x, backend), inputs, trial.grad_output.to(device))
         actual = [x.cpu() for x in results]
         verdicts = {
-            name: judge(x, exact[i], eager[i], gradient=i > 0, terms=1 if i else trial.terms)
+            name: judge(x, exact[i], eager[i], gradient=i > 0, terms=1 if i else trial.terms, row=trial.row)
             for i, (name, x) in enumerate(zip(trial.names, actual, strict=True))
         }
     except NotImplementedError as error:

@@ -77,6 +77,14 @@ def make_inputs(kind: str, q_shape: tuple, k_shape: tuple, device) -> list[torch
     return [q * 4, k * 4, v] if kind == "large" else [q, k, v]
 
 
+def cancels(case: dict, keys: int) -> bool:
+    """Whether the terms of dq and dk cancel down to their roundings: a single key, equal rows; and, in float32, whose
+    own roundings are small enough to show it, a key with nearly all of the probability (0.98, one query of 129 keys: dq
+    errs by 7e-7 with delta = sum(p * dP), by 16e-7 with the equal sum(do * o), and eager by 4e-7)."""
+    hard = {torch.float64: True, torch.float32: case["inputs"] == "dominant"}
+    return keys == 1 or case["inputs"] == "constant" or hard.get(case["dtype"], False)
+
+
 def gradient_scales(q, k, v, do, scale: float) -> dict[str, float]:
     """The size of the terms of dq and dk, dP * k * scale, which cancel where the scores of a row hardly matter: a
     single key, equal rows, one key with all the probability."""
@@ -142,5 +150,6 @@ def check(
     for i, name in enumerate(names):
         assert actual[i].dtype == dtype
         scale, summed = (scales or {}).get(name), terms if i == 0 else 1
-        verdict = judge(actual[i], exact[i], eager[i], gradient=i > 0, scale=scale, terms=summed)
+        row = exact[i].shape[-1] if "dq" in names else 1  # the channels of a token
+        verdict = judge(actual[i], exact[i], eager[i], gradient=i > 0, scale=scale, terms=summed, row=row)
         assert verdict.ok, f"{name}: {verdict}"

@@ -89,6 +89,27 @@ def test_a_lost_key_in_a_long_row_is_seen_by_the_rms():
     assert not verdict.ok and verdict.rms_error > verdict.rms_budget
 
 
+@pytest.mark.parametrize("queries, most", [(1, 6.0), (100, 3.3)])
+def test_a_few_samples_may_scatter_and_no_more(queries, most):
+    """Errors of queries of 64 channels, as multiples of eager's in RMS, whose maximum is far above it."""
+    exact = torch.zeros(queries, 64, dtype=torch.float64)
+    eager = torch.full((queries, 64), 1e-3)
+    eager[:, 0] *= 100
+    rms = judge(eager, exact, eager).rms_error
+    for factor, ok in ((0.99 * most, True), (1.01 * most, False)):
+        assert judge(torch.full((queries, 64), factor * rms), exact, eager, row=64).ok is ok
+    assert not judge(torch.full((queries, 64), 0.99 * most * rms), exact, eager).ok  # as many samples as elements
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_lost_block_of_keys_is_seen_in_a_single_query(dtype):
+    """Where the budget is widest."""
+    q, k, v = (torch.randn(1, n, 1, 64).to(dtype) for n in (1, 150, 150))
+    exact = joint_attention(q.double(), k.double(), v.double(), Options(0.125))
+    eager = joint_attention(q, k, v, Options(0.125))
+    assert not judge(attention((q, k[:, :-16], v[:, :-16])), exact, eager, row=64).ok
+
+
 def test_exactly_zero_results_are_judged_by_their_factors():
     zero = torch.zeros(4, dtype=torch.float64)
     noise = torch.full((4,), 2e-8)
