@@ -12,6 +12,18 @@ from .triton_gather import load_pixels, of_channels, row_offsets, split_rows, ta
 
 
 @triton.jit
+def _sum_of_rows(x, N: tl.constexpr, M: tl.constexpr):
+    """`[M]` of x `[N, M]`, N a power of two up to 128: neighbours added to each other until one row is left.
+
+    tl.sum adds in the order of the layout, which follows what else the kernel stores: dbias asked for alone differed in
+    bits from dbias beside dclass (H100)."""
+    for i in tl.static_range(7):
+        if (N >> i) > 1:
+            x = tl.sum(tl.reshape(x, [N >> (i + 1), 2, M]), 1)
+    return tl.reshape(x, [M])
+
+
+@triton.jit
 def sum_rows(
     dout_ptr, dposition_ptr, dclass_ptr, partial_ptr, TABLE, OUTER, INNER, E, blocks_per_strip,
     stride_do, stride_di, stride_dn, stride_de,
@@ -48,7 +60,7 @@ def sum_rows(
             pointers = dclass_ptr + tl.broadcast_to(e[None, :], [BLOCK_N, BLOCK_E])
             tl.store(pointers, total.to(dclass_ptr.dtype.element_ty), mask=inside & (n == 0)[:, None])
         tokens += tl.where((n >= FIRST)[:, None], total, 0.0)
-    tl.store(partial_ptr + strip.to(tl.int64) * E + e, tl.sum(tokens, 0), mask=e < E)
+    tl.store(partial_ptr + strip.to(tl.int64) * E + e, _sum_of_rows(tokens, BLOCK_N, BLOCK_E), mask=e < E)
 
 
 @triton.jit
@@ -128,7 +140,8 @@ def finish_parameters(
         s = tl.arange(0, BLOCK_S)
         mask = (s < strips)[:, None] & (e < E)[None, :]
         # [BLOCK_S, BLOCK_E]
-        summed += tl.sum(tl.load(rows_ptr + s.to(tl.int64)[:, None] * E + e[None, :], mask=mask, other=0.0), 0)
+        rows = tl.load(rows_ptr + s.to(tl.int64)[:, None] * E + e[None, :], mask=mask, other=0.0)
+        summed += _sum_of_rows(rows, BLOCK_S, BLOCK_E)
     if HAS_BIAS:
         first = tl.program_id(0) % blocks_k == 0
         tl.store(dbias_ptr + e, summed.to(dbias_ptr.dtype.element_ty), mask=(e < E) & first)
