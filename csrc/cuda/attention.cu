@@ -1,0 +1,61 @@
+// What bindings.cpp calls. The kernels are compiled elsewhere, by dtype and direction, so that it can be done side by
+// side.
+#include "attention.cuh"
+
+namespace vivit::cuda {
+
+#if !defined(VIVIT_SIM)
+extern template int launch_attention<BFloat16, false>(const AttentionParams&, void*);
+extern template int launch_attention<BFloat16, true>(const AttentionParams&, void*);
+extern template int launch_attention<Float16, false>(const AttentionParams&, void*);
+extern template int launch_attention<Float16, true>(const AttentionParams&, void*);
+#endif
+
+namespace {
+
+template <int kSteps>
+int32_t resident_bytes(int32_t N, bool backward, bool rotary) {
+    if (!backward) return Layout<kSteps, false>(N).bytes(Layout<kSteps, false>(N).warps(), rotary);
+    return Layout<kSteps, true>(N).bytes(Layout<kSteps, true>(N).warps(), rotary);
+}
+
+int32_t resident_bytes(int32_t N, int32_t D, bool backward, bool rotary) {
+    switch (steps_of(D)) {
+        case 2:
+            return resident_bytes<2>(N, backward, rotary);
+        case 4:
+            return resident_bytes<4>(N, backward, rotary);
+        case 5:
+            return resident_bytes<5>(N, backward, rotary);
+        case 6:
+            return resident_bytes<6>(N, backward, rotary);
+        case 8:
+            return resident_bytes<8>(N, backward, rotary);
+        default:
+            return resident_bytes<10>(N, backward, rotary);
+    }
+}
+
+}  // namespace
+
+Regime regime_of(int32_t N, int32_t D, bool backward, bool rotary, int32_t shared_bytes) {
+    if (is_packed(N)) return Regime::kPacked;
+    const bool fits = N <= 4096 && resident_bytes(N, D, backward, rotary) <= shared_bytes;
+    return fits ? Regime::kResident : Regime::kTooLong;
+}
+
+bool keeps_output(int32_t T, int32_t S, int32_t H, int32_t temporal_heads) {
+    return (temporal_heads > 0 && !is_packed(T)) || (temporal_heads < H && !is_packed(S));
+}
+
+int launch_forward(const AttentionParams& params, void* stream) {
+    return params.dtype == DType::kBFloat16 ? launch_attention<BFloat16, false>(params, stream)
+                                            : launch_attention<Float16, false>(params, stream);
+}
+
+int launch_backward(const AttentionParams& params, void* stream) {
+    return params.dtype == DType::kBFloat16 ? launch_attention<BFloat16, true>(params, stream)
+                                            : launch_attention<Float16, true>(params, stream);
+}
+
+}  // namespace vivit::cuda

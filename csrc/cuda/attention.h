@@ -1,0 +1,51 @@
+// What a caller of the CUDA attention kernels fills in. Torch-free; bindings.cpp and the host simulator include it.
+#pragma once
+
+#include <cstdint>
+
+namespace vivit::cuda {
+
+enum class DType : int32_t { kBFloat16 = 1, kFloat16 = 2 };
+
+// A tensor [B, T, S, H, D] of any strides (in elements) but a unit last one, each row at a multiple of 16 bytes.
+struct Grid {
+    void* data = nullptr;
+    int64_t stride_b = 0, stride_t = 0, stride_s = 0, stride_h = 0;
+};
+
+// Attention on the token grid: heads below temporal_heads attend over T, the others over S.
+struct AttentionParams {
+    int32_t B = 0, T = 0, S = 0, H = 0, D = 0;
+    int32_t temporal_heads = 0;
+    DType dtype = DType::kBFloat16;
+    Grid q, k, v, o;             // o: output of the forward; of a backward what its resident sequences read
+    Grid d_o, dq, dk, dv;        // backward only
+    float* lse = nullptr;        // [B, H, T * S] or none: log2 of the sum of 2^score, +inf where no key may be attended
+    const bool* mask = nullptr;  // [B, T * S] or none, true may be attended
+    const float* cos = nullptr;  // [T * S, D / 2] or none
+    const float* sin = nullptr;  // beside cos
+    float scale = 1.f;
+    float softcap = 0.f;            // 0: none
+    const int64_t* seed = nullptr;  // (seed, offset) on the device, or none: no dropout
+    float keep_scale = 1.f;         // 1 / (1 - p), or 0 where everything is dropped
+    uint32_t keep_from = 0;         // a pair is kept iff its 32 bits are at least this
+};
+
+// How a sequence of N tokens is run. kPacked: in registers, a warp for one or two sequences. kResident: in shared
+// memory, a warp for 16 rows of it. kTooLong: by another backend.
+enum class Regime : int32_t { kPacked = 0, kResident = 1, kTooLong = 2 };
+
+constexpr int kPackedTokens = 16;
+
+// shared_bytes: what a block may have. A backward with a rotary embedding needs some more.
+Regime regime_of(int32_t N, int32_t D, bool backward, bool rotary, int32_t shared_bytes);
+
+// Whether the backward of such a call reads o and lse, which the forward then writes.
+bool keeps_output(int32_t T, int32_t S, int32_t H, int32_t temporal_heads);
+
+// One launch each, on `stream` (a cudaStream_t) of the current device; sequences that are too long are not looked for.
+// Returns a cudaError_t, 0 for success.
+int launch_forward(const AttentionParams& params, void* stream);
+int launch_backward(const AttentionParams& params, void* stream);
+
+}  // namespace vivit::cuda

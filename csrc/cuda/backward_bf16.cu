@@ -1,0 +1,3 @@
+#include "attention.cuh"
+
+template int vivit::cuda::launch_attention<vivit::cuda::BFloat16, true>(const vivit::cuda::AttentionParams&, void*);

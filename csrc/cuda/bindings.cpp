@@ -1,0 +1,216 @@
+// What PyTorch sees of the CUDA attention kernels, by its stable ABI, in a library that has them: checks tensors, fills
+// in the kernels' parameters, launches on the current stream. It allocates nothing and waits for nothing. As in
+// ../bindings.cpp, callers are this package's launchers, which have checked what users give; what is checked here keeps
+// a wrong launcher from reading foreign memory.
+#if defined(VIVIT_CUDA)
+
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <string>
+
+#include "attention.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using vivit::cuda::AttentionParams;
+using vivit::cuda::DType;
+using vivit::cuda::Grid;
+using MaybeTensor = std::optional<Tensor>;
+
+constexpr const char* kWho = "vivit_kernels_native.cuda_attention: ";
+constexpr int64_t kRowAlignment = 16;  // bytes; a row is read and written 16 at a time
+
+DType dtype_of(const Tensor& x) {
+    const ScalarType type = x.scalar_type();
+    STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half, kWho, "bfloat16 or float16 expected");
+    return type == ScalarType::BFloat16 ? DType::kBFloat16 : DType::kFloat16;
+}
+
+int32_t size_of(const Tensor& x, int dim) {
+    STD_TORCH_CHECK(x.size(dim) <= std::numeric_limits<int32_t>::max(), kWho, "dimension ", dim, " is ", x.size(dim),
+                    ", 2^31 - 1 at most");
+    return static_cast<int32_t>(x.size(dim));
+}
+
+// Tensors of one call: on one device, their sizes those of its parameters.
+struct Call {
+    AttentionParams params;
+    int32_t device = 0;
+
+    void check_device(const Tensor& x, const char* name) const {
+        STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == device, kWho, name, " is not on the CUDA device of q");
+    }
+
+    Grid grid(const Tensor& x, const char* name) const {
+        check_device(x, name);
+        const AttentionParams& p = params;
+        const bool fits = x.dim() == 5 && x.size(0) == p.B && x.size(1) == p.T && x.size(2) == p.S &&
+                          x.size(3) == p.H && x.size(4) == p.D && x.stride(4) == 1 && dtype_of(x) == p.dtype;
+        STD_TORCH_CHECK(fits, kWho, name, " is not a grid [B, T, S, H, D] of this call with unit stride along D");
+        bool aligned = reinterpret_cast<uintptr_t>(x.data_ptr()) % kRowAlignment == 0;
+        for (int i = 0; i < 4; ++i) aligned = aligned && (x.size(i) == 1 || x.stride(i) * 2 % kRowAlignment == 0);
+        STD_TORCH_CHECK(aligned, kWho, "rows of ", name, " do not begin at multiples of 16 bytes");
+        return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+    }
+
+    template <class T>
+    T* flat(const MaybeTensor& x, ScalarType type, int64_t numel, const char* name) const {
+        if (!x.has_value()) return nullptr;
+        check_device(*x, name);
+        const bool fits = x->scalar_type() == type && x->numel() == numel && x->is_contiguous();
+        STD_TORCH_CHECK(fits, kWho, name, " must be contiguous, of ", numel, " elements");
+        return static_cast<T*>(x->data_ptr());
+    }
+};
+
+void set_dropout(AttentionParams& p, double dropout_p) {
+    const double threshold = std::ceil(dropout_p * 4294967296.0);  // 2^32: as many pairs as there are 32-bit words
+    const bool keeps_some = threshold < 4294967296.0;
+    p.keep_from = keeps_some ? static_cast<uint32_t>(threshold) : std::numeric_limits<uint32_t>::max();
+    p.keep_scale = keeps_some ? static_cast<float>(1 / (1 - dropout_p)) : 0.f;
+}
+
+Call call_of(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& lse, const MaybeTensor& mask,
+             const MaybeTensor& seed, const MaybeTensor& cos, const MaybeTensor& sin, int64_t temporal_heads,
+             double scale, double softcap, double dropout_p) {
+    STD_TORCH_CHECK(q.is_cuda(), kWho, "q is not on a CUDA device");
+    STD_TORCH_CHECK(q.dim() == 5, kWho, "q must be [B, T, S, H, D]");
+    Call call;
+    call.device = q.get_device_index();
+    AttentionParams& p = call.params;
+    p.B = size_of(q, 0), p.T = size_of(q, 1), p.S = size_of(q, 2), p.H = size_of(q, 3), p.D = size_of(q, 4);
+    STD_TORCH_CHECK(p.B > 0 && p.T > 0 && p.S > 0 && p.H > 0, kWho, "an empty grid");
+    STD_TORCH_CHECK(p.D % 8 == 0 && p.D >= 16 && p.D <= 160, kWho, "head size ", p.D, " is not 16, 24, ..., 160");
+    STD_TORCH_CHECK(0 <= temporal_heads && temporal_heads <= p.H, kWho, "temporal_heads ", temporal_heads);
+    p.temporal_heads = static_cast<int32_t>(temporal_heads);
+    p.dtype = dtype_of(q);
+    p.q = call.grid(q, "q"), p.k = call.grid(k, "k"), p.v = call.grid(v, "v");
+    const int64_t tokens = static_cast<int64_t>(p.T) * p.S;
+    p.lse = call.flat<float>(lse, ScalarType::Float, p.B * p.H * tokens, "lse");
+    p.mask = call.flat<const bool>(mask, ScalarType::Bool, p.B * tokens, "mask");
+    p.cos = call.flat<const float>(cos, ScalarType::Float, tokens * (p.D / 2), "cos");
+    p.sin = call.flat<const float>(sin, ScalarType::Float, tokens * (p.D / 2), "sin");
+    STD_TORCH_CHECK((p.cos == nullptr) == (p.sin == nullptr), kWho, "cos without sin");
+    p.scale = static_cast<float>(scale), p.softcap = static_cast<float>(softcap);
+    p.seed = call.flat<const int64_t>(seed, ScalarType::Long, 2, "seed");
+    if (p.seed != nullptr) set_dropout(p, dropout_p);
+    return call;
+}
+
+// libtorch_cuda.so is in the process wherever a CUDA tensor is. It is not linked: this library also serves a PyTorch
+// without it; and the stable ABI has a stream's handle only from 2.13 on.
+void* current_stream(int32_t device) {
+    using Find = int32_t (*)(int32_t, void**);
+    static const Find find = [] {
+        void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+        void* symbol = library == nullptr ? nullptr : dlsym(library, "aoti_torch_get_current_cuda_stream");
+        return reinterpret_cast<Find>(symbol);
+    }();
+    STD_TORCH_CHECK(find != nullptr, kWho, "this PyTorch has no CUDA\n  -> install one with CUDA");
+    void* stream = nullptr;
+    STD_TORCH_CHECK(find(device, &stream) == 0, kWho, "PyTorch does not name its current stream");
+    return stream;
+}
+
+// cudaError_t's that say what to do; numbers, because this file is compiled without CUDA's headers.
+constexpr int kInvalidValue = 1, kOutOfMemory = 2, kInvalidConfiguration = 9, kInsufficientDriver = 35;
+constexpr int kNoKernelImage = 209, kOutOfResources = 701, kUnsupportedPtx = 222;
+
+std::string why_not(int error) {
+    switch (error) {
+        case kNoKernelImage:
+            return "the native library was not compiled for this GPU\n"
+                   "  -> build it again, without TORCH_CUDA_ARCH_LIST or with this GPU in it";
+        case kInsufficientDriver:
+        case kUnsupportedPtx:
+            return "the driver is older than the CUDA that compiled the native library\n"
+                   "  -> a newer driver, or build the library with an older CUDA";
+        case kOutOfMemory:
+            return "the GPU has no memory left to load the kernel\n  -> a smaller batch";
+        case kInvalidValue:
+        case kInvalidConfiguration:
+        case kOutOfResources:
+            return "the launch asks for more than this GPU has\n  -> use backend='triton' or 'torch' for such a call";
+        default:
+            return "the GPU reports a failure, perhaps of an earlier kernel\n"
+                   "  -> run with CUDA_LAUNCH_BLOCKING=1 to see which one; or use backend='triton' or 'torch'";
+    }
+}
+
+void check_launch(int error, const AttentionParams& p, const char* direction) {
+    STD_TORCH_CHECK(error == 0, "factorized_attention: the ", direction, " of backend 'cuda' did not start for q [",
+                    p.B, ", ", p.T, ", ", p.S, ", ", p.H, ", ", p.D, "], ",
+                    p.dtype == DType::kBFloat16 ? "bfloat16" : "float16", ", temporal_heads=", p.temporal_heads, ": ",
+                    why_not(error), "\n  (CUDA error ", error, ")");
+}
+
+void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o, const MaybeTensor& lse,
+                   const MaybeTensor& mask, const MaybeTensor& seed, const MaybeTensor& cos, const MaybeTensor& sin,
+                   int64_t temporal_heads, double scale, double softcap, double dropout_p) {
+    Call call = call_of(q, k, v, lse, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p);
+    call.params.o = call.grid(o, "o");
+    const torch::stable::accelerator::DeviceGuard guard(call.device);
+    check_launch(vivit::cuda::launch_forward(call.params, current_stream(call.device)), call.params, "forward");
+}
+
+void attention_bwd(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& o,
+                   const MaybeTensor& lse, const Tensor& dq, const Tensor& dk, const Tensor& dv,
+                   const MaybeTensor& mask, const MaybeTensor& seed, const MaybeTensor& cos, const MaybeTensor& sin,
+                   int64_t temporal_heads, double scale, double softcap, double dropout_p) {
+    Call call = call_of(q, k, v, lse, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p);
+    AttentionParams& p = call.params;
+    const bool reads_output = vivit::cuda::keeps_output(p.T, p.S, p.H, p.temporal_heads);
+    STD_TORCH_CHECK(!reads_output || (o.has_value() && p.lse != nullptr), kWho,
+                    "the backward of sequences longer than ", vivit::cuda::kPackedTokens, " tokens needs o and lse");
+    if (o.has_value()) p.o = call.grid(*o, "o");
+    p.d_o = call.grid(d_o, "do"), p.dq = call.grid(dq, "dq");
+    p.dk = call.grid(dk, "dk"), p.dv = call.grid(dv, "dv");
+    const torch::stable::accelerator::DeviceGuard guard(call.device);
+    check_launch(vivit::cuda::launch_backward(p, current_stream(call.device)), p, "backward");
+}
+
+int64_t regime(int64_t tokens, int64_t head_size, bool backward, int64_t shared_bytes) {
+    return static_cast<int64_t>(vivit::cuda::regime_of(static_cast<int32_t>(tokens), static_cast<int32_t>(head_size),
+                                                       backward, static_cast<int32_t>(shared_bytes)));
+}
+
+bool keeps_output(int64_t T, int64_t S, int64_t H, int64_t temporal_heads) {
+    return vivit::cuda::keeps_output(static_cast<int32_t>(T), static_cast<int32_t>(S), static_cast<int32_t>(H),
+                                     static_cast<int32_t>(temporal_heads));
+}
+
+}  // namespace
+
+// A name of their own: who has no CUDA library has no such op. Of every device, so that a tensor of another one is
+// answered above and not by the dispatcher.
+STABLE_TORCH_LIBRARY_FRAGMENT(vivit_kernels_native, m) {
+    m.def("cuda_regime(int tokens, int head_size, bool backward, int shared_bytes) -> int");
+    m.def("cuda_keeps_output(int T, int S, int H, int temporal_heads) -> bool");
+    m.def(
+        "cuda_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor(a!) o, Tensor(b!)? lse, Tensor? mask, Tensor? seed, "
+        "Tensor? cos, Tensor? sin, int temporal_heads, float scale, float softcap, float dropout_p) -> ()");
+    m.def(
+        "cuda_attention_bwd(Tensor d_o, Tensor q, Tensor k, Tensor v, Tensor? o, Tensor? lse, Tensor(a!) dq, "
+        "Tensor(b!) dk, Tensor(c!) dv, Tensor? mask, Tensor? seed, Tensor? cos, Tensor? sin, int temporal_heads, "
+        "float scale, float softcap, float dropout_p) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vivit_kernels_native, CompositeExplicitAutograd, m) {
+    m.impl("cuda_regime", TORCH_BOX(&regime));
+    m.impl("cuda_keeps_output", TORCH_BOX(&keeps_output));
+    m.impl("cuda_attention_fwd", TORCH_BOX(&attention_fwd));
+    m.impl("cuda_attention_bwd", TORCH_BOX(&attention_bwd));
+}
+
+#endif  // VIVIT_CUDA

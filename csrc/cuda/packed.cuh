@@ -1,0 +1,297 @@
+// Attention of sequences of up to 16 tokens, a warp for 16 rows, everything in registers: one sequence, or two of up to
+// 8 tokens. Nothing passes through shared memory: the sum over channels does not mind their order, so a lane takes 16
+// bytes of a row as they lie and gives both operands of a product the same order; where a product wants an operand the
+// other way round, its 8 x 8 blocks are transposed between lanes.
+#pragma once
+
+#include "rotary.cuh"
+#include "scores.cuh"
+
+namespace vivit::cuda {
+
+// 16 rows of up to 32 kBlocks channels. Lane 4 g + t has of rows g and g + 8 the channels 32 block + 8 t + {0, ..., 7},
+// two to a word. As blocks of 8 x 8, word w of row g holds columns 8 t + 2 w, + 1.
+template <int kBlocks>
+struct Tile {
+    uint32_t word[kBlocks][2][4];
+};
+
+// Sums of a product whose columns are channels: of block and w the lane has rows g (first two) and g + 8, each with
+// channels 32 block + 8 t + 2 w, + 1: those of a Tile.
+template <int kBlocks>
+struct Sums {
+    float of[kBlocks][4][4] = {};
+};
+
+// What a lane has to know of its rows. N <= 8: rows 0 to 7 are one sequence and rows 8 to 15 the next; else both halves
+// are one. Of rows g (r = 0) and g + 8 (r = 1); no arrays, which would be indexed in memory.
+struct Lane {
+    int32_t g, t;
+    bool two, there_0, there_1;
+    Sequence at_0, at_1;
+
+    VIVIT_DEVICE Lane(int64_t tile, const Axis& axis, int64_t count)
+        : g(static_cast<int32_t>(threadIdx.x) % 32 / 4),
+          t(static_cast<int32_t>(threadIdx.x) % 4),
+          two(axis.N <= 8),
+          there_0((two ? 2 * tile : tile) < count),
+          there_1((two ? 2 * tile + 1 : tile) < count),
+          at_0(there_0 ? (two ? 2 * tile : tile) : 0, axis),
+          at_1(there_1 ? (two ? 2 * tile + 1 : tile) : 0, axis) {}
+
+    VIVIT_DEVICE bool there(int r) const { return r == 0 ? there_0 : there_1; }
+    VIVIT_DEVICE Sequence at(int r) const { return r == 0 ? at_0 : at_1; }
+    // Of row g + 8 r its token, and whether there is one.
+    VIVIT_DEVICE int32_t row(int r) const { return two ? g : g + 8 * r; }
+    VIVIT_DEVICE bool valid(int r, const Axis& axis) const { return there(r) && row(r) < axis.N; }
+    // The key of column 8 n + 2 t + c, as a token of its sequence, which is that of rows 8 n, ...
+    VIVIT_DEVICE int32_t key(int n, int c) const { return two ? 2 * t + c : 8 * n + 2 * t + c; }
+};
+
+template <class T, int kBlocks, bool kPlain>
+VIVIT_DEVICE Tile<kBlocks> load_tile(const AttentionParams& p, const Grid& x, const Lane& lane, const Axis& axis,
+                                     bool turn) {
+    Tile<kBlocks> tile;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const char* row = Rows(x, lane.at(r), axis).row(lane.row(r));
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+            const int32_t chunk = 4 * b + lane.t;
+            const bool valid = lane.valid(r, axis) && chunk < p.D / 8;
+            uint4 found = load_16(row + 16 * chunk, valid);
+            if (!kPlain && turn && valid && p.cos != nullptr) {
+                found = turned_chunk<T>(p, lane.at(r).token(lane.row(r), axis, p.S), row, chunk, found);
+            }
+            tile.word[b][r][0] = found.x, tile.word[b][r][1] = found.y;
+            tile.word[b][r][2] = found.z, tile.word[b][r][3] = found.w;
+        }
+    }
+    return tile;
+}
+
+// d [16, 16] = a b^T over channels, as two blocks of columns.
+template <class T, int kBlocks>
+VIVIT_DEVICE void across(float (&d)[2][4], const Tile<kBlocks>& a, const Tile<kBlocks>& b) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) d[i / 4][i % 4] = 0.f;
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+        for (int w = 0; w < 4; w += 2) {
+            const uint32_t rows[4] = {a.word[block][0][w], a.word[block][1][w], a.word[block][0][w + 1],
+                                      a.word[block][1][w + 1]};
+#pragma unroll
+            for (int n = 0; n < 2; ++n) multiply_add<T>(d[n], rows, b.word[block][n][w], b.word[block][n][w + 1]);
+        }
+    }
+}
+
+// sums += a b, a [16, 16] as an operand, b the rows of a tile.
+template <class T, int kBlocks>
+VIVIT_DEVICE void along(Sums<kBlocks>& sums, const uint32_t (&a)[4], const Tile<kBlocks>& b) {
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+            multiply_add<T>(sums.of[block][w], a, transposed(b.word[block][0][w]), transposed(b.word[block][1][w]));
+        }
+    }
+}
+
+// x [16, 16] as sums of a product lie, as an operand of the next.
+template <class T>
+VIVIT_DEVICE void as_operand(uint32_t (&a)[4], const float (&x)[2][4]) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) a[2 * n + r] = packed<T>(x[n][2 * r], x[n][2 * r + 1]);
+    }
+}
+
+// Of an operand [16, 16] its transpose.
+VIVIT_DEVICE void turn_over(uint32_t (&a)[4]) {
+    const uint32_t upper_right = a[2];
+    a[2] = transposed(a[1]), a[1] = transposed(upper_right);
+    a[0] = transposed(a[0]), a[3] = transposed(a[3]);
+}
+
+// The gradient of rows that were turned on load, turned back through a warp's scratch [16][32 kBlocks + 4] of floats.
+template <int kBlocks>
+VIVIT_DEVICE void turn_back(const AttentionParams& p, Sums<kBlocks>& sums, const Lane& lane, const Axis& axis,
+                            float* scratch) {
+    constexpr int kPitch = 32 * kBlocks + 4;
+    warp_barrier();
+#pragma unroll
+    for (int i = 0; i < 16 * kBlocks; ++i) {
+        const int b = i / 16, w = i / 4 % 4, e = i % 4;
+        scratch[(lane.g + 8 * (e / 2)) * kPitch + 32 * b + 8 * lane.t + 2 * w + e % 2] = sums.of[b][w][e];
+    }
+    warp_barrier();
+#pragma unroll
+    for (int i = 0; i < 16 * kBlocks; ++i) {
+        const int b = i / 16, w = i / 4 % 4, e = i % 4, r = e / 2;
+        const int32_t channel = 32 * b + 8 * lane.t + 2 * w + e % 2;
+        if (!lane.valid(r, axis) || channel >= p.D) continue;
+        const Four four(channel / 4 * 4, p.D);
+        const int64_t at = angles_of(p, lane.at(r).token(lane.row(r), axis, p.S)) + four.angle + channel % 4;
+        const float partner = scratch[(lane.g + 8 * r) * kPitch + four.partner + channel % 4];
+        sums.of[b][w][e] = turned(p, at, sums.of[b][w][e], partner, four.sign, true);
+    }
+}
+
+template <class T, int kBlocks>
+VIVIT_DEVICE void store_tile(const AttentionParams& p, const Grid& x, const Lane& lane, const Axis& axis,
+                             const Sums<kBlocks>& sums, const float (&factor)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        char* row = Rows(x, lane.at(r), axis).row(lane.row(r));
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+            const int32_t chunk = 4 * b + lane.t;
+            if (!lane.valid(r, axis) || chunk >= p.D / 8) continue;
+            uint32_t word[4];
+#pragma unroll
+            for (int w = 0; w < 4; ++w) {
+                word[w] = packed<T>(sums.of[b][w][2 * r] * factor[r], sums.of[b][w][2 * r + 1] * factor[r]);
+            }
+            store_16(row + 16 * chunk, {word[0], word[1], word[2], word[3]});
+        }
+    }
+}
+
+// From products of queries and keys: x becomes 2^(score - largest of the row), 0 where the query may not attend; over:
+// of rows g and g + 8 one over the row's sum, 0 where it may attend to nothing.
+template <bool kPlain>
+VIVIT_DEVICE void weigh(const AttentionParams& p, float (&x)[2][4], float (&over)[2], const Lane& lane,
+                        const Axis& axis, const Scores<kPlain>& scores) {
+    bool allowed[2][2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int n = i / 2, c = i % 2, s = lane.two ? n : 0;
+        allowed[n][c] =
+            lane.there(s) && (kPlain ? lane.key(n, c) < axis.N : may_be_attended(p, lane.at(n), axis, lane.key(n, c)));
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        float most = -kInfinity, sum = 0.f;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int n = i / 2, c = i % 2;
+            const bool may = allowed[n][c] && (!lane.two || n == r);
+            x[n][2 * r + c] = may ? scores.of(x[n][2 * r + c]) : -kInfinity;
+            most = fmaxf(most, x[n][2 * r + c]);
+        }
+        most = largest_of_row(most);
+        most = most == -kInfinity ? 0.f : most;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float& y = x[i / 2][2 * r + i % 2];
+            y = exp2_fast(y - most);
+            sum += y;
+        }
+        sum = sum_of_row(sum);
+        over[r] = sum > 0.f ? 1.f / sum : 0.f;
+    }
+}
+
+// Of each pair of the lane what dropout multiplies its probability by.
+VIVIT_DEVICE void dropped(const AttentionParams& p, float (&keep)[2][4], const Lane& lane, const Axis& axis,
+                          const Dropout& dropout) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int n = i / 2, r = i % 2;
+        const float2 both = dropout.factors(query_number(p, lane.at(r), axis, lane.row(r)), lane.key(n, 0));
+        keep[n][2 * r] = both.x, keep[n][2 * r + 1] = both.y;
+    }
+}
+
+template <class T, int kBlocks, bool kPlain>
+VIVIT_DEVICE void packed_forward(const AttentionParams& p, const Axis& axis, int64_t tile) {
+    const Lane lane(tile, axis, axis.sequences(p.B));
+    if (!lane.there(0)) return;  // a whole warp, or none of it
+    const Tile<kBlocks> q = load_tile<T, kBlocks, kPlain>(p, p.q, lane, axis, true);
+    const Tile<kBlocks> k = load_tile<T, kBlocks, kPlain>(p, p.k, lane, axis, true);
+    const Tile<kBlocks> v = load_tile<T, kBlocks, kPlain>(p, p.v, lane, axis, false);
+    float x[2][4], over[2];
+    across<T>(x, q, k);
+    weigh(p, x, over, lane, axis, Scores<kPlain>(p));
+    if (!kPlain && p.seed != nullptr) {
+        float keep[2][4];
+        dropped(p, keep, lane, axis, Dropout(p));
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x[i / 4][i % 4] *= keep[i / 4][i % 4];
+    }
+    uint32_t weights[4];
+    as_operand<T>(weights, x);
+    Sums<kBlocks> o;
+    along<T>(o, weights, v);
+    store_tile<T>(p, p.o, lane, axis, o, over);
+}
+
+// dq, dk and dv of a tile's sequences from q, k, v and do alone; o once more where p.o is there.
+template <class T, int kBlocks, bool kPlain>
+VIVIT_DEVICE void packed_backward(const AttentionParams& p, const Axis& axis, int64_t tile, float* scratch) {
+    const Lane lane(tile, axis, axis.sequences(p.B));
+    if (!lane.there(0)) return;
+    const Tile<kBlocks> q = load_tile<T, kBlocks, kPlain>(p, p.q, lane, axis, true);
+    const Tile<kBlocks> k = load_tile<T, kBlocks, kPlain>(p, p.k, lane, axis, true);
+    const Tile<kBlocks> v = load_tile<T, kBlocks, kPlain>(p, p.v, lane, axis, false);
+    const Tile<kBlocks> d_o = load_tile<T, kBlocks, kPlain>(p, p.d_o, lane, axis, false);
+    const Scores<kPlain> scores(p);
+    float weight[2][4], slope[2][4], dp[2][4], over[2];
+    across<T>(weight, q, k);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) slope[i / 4][i % 4] = scores.slope(weight[i / 4][i % 4]);
+    weigh(p, weight, over, lane, axis, scores);
+    across<T>(dp, d_o, v);
+    float kept[2][4], delta[2] = {0.f, 0.f};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        weight[i / 4][i % 4] *= over[i % 4 / 2];
+        kept[i / 4][i % 4] = weight[i / 4][i % 4];
+    }
+    if (!kPlain && p.seed != nullptr) {
+        float keep[2][4];
+        dropped(p, keep, lane, axis, Dropout(p));
+#pragma unroll
+        for (int i = 0; i < 8; ++i) kept[i / 4][i % 4] *= keep[i / 4][i % 4], dp[i / 4][i % 4] *= keep[i / 4][i % 4];
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) delta[i % 4 / 2] += weight[i / 4][i % 4] * dp[i / 4][i % 4];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) delta[r] = sum_of_row(delta[r]);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        dp[i / 4][i % 4] = weight[i / 4][i % 4] * (dp[i / 4][i % 4] - delta[i % 4 / 2]) * slope[i / 4][i % 4];
+    }
+    const float once[2] = {1.f, 1.f};
+    const bool turn = !kPlain && p.cos != nullptr;
+    uint32_t a[4];
+    as_operand<T>(a, dp);
+    {
+        Sums<kBlocks> dq;
+        along<T>(dq, a, k);
+        if (turn) turn_back(p, dq, lane, axis, scratch);
+        store_tile<T>(p, p.dq, lane, axis, dq, once);
+    }
+    turn_over(a);
+    {
+        Sums<kBlocks> dk;
+        along<T>(dk, a, q);
+        if (turn) turn_back(p, dk, lane, axis, scratch);
+        store_tile<T>(p, p.dk, lane, axis, dk, once);
+    }
+    as_operand<T>(a, kept);
+    if (p.o.data != nullptr) {
+        Sums<kBlocks> o;
+        along<T>(o, a, v);
+        store_tile<T>(p, p.o, lane, axis, o, once);
+    }
+    turn_over(a);
+    Sums<kBlocks> dv;
+    along<T>(dv, a, d_o);
+    store_tile<T>(p, p.dv, lane, axis, dv, once);
+}
+
+}  // namespace vivit::cuda

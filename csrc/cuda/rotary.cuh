@@ -1,0 +1,48 @@
+// Rotary position embedding: pairs (i, i + D/2) of a row turned by the angle of its token.
+#pragma once
+
+#include "on_grid.cuh"
+
+namespace vivit::cuda {
+
+// A quarter of a turn's work: channels e, ..., e + 3 of a row, e a multiple of 4, whose partners are D/2 away. D/2 is a
+// multiple of 4, so that both fours are whole.
+struct Four {
+    int32_t partner, angle;  // first channel of the partners; first place in the row of a table
+    float sign;              // of the partner's part
+
+    VIVIT_DEVICE Four(int32_t e, int32_t D)
+        : partner(e < D / 2 ? e + D / 2 : e - D / 2), angle(e < D / 2 ? e : e - D / 2), sign(e < D / 2 ? -1.f : 1.f) {}
+};
+
+// The row of the tables for a token of the clip.
+VIVIT_DEVICE int64_t angles_of(const AttentionParams& p, int64_t token) { return token * (p.D / 2); }
+
+// One channel turned; back: by the opposite angle.
+VIVIT_DEVICE float turned(const AttentionParams& p, int64_t at, float x, float partner, float sign, bool back) {
+    const float s = sign * load_one(p.sin + at);
+    return x * load_one(p.cos + at) + partner * (back ? -s : s);
+}
+
+// 16 bytes of a row, channels 8 chunk, ..., as they are loaded, turned: partners are read where they lie in memory.
+template <class T>
+VIVIT_DEVICE uint4 turned_chunk(const AttentionParams& p, int64_t token, const char* row, int32_t chunk, uint4 x) {
+    uint32_t word[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const Four four(8 * chunk + 4 * half, p.D);
+        const uint4 holds = load_16(row + four.partner / 8 * 16, true);
+        const bool second = four.partner % 8 != 0;
+        const uint32_t other[2] = {second ? holds.z : holds.x, second ? holds.w : holds.y};
+        const int64_t at = angles_of(p, token) + four.angle;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const float2 own = unpacked<T>(word[2 * half + i]), partner = unpacked<T>(other[i]);
+            word[2 * half + i] = packed<T>(turned(p, at + 2 * i, own.x, partner.x, four.sign, false),
+                                           turned(p, at + 2 * i + 1, own.y, partner.y, four.sign, false));
+        }
+    }
+    return {word[0], word[1], word[2], word[3]};
+}
+
+}  // namespace vivit::cuda

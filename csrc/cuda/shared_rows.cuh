@@ -1,0 +1,163 @@
+// Rows of a sequence in shared memory, and products that take them from there.
+#pragma once
+
+#include "rotary.cuh"
+#include "scores.cuh"
+
+namespace vivit::cuda {
+
+// kSteps of 16 channels hold a row. Chunks of 16 bytes lie so that the same chunk of eight neighbouring rows is in
+// eight different groups of banks: at an odd pitch, or where that of a power of two would do, in an order that depends
+// on the row.
+template <int kSteps>
+struct Pitch {
+    static constexpr bool kSwizzled = kSteps == 2 || kSteps == 4 || kSteps == 8;
+    static constexpr int kChunks = 2 * kSteps + (kSwizzled ? 0 : 1);
+    static constexpr int kBytes = 16 * kChunks;
+
+    static VIVIT_DEVICE int32_t place(int32_t row, int32_t chunk) {
+        if (kSteps == 2) return row * kBytes + 16 * (chunk ^ (row / 2 % 4));
+        if (kSwizzled) return row * kBytes + 16 * (chunk ^ (row % 8));
+        return row * kBytes + 16 * chunk;
+    }
+};
+
+// A copy of N rows on its way to shared memory, padded with zeros to whole sixteens and to kSteps: by threads thread,
+// thread + threads, ... of a block.
+template <int kSteps>
+VIVIT_DEVICE void copy_rows(char* to, const Rows& from, int32_t N, int32_t padded, int32_t D, int32_t thread,
+                            int32_t threads) {
+    for (int32_t i = thread; i < padded * 2 * kSteps; i += threads) {
+        const int32_t row = i / (2 * kSteps), chunk = i % (2 * kSteps);
+        const bool valid = row < N && chunk < D / 8;
+        copy_16(to + Pitch<kSteps>::place(row, chunk), valid ? from.row(row) + 16 * chunk : from.first, valid);
+    }
+}
+
+// Rows of q or k turned where they lie in shared memory, once all of them are there.
+template <class T, int kSteps>
+VIVIT_DEVICE void turn_rows(const AttentionParams& p, char* rows, const Sequence& at, const Axis& axis, int32_t thread,
+                            int32_t threads) {
+    const int32_t pairs = p.D / 4;  // of two neighbours and their two partners
+    for (int32_t i = thread; i < axis.N * pairs; i += threads) {
+        const int32_t row = i / pairs, e = i % pairs * 2, far = e + p.D / 2;
+        uint32_t& first = *reinterpret_cast<uint32_t*>(rows + Pitch<kSteps>::place(row, e / 8) + e % 8 * 2);
+        uint32_t& second = *reinterpret_cast<uint32_t*>(rows + Pitch<kSteps>::place(row, far / 8) + far % 8 * 2);
+        const float2 x = unpacked<T>(first), y = unpacked<T>(second);
+        const int64_t angle = angles_of(p, at.token(row, axis, p.S)) + e;
+        first = packed<T>(turned(p, angle, x.x, y.x, -1.f, false), turned(p, angle + 1, x.y, y.y, -1.f, false));
+        second = packed<T>(turned(p, angle, y.x, x.x, 1.f, false), turned(p, angle + 1, y.y, x.y, 1.f, false));
+    }
+}
+
+// 16 rows as the left operand of a product over channels: for each 16 channels four blocks.
+template <int kSteps>
+struct Operand {
+    uint32_t of[kSteps][4];
+
+    VIVIT_DEVICE Operand(const char* rows, int32_t first) {
+        const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;
+#pragma unroll
+        for (int s = 0; s < kSteps; ++s) {
+            load_blocks(of[s], rows + Pitch<kSteps>::place(first + lane % 16, 2 * s + lane / 16));
+        }
+    }
+};
+
+// d [16, 16] = a b^T over channels, b the rows first, ..., first + 15.
+template <class T, int kSteps>
+VIVIT_DEVICE void across_rows(float (&d)[2][4], const Operand<kSteps>& a, const char* rows, int32_t first) {
+    const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) d[i / 4][i % 4] = 0.f;
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+        uint32_t b[4];  // rows 0.. and columns 0.., rows 0.. columns 8.., rows 8.. columns 0.., rows 8.. columns 8..
+        load_blocks(b, rows + Pitch<kSteps>::place(first + lane % 8 + lane / 16 * 8, 2 * s + lane / 8 % 2));
+        multiply_add<T>(d[0], a.of[s], b[0], b[1]);
+        multiply_add<T>(d[1], a.of[s], b[2], b[3]);
+    }
+}
+
+// Sums [16, channels] of a product: of n the lane has rows g (first two) and g + 8, channels 8 n + 2 t, + 1.
+template <int kSteps>
+struct RowSums {
+    float of[2 * kSteps][4] = {};
+};
+
+// sums += a b, a [16, 16] an operand, b the rows first, ..., first + 15.
+template <class T, int kSteps>
+VIVIT_DEVICE void along_rows(RowSums<kSteps>& sums, const uint32_t (&a)[4], const char* rows, int32_t first) {
+    const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+        uint32_t b[4];
+        load_blocks_transposed(b, rows + Pitch<kSteps>::place(first + lane % 16, 2 * s + lane / 16));
+        multiply_add<T>(sums.of[2 * s], a, b[0], b[1]);
+        multiply_add<T>(sums.of[2 * s + 1], a, b[2], b[3]);
+    }
+}
+
+// Word i of lane t becomes word t of lane i, for the four lanes of a row.
+VIVIT_DEVICE void exchange(uint32_t (&word)[4]) {
+    const int32_t t = static_cast<int32_t>(threadIdx.x) % 4;
+    const bool odd = t % 2 != 0, upper = t / 2 != 0;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        const uint32_t other = from_lane_xor(odd ? word[i] : word[i + 1], 1);
+        word[i] = odd ? other : word[i], word[i + 1] = odd ? word[i + 1] : other;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const uint32_t other = from_lane_xor(upper ? word[i] : word[i + 2], 2);
+        word[i] = upper ? other : word[i], word[i + 2] = upper ? word[i + 2] : other;
+    }
+}
+
+// Rows first + g and first + g + 8 of N, each lane 16 bytes at a time.
+template <class T, int kSteps>
+VIVIT_DEVICE void store_rows(const AttentionParams& p, const Rows& to, int32_t first, int32_t N,
+                             const RowSums<kSteps>& sums, const float (&factor)[2]) {
+    const int32_t g = static_cast<int32_t>(threadIdx.x) % 32 / 4, t = static_cast<int32_t>(threadIdx.x) % 4;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int32_t row = first + g + 8 * r;
+#pragma unroll
+        for (int n = 0; n < 2 * kSteps; n += 4) {
+            uint32_t word[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int m = n + i < 2 * kSteps ? n + i : n;
+                word[i] = packed<T>(sums.of[m][2 * r] * factor[r], sums.of[m][2 * r + 1] * factor[r]);
+            }
+            exchange(word);
+            if (row < N && n + t < p.D / 8) store_16(to.row(row) + 16 * (n + t), {word[0], word[1], word[2], word[3]});
+        }
+    }
+}
+
+// The gradient of rows that were turned, turned back through a warp's scratch [16][16 kSteps + 4] of floats.
+template <int kSteps>
+VIVIT_DEVICE void turn_rows_back(const AttentionParams& p, RowSums<kSteps>& sums, const Sequence& at, const Axis& axis,
+                                 int32_t first, float* scratch) {
+    constexpr int kPitch = 16 * kSteps + 4;
+    const int32_t g = static_cast<int32_t>(threadIdx.x) % 32 / 4, t = static_cast<int32_t>(threadIdx.x) % 4;
+    warp_barrier();
+#pragma unroll
+    for (int i = 0; i < 8 * kSteps; ++i) {
+        scratch[(g + 8 * (i % 4 / 2)) * kPitch + 8 * (i / 4) + 2 * t + i % 2] = sums.of[i / 4][i % 4];
+    }
+    warp_barrier();
+#pragma unroll
+    for (int i = 0; i < 8 * kSteps; ++i) {
+        const int32_t row = first + g + 8 * (i % 4 / 2), channel = 8 * (i / 4) + 2 * t + i % 2;
+        if (row >= axis.N || channel >= p.D) continue;
+        const Four four(channel / 4 * 4, p.D);
+        const int64_t angle = angles_of(p, at.token(row, axis, p.S)) + four.angle + channel % 4;
+        float& x = sums.of[i / 4][i % 4];
+        const float partner = scratch[(row - first) * kPitch + four.partner + channel % 4];
+        x = turned(p, angle, x, partner, four.sign, true);
+    }
+}
+
+}  // namespace vivit::cuda

@@ -1,0 +1,177 @@
+// Instructions by name: what a warp does in one step, its fragment layouts as the PTX manual (9.7.14) has them. The
+// host simulator compiles the kernels against twins of the same names (tests/cuda_sim/verbs.h).
+#pragma once
+
+#if defined(VIVIT_SIM)
+#include "cuda_sim/verbs.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#define VIVIT_DEVICE __device__ __forceinline__
+#define VIVIT_BOTH __host__ __device__ constexpr  // also for the host, which chooses the launch
+
+namespace vivit::cuda {
+
+using BFloat16 = __nv_bfloat16;
+using Float16 = __half;
+
+// ---- numbers ----
+
+// Two neighbours of 16 bits, the first in the low half, each rounded to nearest even.
+template <class T>
+VIVIT_DEVICE uint32_t packed(float first, float second);
+template <>
+VIVIT_DEVICE uint32_t packed<BFloat16>(float first, float second) {
+    uint32_t both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+    return both;
+}
+template <>
+VIVIT_DEVICE uint32_t packed<Float16>(float first, float second) {
+    uint32_t both;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+    return both;
+}
+
+template <class T>
+VIVIT_DEVICE float2 unpacked(uint32_t both);
+template <>
+VIVIT_DEVICE float2 unpacked<BFloat16>(uint32_t both) {
+    return {__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u)};
+}
+template <>
+VIVIT_DEVICE float2 unpacked<Float16>(uint32_t both) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&both));
+}
+
+// 2^x with an error of 2 ulp, 0 for -inf; results below the normal range are 0.
+VIVIT_DEVICE float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// ---- a warp's matrices ----
+// Lane 4 g + t of a warp, g = 0..7, t = 0..3. An 8 x 8 block of 16 bits: the lane has row g, columns 2 t and 2 t + 1.
+
+// d += a b: a [16, 16] as four blocks (rows 0.. columns 0.., rows 8.. columns 0.., rows 0.. columns 8.., rows 8..
+// columns 8..), b [16, 8] transposed as two blocks (b0 has b[2 t, 2 t + 1][g], b1 the same 8 rows further), d [16, 8]
+// in float32 (rows g and g + 8, columns 2 t and 2 t + 1).
+template <class T>
+VIVIT_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <>
+VIVIT_DEVICE void multiply_add<BFloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+VIVIT_DEVICE void multiply_add<Float16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The transpose of an 8 x 8 block.
+VIVIT_DEVICE uint32_t transposed(uint32_t block) {
+    uint32_t turned;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(block));
+    return turned;
+}
+
+// Four blocks from shared memory: lanes 8 i to 8 i + 7 name the rows (16 bytes each, aligned) of block i.
+VIVIT_DEVICE void load_blocks(uint32_t (&block)[4], const void* row) {
+    const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(block[0]), "=r"(block[1]), "=r"(block[2]), "=r"(block[3])
+                 : "r"(at));
+}
+
+// The same, each block transposed.
+VIVIT_DEVICE void load_blocks_transposed(uint32_t (&block)[4], const void* row) {
+    const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(block[0]), "=r"(block[1]), "=r"(block[2]), "=r"(block[3])
+                 : "r"(at));
+}
+
+// The value of the lane whose number differs in `mask`'s bits; all lanes take part.
+VIVIT_DEVICE float from_lane_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+VIVIT_DEVICE uint32_t from_lane_xor(uint32_t x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+VIVIT_DEVICE void warp_barrier() { __syncwarp(); }
+VIVIT_DEVICE void block_barrier() { __syncthreads(); }
+
+// ---- memory ----
+
+// 16 bytes of global memory that nobody writes during the kernel; zeros, without an access, where not valid.
+VIVIT_DEVICE uint4 load_16(const void* from, bool valid) {
+    uint4 x = {0u, 0u, 0u, 0u};
+    if (valid) x = __ldg(static_cast<const uint4*>(from));
+    return x;
+}
+VIVIT_DEVICE void store_16(void* to, uint4 x) { *static_cast<uint4*>(to) = x; }
+// One number of global memory that nobody writes during the kernel.
+template <class T>
+VIVIT_DEVICE T load_one(const T* from) {
+    return __ldg(from);
+}
+template <>
+VIVIT_DEVICE bool load_one<bool>(const bool* from) {
+    return __ldg(reinterpret_cast<const unsigned char*>(from)) != 0;
+}
+template <>
+VIVIT_DEVICE int64_t load_one<int64_t>(const int64_t* from) {
+    return static_cast<int64_t>(__ldg(reinterpret_cast<const long long*>(from)));
+}
+VIVIT_DEVICE void store_one(float* to, float x) { *to = x; }
+
+// 16 bytes from global to shared memory without waiting, zeros where not valid: there after copies_wait<n>, n the
+// number of later groups that may be on their way, and then a barrier for other threads.
+VIVIT_DEVICE void copy_16(void* to_shared, const void* from, bool valid) {
+    const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to_shared));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+VIVIT_DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kLater>
+VIVIT_DEVICE void copies_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kLater) : "memory");
+}
+
+// The block's shared memory, of the size that its launch names, aligned to 1024 bytes.
+VIVIT_DEVICE char* shared_memory() {
+    extern __shared__ __align__(1024) char memory[];
+    return memory;
+}
+
+// ---- launching ----
+
+// kernel<<<blocks, threads, shared_bytes, stream>>>(params); the error of the launch.
+template <class Params>
+int launch(void (*kernel)(Params), int64_t blocks, int threads, int shared_bytes, void* stream, const Params& params) {
+    if (shared_bytes > 48 << 10) {
+        const cudaError_t error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+        if (error != cudaSuccess) return error;
+    }
+    kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
+    return cudaGetLastError();
+}
+
+// The most shared memory that a block of the current device may have.
+inline int most_shared_bytes() {
+    int device = 0, bytes = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return 0;
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return bytes;
+}
+
+}  // namespace vivit::cuda
+
+#endif  // VIVIT_SIM
