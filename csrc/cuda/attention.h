@@ -18,8 +18,10 @@ struct AttentionParams {
     int32_t B = 0, T = 0, S = 0, H = 0, D = 0;
     int32_t temporal_heads = 0;
     DType dtype = DType::kBFloat16;
-    Grid q, k, v, o;             // o: output of the forward; of a backward what its resident sequences read
+    Grid q, k, v;
+    Grid o;                      // written by a forward, read by the backward of resident sequences
     Grid d_o, dq, dk, dv;        // backward only
+    Grid o_again;                // backward of packed sequences: o once more, or none
     float* lse = nullptr;        // [B, H, T * S] or none: log2 of the sum of 2^score, +inf where no key may be attended
     const bool* mask = nullptr;  // [B, T * S] or none, true may be attended
     const float* cos = nullptr;  // [T * S, D / 2] or none

@@ -91,6 +91,8 @@ Call call_of(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTenso
     AttentionParams& p = call.params;
     p.B = size_of(q, 0), p.T = size_of(q, 1), p.S = size_of(q, 2), p.H = size_of(q, 3), p.D = size_of(q, 4);
     STD_TORCH_CHECK(p.B > 0 && p.T > 0 && p.S > 0 && p.H > 0, kWho, "an empty grid");
+    const int64_t most = static_cast<int64_t>(p.B) * p.H * (p.T > p.S ? p.T : p.S);  // and blocks of a launch
+    STD_TORCH_CHECK(most <= std::numeric_limits<int32_t>::max(), kWho, most, " sequences, 2^31 - 1 at most");
     STD_TORCH_CHECK(p.D % 8 == 0 && p.D >= 16 && p.D <= 160, kWho, "head size ", p.D, " is not 16, 24, ..., 160");
     STD_TORCH_CHECK(0 <= temporal_heads && temporal_heads <= p.H, kWho, "temporal_heads ", temporal_heads);
     p.temporal_heads = static_cast<int32_t>(temporal_heads);
@@ -180,9 +182,9 @@ void attention_bwd(const Tensor& d_o, const Tensor& q, const Tensor& k, const Te
     check_launch(vivit::cuda::launch_backward(p, current_stream(call.device)), p, "backward");
 }
 
-int64_t regime(int64_t tokens, int64_t head_size, bool backward, int64_t shared_bytes) {
+int64_t regime(int64_t tokens, int64_t head_size, bool backward, bool rotary, int64_t shared_bytes) {
     return static_cast<int64_t>(vivit::cuda::regime_of(static_cast<int32_t>(tokens), static_cast<int32_t>(head_size),
-                                                       backward, static_cast<int32_t>(shared_bytes)));
+                                                       backward, rotary, static_cast<int32_t>(shared_bytes)));
 }
 
 bool keeps_output(int64_t T, int64_t S, int64_t H, int64_t temporal_heads) {
@@ -195,7 +197,7 @@ bool keeps_output(int64_t T, int64_t S, int64_t H, int64_t temporal_heads) {
 // A name of their own: who has no CUDA library has no such op. Of every device, so that a tensor of another one is
 // answered above and not by the dispatcher.
 STABLE_TORCH_LIBRARY_FRAGMENT(vivit_kernels_native, m) {
-    m.def("cuda_regime(int tokens, int head_size, bool backward, int shared_bytes) -> int");
+    m.def("cuda_regime(int tokens, int head_size, bool backward, bool rotary, int shared_bytes) -> int");
     m.def("cuda_keeps_output(int T, int S, int H, int temporal_heads) -> bool");
     m.def(
         "cuda_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor(a!) o, Tensor(b!)? lse, Tensor? mask, Tensor? seed, "

@@ -229,7 +229,7 @@ VIVIT_DEVICE void packed_forward(const AttentionParams& p, const Axis& axis, int
     store_tile<T>(p, p.o, lane, axis, o, over);
 }
 
-// dq, dk and dv of a tile's sequences from q, k, v and do alone; o once more where p.o is there.
+// dq, dk and dv of a tile's sequences from q, k, v and do alone; o once more where o_again is there.
 template <class T, int kBlocks, bool kPlain>
 VIVIT_DEVICE void packed_backward(const AttentionParams& p, const Axis& axis, int64_t tile, float* scratch) {
     const Lane lane(tile, axis, axis.sequences(p.B));
@@ -283,10 +283,10 @@ VIVIT_DEVICE void packed_backward(const AttentionParams& p, const Axis& axis, in
         store_tile<T>(p, p.dk, lane, axis, dk, once);
     }
     as_operand<T>(a, kept);
-    if (p.o.data != nullptr) {
+    if (p.o_again.data != nullptr) {
         Sums<kBlocks> o;
         along<T>(o, a, v);
-        store_tile<T>(p, p.o, lane, axis, o, once);
+        store_tile<T>(p, p.o_again, lane, axis, o, once);
     }
     turn_over(a);
     Sums<kBlocks> dv;

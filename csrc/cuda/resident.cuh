@@ -112,7 +112,7 @@ VIVIT_DEVICE void attend(const AttentionParams& p, const Axis& axis, const Block
             const int32_t first_key = start + 16 * j;
             if (first_key >= block.layout.rows) continue;
             across_rows<T>(x[j], q, keys, first_key);
-            const bool whole = kPlain && first_key + 16 <= block.layout.N;
+            const bool whole = kPlain && first_key + 16 <= axis.N;
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
                 const int n = i / 4, e = i % 4;

@@ -20,6 +20,9 @@ struct Pitch {
         if (kSwizzled) return row * kBytes + 16 * (chunk ^ (row % 8));
         return row * kBytes + 16 * chunk;
     }
+
+    // The place of a chunk 2 s further than the (first or second) one at `place`, in the same row.
+    static VIVIT_DEVICE int32_t further(int32_t place, int s) { return kSwizzled ? place ^ (32 * s) : place + 32 * s; }
 };
 
 // A copy of N rows on its way to shared memory, padded with zeros to whole sixteens and to kSteps: by threads thread,
@@ -57,10 +60,9 @@ struct Operand {
 
     VIVIT_DEVICE Operand(const char* rows, int32_t first) {
         const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;
+        const int32_t at = Pitch<kSteps>::place(first + lane % 16, lane / 16);
 #pragma unroll
-        for (int s = 0; s < kSteps; ++s) {
-            load_blocks(of[s], rows + Pitch<kSteps>::place(first + lane % 16, 2 * s + lane / 16));
-        }
+        for (int s = 0; s < kSteps; ++s) load_blocks(of[s], rows + Pitch<kSteps>::further(at, s));
     }
 };
 
@@ -68,12 +70,13 @@ struct Operand {
 template <class T, int kSteps>
 VIVIT_DEVICE void across_rows(float (&d)[2][4], const Operand<kSteps>& a, const char* rows, int32_t first) {
     const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;
+    const int32_t at = Pitch<kSteps>::place(first + lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
     for (int i = 0; i < 8; ++i) d[i / 4][i % 4] = 0.f;
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
         uint32_t b[4];  // rows 0.. and columns 0.., rows 0.. columns 8.., rows 8.. columns 0.., rows 8.. columns 8..
-        load_blocks(b, rows + Pitch<kSteps>::place(first + lane % 8 + lane / 16 * 8, 2 * s + lane / 8 % 2));
+        load_blocks(b, rows + Pitch<kSteps>::further(at, s));
         multiply_add<T>(d[0], a.of[s], b[0], b[1]);
         multiply_add<T>(d[1], a.of[s], b[2], b[3]);
     }
@@ -89,10 +92,11 @@ struct RowSums {
 template <class T, int kSteps>
 VIVIT_DEVICE void along_rows(RowSums<kSteps>& sums, const uint32_t (&a)[4], const char* rows, int32_t first) {
     const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;
+    const int32_t at = Pitch<kSteps>::place(first + lane % 16, lane / 16);
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
         uint32_t b[4];
-        load_blocks_transposed(b, rows + Pitch<kSteps>::place(first + lane % 16, 2 * s + lane / 16));
+        load_blocks_transposed(b, rows + Pitch<kSteps>::further(at, s));
         multiply_add<T>(sums.of[2 * s], a, b[0], b[1]);
         multiply_add<T>(sums.of[2 * s + 1], a, b[2], b[3]);
     }
