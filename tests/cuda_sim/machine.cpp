@@ -1,0 +1,236 @@
+#include "machine.h"
+
+#include <algorithm>
+#include <cstring>
+#include <exception>
+#include <numeric>
+#include <vector>
+
+#include "builtins.h"
+#include "fibres.h"
+#include "memory.h"
+
+uint3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace vivit::cuda::sim {
+
+Schedule schedule;
+
+namespace {
+
+constexpr int kInvalidValue = 1, kInvalidConfiguration = 9;  // cudaErrorInvalid...
+constexpr int kMostThreads = 1024;
+
+enum class State : uint8_t { kReady, kAtWarpVerb, kAtBarrier, kEnded };
+
+struct Thread {
+    Context context;
+    State state = State::kReady;
+    Site site;
+    void* arguments = nullptr;
+};
+
+struct Warp {
+    int at_verb = 0, at_barrier = 0, ended = 0, epoch = 0;
+    Site site;  // of the verb that lanes wait at
+    bool ready() const { return at_verb + at_barrier + ended < kLanes; }
+};
+
+// SplitMix64: every seed gives another sequence.
+class Random {
+  public:
+    explicit Random(uint64_t seed) : state_(seed) {}
+    uint64_t next() {
+        uint64_t z = (state_ += 0x9e3779b97f4a7c15u);
+        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+        z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+        return z ^ (z >> 31);
+    }
+    int below(int n) { return static_cast<int>(next() % static_cast<uint64_t>(n)); }
+
+  private:
+    uint64_t state_;
+};
+
+Stacks stacks;
+std::vector<Thread> threads;
+std::vector<Warp> warps;
+Context scheduler;
+int running = 0, at_barrier = 0, ended = 0, epoch = 0;
+void (*kernel)(const void*);
+const void* kernel_data;
+std::exception_ptr failure;
+
+bool same(const Site& a, const Site& b) {
+    return a.line == b.line && std::strcmp(a.verb, b.verb) == 0 && std::strcmp(a.file, b.file) == 0;
+}
+
+void run_on(int thread) {
+    running = thread;
+    threadIdx.x = static_cast<unsigned>(thread);
+    change(scheduler, threads[thread].context);
+    if (failure) std::rethrow_exception(failure);
+}
+
+void give_way() { change(threads[running].context, scheduler); }
+
+// What the threads from first to end - 1 are doing, neighbours that do the same together.
+std::string account(int first, int end) {
+    const auto what = [](const Thread& thread) -> std::string {
+        if (thread.state == State::kEnded) return "ended";
+        if (thread.state == State::kReady) return "on the way";
+        return "at " + describe(thread.site);
+    };
+    std::string text;
+    for (int i = first, next = 0; i < end; i = next) {
+        next = i + 1;
+        while (next < end && what(threads[next]) == what(threads[i])) ++next;
+        text += text.empty() ? "" : "; ";
+        text += next == i + 1 ? "thread " + std::to_string(i)
+                              : "threads " + std::to_string(i) + "-" + std::to_string(next - 1);
+        text += " " + what(threads[i]);
+    }
+    return text;
+}
+
+std::string account_of_warp() {
+    const int first = running / kLanes * kLanes;
+    return account(first, first + kLanes);
+}
+
+void end_thread() {
+    Warp& warp = warps[running / kLanes];
+    threads[running].state = State::kEnded;
+    ++warp.ended, ++ended;
+    finish_copies();
+    if (warp.at_verb > 0) fail({"return", "", 0}, "the thread ends, but others of its warp wait: " + account_of_warp());
+    if (at_barrier > 0)
+        fail({"return", "", 0}, "the thread ends, but others wait for it: " + account(0, int(threads.size())));
+}
+
+[[noreturn]] void entry() {
+    try {
+        kernel(kernel_data);
+        end_thread();
+    } catch (...) {
+        failure = std::current_exception();
+    }
+    for (;;) give_way();
+}
+
+// Every lane of a warp that can go on does, once, in an order of its own: lanes are at different places between verbs.
+void step(int warp, Random& random) {
+    const int offset = schedule.seed ? random.below(kLanes) : 0;
+    const int factor = schedule.seed ? 2 * random.below(kLanes / 2) + 1 : 1;
+    for (int i = 0; i < kLanes; ++i) {
+        const int thread = warp * kLanes + ((i * factor + offset) & (kLanes - 1));
+        if (threads[thread].state == State::kReady) run_on(thread);
+    }
+}
+
+// Warps take turns with a seed of 0; else one goes on for some steps, by chance 1, 8, 64 or 512 of them in a block.
+void run_block(Random& random) {
+    const int count = static_cast<int>(warps.size());
+    const int patience = 1 << (3 * random.below(4));
+    int warp = schedule.seed ? random.below(count) : -1;
+    while (ended < static_cast<int>(threads.size())) {
+        if (!schedule.seed) {
+            warp = (warp + 1) % count;
+        } else if (random.below(patience) == 0) {
+            warp = random.below(count);
+        }
+        int tried = 0;
+        while (tried < count && !warps[warp].ready()) warp = (warp + 1) % count, ++tried;
+        if (tried == count)
+            throw Failure("block " + std::to_string(blockIdx.x) +
+                          ": nobody can go on: " + account(0, static_cast<int>(threads.size())));
+        step(warp, random);
+    }
+}
+
+void start_block(int64_t block, int count) {
+    blockIdx = {static_cast<unsigned>(block), 0, 0};
+    at_barrier = ended = epoch = 0;
+    failure = nullptr;
+    threads.assign(count, Thread());
+    warps.assign(count / kLanes, Warp());
+    for (int i = 0; i < count; ++i) stacks.start(threads[i].context, i, entry);
+}
+
+}  // namespace
+
+std::string describe(const Site& site) {
+    const char* slash = std::strrchr(site.file, '/');
+    std::string text = site.verb;
+    if (*site.file) text += std::string(" (") + (slash ? slash + 1 : site.file) + ":" + std::to_string(site.line) + ")";
+    return text;
+}
+
+void fail(const Site& site, const std::string& what) {
+    throw Failure("block " + std::to_string(blockIdx.x) + ", thread " + std::to_string(running) + " (warp " +
+                  std::to_string(running / kLanes) + ", lane " + std::to_string(running % kLanes) + "), " +
+                  describe(site) + ": " + what);
+}
+
+void together(const Site& site, void* arguments, void (*work)(const Site& site, void* const* arguments)) {
+    Warp& warp = warps[running / kLanes];
+    Thread* lanes = &threads[running / kLanes * kLanes];
+    if (warp.ended > 0 || warp.at_barrier > 0 || (warp.at_verb > 0 && !same(warp.site, site)))
+        fail(site, "not reached by all lanes of the warp together: " + account_of_warp());
+    threads[running].state = State::kAtWarpVerb;
+    threads[running].site = warp.site = site;
+    threads[running].arguments = arguments;
+    if (++warp.at_verb == kLanes) {
+        void* all[kLanes];
+        for (int i = 0; i < kLanes; ++i) all[i] = lanes[i].arguments;
+        work(site, all);
+        for (int i = 0; i < kLanes; ++i) lanes[i].state = State::kReady;
+        warp.at_verb = 0;
+    }
+    give_way();
+}
+
+void wait_for_block(const Site& site) {
+    Warp& warp = warps[running / kLanes];
+    if (warp.at_verb > 0 || warp.ended > 0 || (warp.at_barrier > 0 && !same(warp.site, site)))
+        fail(site, "not reached by all lanes of the warp together: " + account_of_warp());
+    if (ended > 0) fail(site, "some threads have ended before it: " + account(0, static_cast<int>(threads.size())));
+    threads[running].state = State::kAtBarrier;
+    threads[running].site = warp.site = site;
+    ++warp.at_barrier;
+    if (++at_barrier == static_cast<int>(threads.size())) {
+        for (Thread& thread : threads) thread.state = State::kReady;
+        for (Warp& each : warps) each.at_barrier = 0, ++each.epoch;
+        at_barrier = 0;
+        ++epoch;
+    }
+    give_way();
+}
+
+int thread_index() { return running; }
+int block_epoch() { return epoch; }
+int warp_epoch() { return warps[running / kLanes].epoch; }
+void pass_warp_barrier() { ++warps[running / kLanes].epoch; }
+
+int launch_blocks(void (*call)(const void*), const void* call_data, int64_t blocks, int count, int shared_bytes) {
+    if (blocks < 1 || blocks > INT32_MAX || count < 1 || count > kMostThreads) return kInvalidConfiguration;
+    if (shared_bytes < 0 || shared_bytes > schedule.most_shared_bytes) return kInvalidValue;
+    if (count % kLanes) throw Failure("launch: " + std::to_string(count) + " threads are not whole warps");
+    kernel = call, kernel_data = call_data;
+    blockDim = {static_cast<unsigned>(count), 1, 1}, gridDim = {static_cast<unsigned>(blocks), 1, 1};
+    threadIdx = {0, 0, 0};
+    stacks.reserve(count);
+    Random random(schedule.seed);
+    std::vector<int64_t> order(blocks);
+    std::iota(order.begin(), order.end(), 0);
+    for (int64_t i = blocks - 1; schedule.seed && i > 0; --i) std::swap(order[i], order[random.next() % (i + 1)]);
+    for (const int64_t block : order) {
+        start_block(block, count);
+        start_shared_memory(shared_bytes);
+        run_block(random);
+        check_around_shared_memory();
+    }
+    return 0;
+}
+
+}  // namespace vivit::cuda::sim

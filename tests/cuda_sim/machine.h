@@ -1,0 +1,55 @@
+// One block of threads at a time on the CPU, a fibre for each thread. A thread runs until it reaches a verb that waits
+// for others; then the next one of its warp, and when a whole warp has come as far as it can, any warp that can go on,
+// by a seeded choice. What hardware leaves undefined ends the run with a Failure that names threads and verbs.
+//
+// Undefined, and found here: lanes of a warp at different verbs or at different lines, a barrier that some threads
+// never reach, threads that ended before one (memory.h: accesses).
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace vivit::cuda::sim {
+
+struct Failure : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+// A verb and where a kernel calls it.
+struct Site {
+    const char* verb = "";
+    const char* file = "";
+    int line = 0;
+};
+
+constexpr int kLanes = 32;
+
+// ---- what verbs are made of; called by a running thread ----
+
+[[noreturn]] void fail(const Site& site, const std::string& what);
+
+// Waits for the other lanes, whose calls must have the same site; the last one calls work(arguments of each lane).
+void together(const Site& site, void* arguments, void (*work)(const Site& site, void* const* arguments));
+void wait_for_block(const Site& site);
+
+int thread_index();
+int block_epoch();  // block barriers passed
+int warp_epoch();   // warp or block barriers passed by this thread's warp
+void pass_warp_barrier();
+
+// ---- launching ----
+
+struct Schedule {
+    uint64_t seed = 0;  // 0: threads and blocks in order, warps taking turns
+    int most_shared_bytes = 227 << 10;
+};
+
+extern Schedule schedule;
+
+// As cudaLaunchKernel: its error for a launch that is out of bounds. Throws Failure.
+int launch_blocks(void (*call)(const void*), const void* call_data, int64_t blocks, int threads, int shared_bytes);
+
+std::string describe(const Site& site);
+
+}  // namespace vivit::cuda::sim

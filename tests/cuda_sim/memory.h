@@ -1,0 +1,53 @@
+// What the verbs may touch: the tensors of a launch, row by row, and the block's shared memory. Each verb that reads or
+// writes says so here first; what hardware would do wrong, or only sometimes right, is a Failure (machine.h).
+//
+// Global memory: an access lies within one row of a tensor, aligned to its size; inputs are only read, outputs only
+// written, and each number once. Shared memory: within the size that the launch named, aligned, and ordered: of two
+// accesses to the same 16 bytes of which one writes, by different threads, a barrier lies between (a warp barrier
+// is enough within a warp, a block barrier otherwise; mma, ldmatrix and shuffles order nothing). Shared memory starts
+// as NaN, and what an asynchronous copy will write is NaN, and may not be read, until its thread has waited for it.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "machine.h"
+
+namespace vivit::cuda::sim {
+
+// ---- global memory ----
+
+// Sizes and strides are in elements; the last dimension has neighbours side by side.
+struct Tensor {
+    std::string name;
+    char* data = nullptr;
+    int element = 0;  // bytes
+    std::vector<int64_t> sizes, strides;
+    bool output = false;
+};
+
+// Instead of those registered before.
+void register_tensors(const std::vector<Tensor>& tensors);
+
+void check_global(const Site& site, const void* at, int bytes, bool writes);
+bool is_shared(const void* at);
+
+// ---- shared memory ----
+
+void start_shared_memory(int bytes);
+void check_around_shared_memory();
+char* shared_memory();
+
+// 16 bytes, for all lanes of the warp.
+void read_shared(const Site& site, const void* at);
+void write_shared(const Site& site, const void* at);
+
+// ---- asynchronous copies of the running thread ----
+
+void start_copy(const Site& site, void* to_shared, const void* from, bool valid);
+void commit_copies();
+void wait_for_copies(int later_groups);
+void finish_copies();  // at the end of a thread
+
+}  // namespace vivit::cuda::sim

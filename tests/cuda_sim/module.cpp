@@ -1,0 +1,174 @@
+// The Python module cuda_sim: the launchers of csrc/cuda, and the simulator's own examples, on tensors in CPU memory.
+// A Failure becomes a RuntimeError. tests/cuda_simulator.py makes it and calls it.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cmath>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "cuda/attention.h"
+#include "cuda_sim/examples.cuh"
+
+namespace {
+
+namespace py = pybind11;
+using namespace vivit::cuda;
+
+// Address, bytes of an element, sizes, strides (in elements).
+using View = std::tuple<uintptr_t, int, std::vector<int64_t>, std::vector<int64_t>>;
+using MaybeView = std::optional<View>;
+
+// One launch at a time: the simulated machine is one.
+class Run {
+  public:
+    Run(uint64_t seed, int shared_bytes) : alone_(machine_, std::defer_lock) {
+        {
+            const py::gil_scoped_release others_may_run;  // who has the machine may wait for Python
+            alone_.lock();
+        }
+        sim::schedule = {seed, shared_bytes};
+    }
+
+    void* add(const char* name, const View& view, bool output) {
+        const auto& [address, element, sizes, strides] = view;
+        tensors_.push_back({name, reinterpret_cast<char*>(address), element, sizes, strides, output});
+        return reinterpret_cast<void*>(address);
+    }
+    template <class T>
+    T* add(const char* name, const MaybeView& view, bool output = false) {
+        return view.has_value() ? static_cast<T*>(add(name, *view, output)) : nullptr;
+    }
+    Grid grid(const char* name, const View& view, bool output = false) {
+        const auto& strides = std::get<3>(view);
+        return {add(name, view, output), strides[0], strides[1], strides[2], strides[3]};
+    }
+
+    template <class Launch>
+    void operator()(Launch launch) {
+        const py::gil_scoped_release others_may_run;
+        sim::register_tensors(tensors_);
+        const int error = launch();
+        if (error != 0) throw sim::Failure("launch: cudaError_t " + std::to_string(error));
+    }
+
+  private:
+    static std::mutex machine_;
+    std::unique_lock<std::mutex> alone_;
+    std::vector<sim::Tensor> tensors_;
+};
+
+std::mutex Run::machine_;
+
+// What both directions share, by name.
+struct Call {
+    View q, k, v;
+    MaybeView lse, mask, cos, sin, seed;
+    bool half;
+    int temporal_heads;
+    double scale, softcap, dropout_p;
+    uint64_t schedule_seed;
+    int shared_bytes;
+};
+
+AttentionParams params_of(const Call& call, Run& run, bool writes_lse) {
+    const auto& sizes = std::get<2>(call.q);
+    AttentionParams p;
+    const auto size = [&](int i) { return static_cast<int32_t>(sizes.at(i)); };
+    p.B = size(0), p.T = size(1), p.S = size(2), p.H = size(3), p.D = size(4);
+    p.temporal_heads = call.temporal_heads;
+    p.dtype = call.half ? DType::kFloat16 : DType::kBFloat16;
+    p.q = run.grid("q", call.q), p.k = run.grid("k", call.k), p.v = run.grid("v", call.v);
+    p.lse = run.add<float>("lse", call.lse, writes_lse);
+    p.mask = run.add<const bool>("mask", call.mask);
+    p.cos = run.add<const float>("cos", call.cos), p.sin = run.add<const float>("sin", call.sin);
+    p.scale = static_cast<float>(call.scale), p.softcap = static_cast<float>(call.softcap);
+    p.seed = run.add<const int64_t>("seed", call.seed);
+    if (p.seed != nullptr) {
+        const double threshold = std::ceil(call.dropout_p * 4294967296.0);
+        p.keep_scale = threshold < 4294967296.0 ? static_cast<float>(1 / (1 - call.dropout_p)) : 0.f;
+        p.keep_from = static_cast<uint32_t>(std::min(threshold, 4294967295.0));
+    }
+    return p;
+}
+
+void attention_forward(const Call& call, const View& o) {
+    Run run(call.schedule_seed, call.shared_bytes);
+    AttentionParams p = params_of(call, run, true);
+    p.o = run.grid("o", o, true);
+    run([&] { return launch_forward(p, nullptr); });
+}
+
+void attention_backward(const Call& call, const MaybeView& o, const View& d_o, const View& dq, const View& dk,
+                        const View& dv) {
+    Run run(call.schedule_seed, call.shared_bytes);
+    AttentionParams p = params_of(call, run, false);
+    if (o.has_value()) p.o = run.grid("o", *o);
+    p.d_o = run.grid("do", d_o);
+    p.dq = run.grid("dq", dq, true), p.dk = run.grid("dk", dk, true), p.dv = run.grid("dv", dv, true);
+    run([&] { return launch_backward(p, nullptr); });
+}
+
+// ---- examples ----
+
+void one_verb(int verb, bool half, const View& in, const View& out, int mask) {
+    Run run(0, 1 << 10);
+    const examples::VerbParams p = {static_cast<examples::Verb>(verb),
+                                    static_cast<const uint32_t*>(run.add("in", in, false)),
+                                    static_cast<uint32_t*>(run.add("out", out, true)), mask};
+    run([&] {
+        return launch(half ? examples::one_verb<Float16> : examples::one_verb<BFloat16>, 1, 32, 512, nullptr, p);
+    });
+}
+
+void product(int fault, bool half, const View& a, const View& b, const View& c, uint64_t seed) {
+    Run run(seed, 227 << 10);
+    const examples::ProductParams p = {static_cast<const uint16_t*>(run.add("a", a, false)),
+                                       static_cast<const uint16_t*>(run.add("b", b, false)),
+                                       static_cast<float*>(run.add("c", c, true)),
+                                       static_cast<int32_t>(std::get<2>(a).at(1)), static_cast<examples::Fault>(fault)};
+    const auto kernel = half ? examples::product<Float16> : examples::product<BFloat16>;
+    run([&] { return launch(kernel, 1, 32 * examples::kProductWarps, examples::kProductBytes, nullptr, p); });
+}
+
+void softmax(int fault, const View& x, const View& y, uint64_t seed, int shared_bytes) {
+    Run run(seed, shared_bytes);
+    const int32_t rows = static_cast<int32_t>(std::get<2>(x).at(0));
+    const examples::SoftmaxParams p = {static_cast<const float*>(run.add("x", x, false)),
+                                       static_cast<float*>(run.add("y", y, true)), rows,
+                                       static_cast<examples::Fault>(fault)};
+    const int64_t blocks = (rows + examples::kSoftmaxRows - 1) / examples::kSoftmaxRows;
+    run([&] {
+        return launch(examples::softmax, blocks, 32 * examples::kSoftmaxRows, examples::kSoftmaxBytes, nullptr, p);
+    });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(cuda_sim, m) {
+    py::class_<Call>(m, "Call").def(
+        py::init([](View q, View k, View v, MaybeView lse, MaybeView mask, MaybeView cos, MaybeView sin, MaybeView seed,
+                    bool half, int temporal_heads, double scale, double softcap, double dropout_p,
+                    uint64_t schedule_seed, int shared_bytes) {
+            return Call{std::move(q),   std::move(k),   std::move(v),    std::move(lse), std::move(mask),
+                        std::move(cos), std::move(sin), std::move(seed), half,           temporal_heads,
+                        scale,          softcap,        dropout_p,       schedule_seed,  shared_bytes};
+        }),
+        py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("lse"), py::arg("mask"), py::arg("cos"),
+        py::arg("sin"), py::arg("seed"), py::arg("half"), py::arg("temporal_heads"), py::arg("scale"),
+        py::arg("softcap"), py::arg("dropout_p"), py::arg("schedule_seed"), py::arg("shared_bytes"));
+    m.def("attention_forward", attention_forward);
+    m.def("attention_backward", attention_backward);
+    m.def("regime_of", [](int N, int D, bool backward, bool rotary, int shared_bytes) {
+        return static_cast<int>(regime_of(N, D, backward, rotary, shared_bytes));
+    });
+    m.def("keeps_output", keeps_output);
+    m.def("one_verb", one_verb);
+    m.def("product", product);
+    m.def("softmax", softmax);
+}
