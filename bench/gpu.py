@@ -45,6 +45,7 @@ from .gpu_runner import ROOT, CannotRun, Outcome, Step, environment, last_line, 
 STAGES = ("check", "bench", "sanitize")
 SECONDS, MOST_SECONDS = 510, 535
 MOST_FILES = 8
+BRIEF = 100  # seconds: a sanitizer with less looks at every kernel, but not at each option by itself
 PYTHON = [sys.executable, "-u"]
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 NATIVE = ("native library: this tree has none to build", "native library: csrc/, built in place")
@@ -57,7 +58,7 @@ FILE_NAME = re.compile(r"[A-Za-z0-9._-]+")
 def stage(name: str, folder: Path, outcomes: dict[str, Outcome], backends: Sequence[str] = ()) -> list[Step]:
     """The steps of a stage. outcomes: where `run_all` leaves what became of them; later steps look at earlier ones."""
     first = []
-    if has_native():
+    if has_native() and (not backends or name != "sanitize" or {"cuda", "cpu"} & set(backends)):
         build = [*PYTHON, "setup.py", "build_ext", "--inplace"]
         first.append(Step("build", "the native library, in place", lambda _: build, share=0.45))
     machine = [*PYTHON, "-m", "vivit_kernels"]
@@ -78,9 +79,14 @@ def has_native() -> bool:
     return (ROOT / "csrc").is_dir() and setup.is_file() and "ext_modules" in setup.read_text()
 
 
+def _side_by_side() -> int:
+    """Processes: nearly all of the time goes into compiling kernels, each on a core."""
+    return max(1, min(15, (os.cpu_count() or 1) - 1))
+
+
 def _processes() -> list[str]:
-    """Tests side by side, if pytest-xdist is here: nearly all of their time goes into compiling kernels on a core."""
-    count = min(15, (os.cpu_count() or 1) - 1)
+    """Tests side by side, if pytest-xdist is here."""
+    count = _side_by_side()
     if count < 2 or importlib.util.find_spec("xdist") is None:
         return []
     return ["-n", str(count), "--dist", "worksteal"]
@@ -124,7 +130,7 @@ def _sanitize(folder: Path, outcomes: dict[str, Outcome], backends: Sequence[str
     smoke = [*PYTHON, "-m", "bench.smoke", "--device", "cuda"]
     asked = ["--backend", *backends] if backends else []
 
-    def command(_: float, tool: str) -> list[str]:
+    def command(limit: float, tool: str) -> list[str]:
         ran = backends_of(outcomes["smoke"])
         # PyTorch's own kernels are looked at only where there are no others
         kernels = [name for name in ran if name != "torch"] or ran
@@ -132,10 +138,11 @@ def _sanitize(folder: Path, outcomes: dict[str, Outcome], backends: Sequence[str
         # a buffer between allocations, and one bad access ends its kernel, not the run
         extra = ["--padding", "256", "--destroy-on-device-error", "kernel"] if tool == "memcheck" else []
         poison = ["--no-poison"] if tool == "initcheck" else []
+        brief = ["--brief"] if limit < BRIEF else []
         return [
             _sanitizer(), "--tool", tool, "--target-processes", "application-only", "--report-api-errors", "no",
             "--show-backtrace", "device", "--print-limit", "1000", "--error-exitcode", "86", *extra,
-            *smoke, *chosen, *poison,
+            *smoke, *chosen, *poison, *brief,
         ]  # fmt: skip
 
     def tool(name: str, does: str, share: float, optional: bool = False) -> Step:
@@ -145,7 +152,7 @@ def _sanitize(folder: Path, outcomes: dict[str, Outcome], backends: Sequence[str
 
     return [
         Step("smoke", "the small cases against float64, and Triton's cache filled",
-             lambda _: [*smoke, *asked], share=0.3, read=read_smoke),
+             lambda _: [*smoke, *asked, "--jobs", str(_side_by_side())], share=0.3, read=read_smoke),
         tool("memcheck", "accesses out of bounds or misaligned", 0.45),
         tool("racecheck", "races in shared memory", 0.6),
         tool("synccheck", "barriers that not all threads reach", 0.6, optional=True),

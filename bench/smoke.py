@@ -1,6 +1,6 @@
 """Every backend of this project on the smallest cases, forward and backward, against float64: for a sanitizer.
 
-    python -m bench.smoke [--device cpu|cuda] [--backend NAME ...] [--only TEXT] [--no-poison]
+    python -m bench.smoke [--device cpu|cuda] [--backend NAME ...] [--only TEXT] [--brief] [--jobs N] [--no-poison]
 
 One line per call with its verdict under the error budget; exit status 0 if all of them are within it. Inputs are made
 and results are judged on the CPU, so that on a GPU hardly anything runs but the kernels under test.
@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import multiprocessing
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -49,6 +51,9 @@ TUBELET: tuple[tuple[str, str, str, str | None, torch.dtype], ...] = (
     ("uint8", "BFCYX", "sliced", "clip", BF16),
     ("float video", "BCFYX", "sliced", "clip", FP16),
 )
+# Every kernel with its least and its most, where there is no time for each option by itself.
+BRIEF = tuple(ATTENTION[i] for i in (0, 2, -1))
+BRIEF_TUBELET = tuple(TUBELET[i] for i in (0, 2, 3, -1))
 
 
 @dataclass(frozen=True)
@@ -84,15 +89,16 @@ class Result(NamedTuple):
 # -- the calls --------------------------------------------------------------------------------------------------------
 
 
-def trials() -> Iterator[Trial]:
+def trials(brief: bool = False) -> Iterator[Trial]:
     """Every call, the plainest of all operations first: a run that is cut short has seen each of them."""
+    options, videos = (BRIEF, BRIEF_TUBELET) if brief else (ATTENTION, TUBELET)
     attention = [case for case in SMALL if isinstance(case, AttentionCase)]
     tubelet = [case for case in SMALL if isinstance(case, TubeletCase)]
-    for i in range(max(len(ATTENTION), len(TUBELET))):
-        if i < len(ATTENTION):
-            yield from (_attention(case, *ATTENTION[i]) for case in attention)
-        if i < len(TUBELET):
-            yield from (_tubelet(case, *TUBELET[i]) for case in tubelet)
+    for i in range(max(len(options), len(videos))):
+        if i < len(options):
+            yield from (_attention(case, *options[i]) for case in attention)
+        if i < len(videos):
+            yield from (_tubelet(case, *videos[i]) for case in tubelet)
 
 
 def _label(case: Case, dtype: torch.dtype, *words: str) -> str:
@@ -265,19 +271,44 @@ def poisoned(on: bool) -> Iterator[None]:
 # -- all of them ------------------------------------------------------------------------------------------------------
 
 
-def results(device: torch.device, backends: Sequence[str], only: str, poison: bool) -> Iterator[Result]:
-    """Runs the trials whose label contains `only`; ends early, with a CRASHED line, where the GPU's context is lost."""
-    for trial in trials():
-        if only not in trial.label:
-            continue
+class Run(NamedTuple):
+    """only: what the labels of its trials contain."""
+
+    device: torch.device
+    backends: Sequence[str]
+    only: str
+    brief: bool
+    poison: bool
+
+
+def results(asked: Run, part: int = 0, parts: int = 1) -> Iterator[Result]:
+    """Runs every parts-th trial; ends early, with a CRASHED line, where the GPU's context is lost."""
+    device = asked.device
+    chosen = [trial for trial in trials(asked.brief) if asked.only in trial.label]
+    for trial in chosen[part::parts]:
         exact, eager = expected(trial)
-        for backend in backends:
-            with poisoned(poison):
+        for backend in asked.backends:
+            with poisoned(asked.poison):
                 result = attempt(trial, backend, device, exact, eager)
             yield result
             if result.verdict == "CRASHED" and is_lost(device):
                 yield Result("CRASHED", backend, "the rest", "not run: the GPU's context is lost after this crash")
                 return
+
+
+def _part(asked: Run, part: int, parts: int) -> list[Result]:
+    torch.set_num_threads(1)
+    return list(results(asked, part, parts))
+
+
+def side_by_side(asked: Run, jobs: int) -> Iterator[Result]:
+    """`results` of as many processes: nearly all of the time of a first run goes into compiling kernels on a core."""
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(_part, asked, part, jobs) for part in range(jobs)]):
+            try:
+                yield from done.result()
+            except Exception as error:  # the process went down with its kernel
+                yield Result("CRASHED", "-", "the trials of a process", f"{type(error).__name__}: {error}")
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -286,6 +317,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help="default here: %(default)s")
     parser.add_argument("--backend", nargs="+", choices=_environment.BACKENDS, help="default: all of them")
     parser.add_argument("--only", default="", metavar="TEXT", help="calls whose description contains this")
+    parser.add_argument("--brief", action="store_true", help="every kernel with its least and its most only")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes; default: %(default)s")
     parser.add_argument(
         "--no-poison", action="store_true", help="leave fresh memory as it comes: initcheck would not see it unwritten"
     )
@@ -303,7 +336,8 @@ def main(argv: Sequence[str]) -> int:
     counts: Counter[str] = Counter()
     ran: dict[str, None] = {}
     refusals: set[tuple[str, str, str]] = set()
-    for result in results(device, backends, arguments.only, not arguments.no_poison):
+    asked = Run(device, backends, arguments.only, arguments.brief, not arguments.no_poison)
+    for result in side_by_side(asked, arguments.jobs) if arguments.jobs > 1 else results(asked):
         counts[result.verdict] += 1
         if result.verdict == "refused":
             key = (result.backend, result.label.split()[0], result.detail)  # one line for an operation, not per call

@@ -119,6 +119,8 @@ def test_the_native_library_is_built_where_there_is_one(tmp_path, monkeypatch):
     (tmp_path / "setup.py").write_text("setup(ext_modules=[...])")
     first = gpu.stage("check", tmp_path, {})[0]
     assert first.name == "build" and first.command(60)[-3:] == ["setup.py", "build_ext", "--inplace"]
+    for asked, name in (([], "build"), (["triton"], "machine"), (["triton", "cuda"], "build")):
+        assert gpu.stage("sanitize", tmp_path, {}, asked)[0].name == name
 
 
 def test_the_benchmark_is_given_less_than_its_limit(tmp_path):
@@ -136,12 +138,14 @@ def test_the_sanitizer_looks_at_kernels_of_ours_where_there_are_any(tmp_path, mo
 
     def backends(names: str) -> list[str]:
         outcomes["smoke"].output = ran.format(names)
-        command = steps["memcheck"].command(60)
+        command = steps["memcheck"].command(gpu.BRIEF)
         return command[command.index("--backend") + 1 :]
 
     assert backends("triton torch") == ["triton"]
     assert backends("torch") == ["torch"]
     assert "--no-poison" in steps["initcheck"].command(60)  # a fill would hide what nobody wrote
+    assert "--brief" in steps["racecheck"].command(gpu.BRIEF - 1)
+    assert "--brief" not in steps["smoke"].command(gpu.BRIEF - 1)
     assert steps["memcheck"].env["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
 
 
@@ -613,6 +617,26 @@ def test_the_small_cases_pass_on_a_cpu(capsys):
         assert any(word in line for line in lines), word
     for op in ("temporal", "spatial", "dot_product", "joint", "tubelet"):
         assert any(f" {op} small" in line for line in lines), op
+
+
+def test_the_brief_cases_are_some_of_them_and_have_every_option():
+    labels, every = ([trial.label for trial in smoke.trials(brief)] for brief in (True, False))
+    assert set(labels) < set(every) and 2 * len(labels) < len(every)
+    for op in ("temporal", "spatial", "dot_product", "joint"):
+        for kind in ("bfloat16", "float32", "float16 every option heads first"):
+            assert f"{op} small.b2 {kind}" in labels
+    for word in ("float32", "BFYXC", "class row per frame", "class row per clip", "float video"):
+        assert any("tubelet" in label and word in label for label in labels), word
+
+
+def test_processes_share_the_cases(capsys):
+    asked = smoke.Run(torch.device("cpu"), ["torch"], "temporal", True, True)
+    parts = [smoke.results(asked, part, 2) for part in range(2)]
+    whole = [result for part in parts for result in part]
+    assert sorted(whole) == sorted(smoke.results(asked)) and len(whole) == 3
+    assert smoke.main(["--device", "cpu", "--backend", "torch", "--only", "temporal", "--brief", "--jobs", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted(lines[:-1]) == sorted(map(str, whole)) and lines[-1].startswith("smoke: 3 within the budget")
 
 
 def planted(monkeypatch, name: str, change) -> None:
