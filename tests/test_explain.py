@@ -51,6 +51,7 @@ def an_install_without_others(monkeypatch):
     monkeypatch.setattr(_environment, "FLASH_ATTN", ())
     monkeypatch.setattr(_environment, "RESTRICTED", ())
     monkeypatch.setattr(_native, "AVAILABLE", True)
+    monkeypatch.setattr(_native, "CUDA", True)
     monkeypatch.setattr(_native, "isa_name", lambda: "avx512_bf16")
     for module in (joint_composed, factorized_composed, tubelet_composed):  # explain() runs nothing
         for launcher in ("launch_fwd", "launch_bwd"):
@@ -125,6 +126,12 @@ def test_report_of_a_call_that_the_first_refuses(monkeypatch):
         "          -> cast, or use backend='torch'\n"
         "  torch   runs\n"
         "not tried, only by name or in VIVIT_KERNELS_BACKENDS\n"
+        "  cuda    the native library is not built\n"
+        "          -> make build\n"
+        "          the tensors are on cpu\n"
+        "          -> move them to a CUDA device\n"
+        "          float64 is not one of float16, bfloat16\n"
+        "          -> cast, or use backend='torch'\n"
         "  triton  the tensors are on cpu\n"
         "          -> move them to a GPU; or set TRITON_INTERPRET=1 before the start, to check a kernel slowly\n"
         "          float64 is not one of float16, bfloat16, float32\n"
@@ -141,8 +148,10 @@ def test_report_of_a_backend_by_name():
         "  order   cuda\n"
         "  why     backend='cuda' was asked for by name: no other is tried.\n"
         "tried, the first that runs\n"
-        "  cuda    this release has no cuda kernel for factorized_attention\n"
-        "          -> use backend='torch', or leave backend out\n"
+        "  cuda    the tensors are on cpu\n"
+        "          -> move them to a CUDA device\n"
+        "          float32 runs in triton\n"
+        "          -> use backend='triton', or cast to bfloat16 or float16\n"
         "not tried, only by name or in VIVIT_KERNELS_BACKENDS\n"
         "  triton  the tensors are on cpu\n"
         "          -> move them to a GPU; or set TRITON_INTERPRET=1 before the start, to check a kernel slowly\n"

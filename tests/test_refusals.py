@@ -8,6 +8,7 @@ import torch
 
 from vivit_kernels import (
     _environment,
+    _native,
     factorized_attention,
     joint_attention,
     rotary_tables,
@@ -29,6 +30,23 @@ def test_a_backend_that_is_asked_for_never_falls_back():
         "  call    (1, 9, 2, 8) float32 on cpu, needs_grad=False\n"
         "  cuda    this release has no cuda kernel for joint_attention\n"
         "          -> use backend='torch', or leave backend out\n"
+        "  `python -m vivit_kernels` shows what this install can run."
+    )
+
+
+def test_a_library_without_cuda_kernels_is_named(monkeypatch):
+    monkeypatch.setattr(_native, "AVAILABLE", True)
+    monkeypatch.setattr(_native, "CUDA", False)
+    monkeypatch.setattr(_native, "NO_CUDA", "the native library has no CUDA kernels (no nvcc)")
+    with pytest.raises(NotImplementedError) as error:
+        spatial_attention(*[torch.zeros(1, 3, 4, 2, 16, dtype=torch.bfloat16)] * 3, backend="cuda")
+    assert str(error.value) == (
+        "factorized_attention: backend 'cuda' cannot run this call.\n"
+        "  call    (1, 3, 4, 2, 16) bfloat16 on cpu, needs_grad=False, temporal_heads=0\n"
+        "  cuda    the native library has no CUDA kernels (no nvcc)\n"
+        "          -> pip install -e . --no-build-isolation on a machine with nvcc (or there: make build)\n"
+        "          the tensors are on cpu\n"
+        "          -> move them to a CUDA device\n"
         "  `python -m vivit_kernels` shows what this install can run."
     )
 

@@ -5,7 +5,8 @@
     RECORD          what the library says of its build: kind "cpu" or "cuda", and why; None where it is not AVAILABLE
     ISAS, BEST      names of the instruction sets in rising order, and the best one that runs here ("" without library)
     isa()           what to give to an op as `isa`
-    refusals(call)  why its CPU kernels cannot run a call
+    CUDA            whether it holds CUDA kernels, too; NO_CUDA, CUDA_REMEDY: where it is AVAILABLE and does not
+    refusals(call), cuda_refusals(call)  why its CPU and its CUDA kernels cannot run a call
 
 Nothing here touches a GPU: initialising CUDA at import breaks forked data loaders.
 """
@@ -24,6 +25,7 @@ from ._dispatch import Call, Refusal
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")  # csrc/cpu/attention.h numbers them so
 VARIABLE = "VIVIT_KERNELS_CPU_ISA"
 _CHOOSE_BEST = -1
+_OLDEST_ARCH = 80  # bfloat16 products and asynchronous copies
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -43,6 +45,13 @@ AVAILABLE: bool = _problem is None
 WHY: str = _problem.reason if _problem else ""
 REMEDY: str = _problem.remedy if _problem else ""
 RECORD: _library.Record | None = None if _problem else _library.read_record(_library.library_path())
+CUDA: bool = RECORD is not None and RECORD.kind == "cuda"
+NO_CUDA: str = (
+    f"the native library has no CUDA kernels, it is built for the CPU alone ({RECORD.why})"
+    if RECORD is not None and not CUDA
+    else ""
+)
+CUDA_REMEDY = "pip install -e . --no-build-isolation on a machine with nvcc (or there: make build)"
 BEST: str = "" if _problem else ISAS[torch.ops.vivit_kernels_native.best_isa()]
 
 
@@ -96,4 +105,24 @@ def refusals(call: Call) -> list[Refusal]:
     if call.dtype not in _DTYPES:
         dtype = str(call.dtype).removeprefix("torch.")
         found.append(Refusal(f"{dtype} is not one of float16, bfloat16, float32", "cast, or use backend='torch'"))
+    return found
+
+
+def cuda_refusals(call: Call) -> list[Refusal]:
+    """The CUDA kernels: tensors of 16 bits, on a GPU from sm_80 on, in a library that nvcc took part in."""
+    found = []
+    if not AVAILABLE:
+        found.append(Refusal(WHY, REMEDY))
+    elif not CUDA:
+        found.append(Refusal(NO_CUDA, CUDA_REMEDY))
+    if call.device != "cuda":
+        found.append(Refusal(f"the tensors are on {call.device}", "move them to a CUDA device"))
+    if 0 < call.arch < _OLDEST_ARCH:
+        remedy = f"use one of sm_{_OLDEST_ARCH} or later, or backend='torch'"
+        found.append(Refusal(f"this GPU is sm_{call.arch}", remedy))
+    if call.dtype == torch.float32:
+        found.append(Refusal("float32 runs in triton", "use backend='triton', or cast to bfloat16 or float16"))
+    elif call.dtype not in (torch.float16, torch.bfloat16):
+        dtype = str(call.dtype).removeprefix("torch.")
+        found.append(Refusal(f"{dtype} is not one of float16, bfloat16", "cast, or use backend='torch'"))
     return found

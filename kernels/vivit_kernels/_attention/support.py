@@ -5,6 +5,7 @@ from __future__ import annotations
 from .. import _native
 from .._dispatch import Call, Refusal
 from .._triton import triton_refusals
+from . import cuda_grid
 
 
 def torch_refusals(call: Call) -> list[Refusal]:
@@ -20,6 +21,30 @@ def triton_attention_refusals(call: Call) -> list[Refusal]:
 def cpu_attention_refusals(call: Call) -> list[Refusal]:
     """The native library's CPU kernels: 16 and 32 bits, head sizes 16 to 160 in steps of 8, every option."""
     return _native.refusals(call) + _head_size_refusals(call)
+
+
+def cuda_attention_refusals(call: Call) -> list[Refusal]:
+    """The native library's CUDA kernels: 16 bits, head sizes 16 to 160 in steps of 8, every option, and sequences as
+    long as shared memory holds: those of the backward where one follows."""
+    found = _native.cuda_refusals(call) + _head_size_refusals(call)
+    return found or _length_refusals(call)
+
+
+def _length_refusals(call: Call) -> list[Refusal]:
+    """Of a call on the token grid that is otherwise fine. A backward takes more memory than its forward."""
+    _, T, S, H, D = call.shape
+    heads, direction = call.temporal_heads or 0, "backward" if call.needs_grad else "forward"
+    rotary, limit = "rotary" in call.uses, cuda_grid.most_shared_bytes(call.arch)
+    found = []
+    for name, length, used in (("T", T, heads > 0), ("S", S, heads < H)):
+        if used and not cuda_grid.fits(call.arch, length, D, call.needs_grad, rotary):
+            taken = cuda_grid.shared_bytes(length, D, call.needs_grad, rotary)
+            reason = (
+                f"{name}={length} tokens take {-(-taken // 1024)} KiB of shared memory in the {direction} at head size "
+                f"{D}, a block on sm_{call.arch} has {limit // 1024}"
+            )
+            found.append(Refusal(reason, "use backend='triton', or leave backend out"))
+    return found
 
 
 def _head_size_refusals(call: Call) -> list[Refusal]:

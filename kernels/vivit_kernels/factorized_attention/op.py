@@ -2,7 +2,7 @@
 
 import torch
 
-from .._attention import cpu_grid
+from .._attention import cpu_grid, cuda_grid
 from .._attention.registration import register
 from .._attention.triton_tiles import statistics
 from . import tiles
@@ -25,4 +25,10 @@ def _cpu_saves(q: tuple, _: tuple, dtype: torch.dtype, temporal_heads: int) -> t
     return (count, B, H, T * S) if count else None
 
 
-register("factorized_attention", __package__ or "", _flops, {"triton": _triton_saves, "cpu": _cpu_saves})
+def _cuda_saves(q: tuple, _: tuple, dtype: torch.dtype, temporal_heads: int) -> tuple[int, ...] | None:
+    B, T, S, H, _ = q
+    return (B, H, T * S) if cuda_grid.keeps_output(T, S, H, temporal_heads) else None
+
+
+_SAVES = {"cuda": _cuda_saves, "triton": _triton_saves, "cpu": _cpu_saves}
+register("factorized_attention", __package__ or "", _flops, _SAVES)

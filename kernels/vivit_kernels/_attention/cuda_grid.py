@@ -1,0 +1,92 @@
+"""Attention on the token grid by the native library's CUDA C++ kernels (csrc/cuda): launchers, limits of length."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .options import Options
+
+# csrc/cuda/attention.h and regime_of decide; tests/test_cuda_binding.py holds these copies to a library that has them.
+PACKED_TOKENS = 16  # longer sequences lie in shared memory, and their backward reads o and lse of the forward
+_KIB = 1 << 10
+_MOST_WARPS = 8  # of a block
+_STEPS = (2, 2, 4, 4, 5, 6, 8, 8, 10, 10)  # of 16 channels, as kernels are compiled, for heads of 1 to 10 of them
+_ROW_ALIGNMENT = 16  # bytes
+# Bytes that a block may have (CUDA programming guide, compute capabilities), by architecture.
+_SHARED = {80: 163 * _KIB, 87: 163 * _KIB, 90: 227 * _KIB, 100: 227 * _KIB, 103: 227 * _KIB, 110: 227 * _KIB}
+_LEAST_SHARED = 99 * _KIB  # of the others: sm_86, sm_89, sm_120, sm_121
+
+
+def most_shared_bytes(arch: int) -> int:
+    """Of a block, on sm_<arch>."""
+    return _SHARED.get(arch, _LEAST_SHARED)
+
+
+def shared_bytes(N: int, D: int, backward: bool, rotary: bool) -> int:
+    """Of a block that holds a sequence of N > PACKED_TOKENS tokens, or several short ones: q, k and v, in a backward
+    also do, of every token a number or two, and where gradients are turned back a tile of float32 for each warp."""
+    steps = _STEPS[-(-D // 16) - 1]
+    rows = -(-N // 16) * 16
+    sequences = 1 if rows > 64 else 128 // rows
+    pitch = 16 * (2 * steps + (0 if steps in (2, 4, 8) else 1))
+    token = 4 * pitch + 8 if backward else 3 * pitch + 4
+    scratch = 16 * (16 * steps + 4) * 4 if backward and rotary else 0
+    return sequences * rows * token + _warps(sequences * rows // 16 * (2 if backward else 1)) * scratch
+
+
+def _warps(tiles: int) -> int:
+    """Of a block: the fewest of those that take the fewest rounds of a tile each."""
+    rounds = -(-tiles // _MOST_WARPS)
+    return -(-tiles // rounds)
+
+
+def fits(arch: int, N: int, D: int, backward: bool, rotary: bool) -> bool:
+    """Whether a sequence is run in one direction: any packed one, and what shared memory holds."""
+    return N <= PACKED_TOKENS or shared_bytes(N, D, backward, rotary) <= most_shared_bytes(arch)
+
+
+def keeps_output(T: int, S: int, H: int, temporal_heads: int) -> bool:
+    """Whether the backward reads o and lse of the forward: some head attends along an axis that is not packed."""
+    return (temporal_heads > 0 and T > PACKED_TOKENS) or (temporal_heads < H and S > PACKED_TOKENS)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x, copied once where a row of it does not begin at a multiple of 16 bytes, or has gaps."""
+    size = x.element_size()
+    starts = zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    fits = x.stride(-1) == 1 and x.data_ptr() % _ROW_ALIGNMENT == 0
+    fits = fits and all(n == 1 or step * size % _ROW_ALIGNMENT == 0 for n, step in starts)
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def _flat(options: Options) -> tuple[Tensor | None, ...]:
+    """Mask, seed and tables as the kernels read them: without gaps."""
+    _, _, _, mask, seed, cos, sin = options
+    return tuple(None if x is None else x.contiguous() for x in (mask, seed, cos, sin))
+
+
+def _scalars(temporal_heads: int, options: Options) -> tuple[int, float, float, float]:
+    return temporal_heads, options.scale, options.softcap, options.dropout_p
+
+
+def launch_fwd(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, temporal_heads: int, options: Options, keep: bool
+) -> Tensor | None:
+    """Writes o, of q's shape `[B, T, S, H, D]`; returns, if `keep`, the lse `[B, H, T * S]` that a backward will ask
+    for, if any. Of q, k and v those are copied whose rows do not begin at multiples of 16 bytes."""
+    B, T, S, H, _ = q.shape
+    kept = keep and keeps_output(T, S, H, temporal_heads)
+    lse = q.new_empty((B, H, T * S), dtype=torch.float32) if kept else None
+    if q.numel():
+        given = _rows(q), _rows(k), _rows(v), o, lse, *_flat(options)
+        torch.ops.vivit_kernels_native.cuda_attention_fwd(*given, *_scalars(temporal_heads, options))
+    return lse
+
+
+def launch_bwd(do, q, k, v, o, lse, dq, dk, dv, temporal_heads: int, options: Options) -> None:
+    """Writes dq, dk, dv, each once; o and lse are the forward's, None where all sequences are packed. Copies as the
+    forward does, and do likewise."""
+    if q.numel():
+        given = _rows(do), _rows(q), _rows(k), _rows(v), o, lse, dq, dk, dv, *_flat(options)
+        torch.ops.vivit_kernels_native.cuda_attention_bwd(*given, *_scalars(temporal_heads, options))

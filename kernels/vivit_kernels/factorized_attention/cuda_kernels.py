@@ -1,0 +1,21 @@
+"""Backend `cuda` of factorized_attention: the launchers; the kernels are those of the token grid (csrc/cuda)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .._attention import cuda_grid
+from .._attention.options import Options
+
+
+def launch_fwd(q: Tensor, k: Tensor, v: Tensor, temporal_heads: int, options: Options, keep: bool = False):
+    """q, k, v `[B, T, S, H, D]` -> (o like q, lse of every query for the backward of long axes, or None).
+
+    One launch. A tensor whose rows do not begin at multiples of 16 bytes is copied first."""
+    o = q.new_empty(q.shape)
+    return o, cuda_grid.launch_fwd(q, k, v, o, temporal_heads, options, keep)
+
+
+def launch_bwd(do, q, k, v, o, lse, dq, dk, dv, temporal_heads: int, options: Options) -> None:
+    """Writes dq, dk, dv, each once, in one launch; copies as the forward does."""
+    cuda_grid.launch_bwd(do, q, k, v, o, lse, dq, dk, dv, temporal_heads, options)
