@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-COMMANDS = ("models", "memory", "report", "tune", "static", "gate", "gpu")
+COMMANDS = ("models", "memory", "report", "tune", "static", "gate", "cuda_gate", "gpu")
 
 
 def main() -> int:

@@ -1,0 +1,123 @@
+"""`python -m bench cuda_gate`: whether the CUDA C++ kernels in the native library are what they were written to be.
+
+No GPU is needed: what is read is the library itself, every kernel that ships in it, for each architecture that it has
+machine code for. Each must keep its values in registers (no spills, no local memory), fit a multiprocessor, and use the
+instructions that it is written for: products by tensor cores, memory 128 bits at a time. What these are follows from
+the words of the kernel's name. Shared memory that only a launch names is not in the binary: warps on a multiprocessor
+are those that registers and the block's size allow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from vivit_kernels import _library, _native
+
+from . import cubin
+from .launches import Compiled
+from .static import table
+
+# Opcodes that a kernel is written for, by the first word of its name. packed: all in registers, blocks transposed
+# between lanes where a product wants them so; resident: rows copied to shared memory, from where products take them,
+# and for the heads of the other axis what packed has.
+_PACKED = ("HMMA", "MOVM", "LDG.128", "STG.128")
+WANTED = {"packed": _PACKED, "resident": (*_PACKED, "LDGSTS.128", "LDSM")}
+NARROW = ("LDG.16", "STG.16", "STG.8", "LDGSTS.16", "LDGSTS.8")  # LDG.8 reads a mask
+HEADER = (
+    "kernel", "arch", "registers", "shared", "threads", "warps", "HMMA", "MOVM", "LDSM", "loads", "copies", "stores",
+    "exp2",
+)  # fmt: skip
+
+
+def demangled(names: Iterable[str]) -> dict[str, str]:
+    """C++ names as one writes them, without what is the same in all; mangled where there is no c++filt."""
+    names = list(dict.fromkeys(names))
+    tool = shutil.which("c++filt") or shutil.which("cu++filt")
+    if tool is None or not names:
+        return {name: name for name in names}
+    text = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    return {name: short(line) for name, line in zip(names, text.splitlines(), strict=True)}
+
+
+def short(name: str) -> str:
+    """`void vivit::cuda::f<__nv_bfloat16, 2, true>(vivit::cuda::P)` -> `f<bfloat16, 2, true>`."""
+    name = re.sub(r"(vivit::cuda::|\(anonymous namespace\)::|^void )", "", name)
+    name = name.replace("__nv_bfloat16", "bfloat16").replace("__half", "float16")
+    return name[: name.rindex(">(") + 1] if ">(" in name else name.partition("(")[0]
+
+
+def complaints(name: str, kernel: cubin.Kernel) -> list[str]:
+    """What is wrong with a kernel: what Triton's gate says of any, and what its name promises."""
+    mix, found = kernel.mix, []
+    if kernel.threads is None:
+        found.append("launch bounds: none, so nobody knows how many blocks fit")
+    found += Compiled(kernel, (), kernel.threads or cubin.MOST_THREADS, kernel.shared).complaints
+    wanted = WANTED.get(name.partition("_")[0])
+    if wanted is None:
+        found.append(f"name: begins with neither {' nor '.join(WANTED)}, so no opcode is asked of it")
+    found += [f"opcode: no {opcode}" for opcode in wanted or () if not mix[opcode]]
+    return found + [f"memory: {mix[opcode]} {opcode}" for opcode in NARROW if mix[opcode]]
+
+
+def row(name: str, kernel: cubin.Kernel) -> tuple[str, ...]:
+    mix, threads = kernel.mix, kernel.threads or 0
+    warps = cubin.occupancy(kernel.arch, kernel.registers, kernel.shared, threads).warps if threads else 0
+    wide = [f"{mix[f'{opcode}.128']}/{mix[opcode]}" for opcode in ("LDG", "LDGSTS", "STG")]
+    return (
+        name, f"sm_{kernel.arch}", str(kernel.registers), f"{kernel.shared:,}", str(threads), str(warps),
+        *(str(mix[opcode]) for opcode in ("HMMA", "MOVM", "LDSM")), *wide, str(mix["MUFU.EX2"]),
+    )  # fmt: skip
+
+
+def read(path: Path) -> list[tuple[str, cubin.Kernel]]:
+    """(name, kernel) of a library, an object file or a cubin, for the architectures that limits are known of."""
+    found = [kernel for kernel in cubin.read(path) if kernel.arch in cubin.ARCHS]
+    names = demangled(kernel.name for kernel in found)
+    return sorted(((names[kernel.name], kernel) for kernel in found), key=lambda pair: (pair[1].arch, pair[0]))
+
+
+def unavailable() -> str:
+    """Why there are no kernels to read, or ''."""
+    if not _native.AVAILABLE:
+        return f"{_native.WHY}\n  -> {_native.REMEDY}"
+    if not _native.CUDA:
+        return f"{_native.NO_CUDA}\n  -> {_native.CUDA_REMEDY}"
+    return ""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m bench cuda_gate", description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("name", nargs="*", help="patterns of names, such as 'packed*'; all without")
+    parser.add_argument("--arch", nargs="+", type=int, default=[], choices=sorted(cubin.ARCHS))
+    parser.add_argument("--file", type=Path, help="a cubin or object file instead of the installed library")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """0; 1 where a kernel is not what it should be, or there is none."""
+    args = _parser().parse_args(argv)
+    if args.file is None and (why := unavailable()):
+        print(why, file=sys.stderr)
+        return 1
+    kernels = [
+        (name, kernel)
+        for name, kernel in read(args.file or _library.library_path())
+        if (not args.arch or kernel.arch in args.arch)
+        and (not args.name or any(fnmatch.fnmatch(name, pattern) for pattern in args.name))
+    ]
+    failed = [f"sm_{kernel.arch} {name}: {why}" for name, kernel in kernels for why in complaints(name, kernel)]
+    print(table(HEADER, [row(*pair) for pair in kernels], 1))
+    print("\nloads, copies (to shared memory), stores: those of 128 bits of all; loop bodies once")
+    print("\n".join(f"! {line}" for line in failed or ["no kernel is called so"] * (not kernels)))
+    return 1 if failed or not kernels else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,106 @@
+"""The compile gate of CUDA C++: every kernel in the native library, judged by bench/cuda_gate.py. First that it notices
+what it is there for."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from bench import cubin, cuda_gate
+from vivit_kernels import _library, _native
+
+in_library = pytest.mark.skipif(not _native.CUDA, reason=_native.NO_CUDA or f"no native library: {_native.WHY}")
+compiles = pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc here")
+KERNELS = """
+template <class T, bool kBackward>
+__global__ void __launch_bounds__(256) packed_good(const T* x, T* y) { y[threadIdx.x] = x[threadIdx.x]; }
+__global__ void __launch_bounds__(32) packed_local(const float* x, float* y, int i) {
+    float many[64];
+    for (int j = 0; j < 64; ++j) many[j] = x[j * i];
+    for (int j = 0; j < 64; ++j) many[(j * i) % 64] += x[j];
+    y[threadIdx.x] = many[i % 64];
+}
+__global__ void resident_unbound(const short* x, short* y) { y[threadIdx.x] = x[threadIdx.x]; }
+__global__ void __launch_bounds__(64) other(const float4* x, float4* y) { y[threadIdx.x] = x[threadIdx.x]; }
+template __global__ void packed_good<float4, true>(const float4*, float4*);
+"""
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory) -> dict[str, tuple[cubin.Kernel, list[str]]]:
+    folder: Path = tmp_path_factory.mktemp("gate")
+    (folder / "planted.cu").write_text(KERNELS)
+    command = ["nvcc", "-std=c++17", "-arch=sm_90a", "-cubin", "planted.cu", "-o", "planted.cubin"]
+    subprocess.run(command, cwd=folder, check=True)
+    return {
+        name: (kernel, cuda_gate.complaints(name, kernel)) for name, kernel in cuda_gate.read(folder / "planted.cubin")
+    }
+
+
+@compiles
+def test_names_are_as_one_writes_them(planted):
+    assert set(planted) == {"packed_good<float4, true>", "packed_local", "resident_unbound", "other"}
+    mangled = "_ZN5vivit4cuda16packed_attentionI13__nv_bfloat16Li4ELb1ELb0EEEvNS0_15AttentionParamsE"
+    if shutil.which("c++filt"):
+        name = cuda_gate.demangled([mangled, mangled])[mangled]
+        assert name == "packed_attention<bfloat16, 4, true, false>"
+
+
+@compiles
+def test_what_is_planted_is_noticed(planted):
+    good, found = planted["packed_good<float4, true>"]
+    assert good.threads == 256 and found == ["opcode: no HMMA", "opcode: no MOVM"], "128 bits a load and store"
+    _, found = planted["packed_local"]
+    assert any(line.startswith("local memory: ") for line in found) and any(x.startswith("spills: ") for x in found)
+    assert {"opcode: no LDG.128", "opcode: no STG.128"} <= set(found)
+    _, found = planted["resident_unbound"]
+    assert found[0].startswith("launch bounds: none") and "opcode: no LDSM" in found
+    assert any(line.startswith("memory: ") and line.endswith("LDG.16") for line in found)
+    _, found = planted["other"]
+    assert len(found) == 1 and found[0].startswith("name: begins with neither packed nor resident")
+
+
+@compiles
+def test_a_kernel_that_does_not_fit_is_noticed(planted):
+    kernel, _ = planted["packed_good<float4, true>"]
+    greedy = dataclasses.replace(kernel, registers=255, threads=512)
+    assert "no block fits: registers" in cuda_gate.complaints("packed_good", greedy)
+
+
+@in_library
+def test_kernels_are_what_they_were_written_to_be():
+    kernels = cuda_gate.read(_library.library_path())
+    found = [f"sm_{x.arch} {name}: {why}" for name, x in kernels for why in cuda_gate.complaints(name, x)]
+    assert not found, "\n".join(found)
+    assert {name.partition("_")[0] for name, _ in kernels} == {"packed", "resident"}
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        assert {80, 90} <= {x.arch for _, x in kernels}
+    for arch in {x.arch for _, x in kernels}:  # the same kernels for each
+        assert {name for name, x in kernels if x.arch == arch} == {name for name, _ in kernels}
+
+
+def test_the_command_prints_a_table(capsys, monkeypatch, tmp_path):
+    kernel = cubin.Kernel("k", 90, 64, 0, 0, 0, 128, cubin.Counter({"HMMA": 8, "LDG": 4, "LDG.128": 4}), "")
+    monkeypatch.setattr(cuda_gate.cubin, "read", lambda path: [kernel])
+    monkeypatch.setattr(cuda_gate, "demangled", lambda names: dict.fromkeys(names, "packed_attention<bfloat16, 4>"))
+    assert cuda_gate.main(["--file", str(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    assert "packed_attention<bfloat16, 4>  sm_90         64       0      128     32     8" in printed
+    assert "! sm_90 packed_attention<bfloat16, 4>: opcode: no STG.128" in printed and "4/4" in printed
+    monkeypatch.setitem(cuda_gate.WANTED, "packed", ("HMMA", "LDG.128"))
+    assert cuda_gate.main(["--file", str(tmp_path), "packed*"]) == 0
+    assert cuda_gate.main(["--file", str(tmp_path), "resident*"]) == 1
+    assert "! no kernel is called so" in capsys.readouterr().out
+
+
+def test_without_kernels_it_says_why(capsys, monkeypatch):
+    monkeypatch.setattr(_native, "AVAILABLE", True)
+    monkeypatch.setattr(_native, "CUDA", False)
+    monkeypatch.setattr(_native, "NO_CUDA", "built for the CPU alone (no nvcc)")
+    assert cuda_gate.main([]) == 1
+    assert capsys.readouterr().err == f"built for the CPU alone (no nvcc)\n  -> {_native.CUDA_REMEDY}\n"
