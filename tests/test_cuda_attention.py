@@ -1,0 +1,152 @@
+"""The CUDA C++ kernels of csrc/cuda on the host simulator: the parity grid, and what only they can get wrong.
+
+Outputs are views of buffers of NaN: a number that nobody wrote is seen, and the simulator ends a run that reads or
+writes anything but rows of this call's tensors, or writes one twice.
+"""
+
+import contextlib
+
+import cuda_simulator
+import pytest
+import test_factorized_attention as factorized
+import torch
+from cuda_simulator import expect
+from parity_grid import grid
+
+from vivit_kernels._attention.options import check_options
+
+DTYPES = [torch.bfloat16, torch.float16]
+SIZES = [16, 24, 40, 64, 72, 80, 96, 128, 160]  # of heads
+# Packed in registers up to 16 tokens, two sequences to a tile up to 8; longer ones in shared memory, in sixteens.
+GRIDS = [(1, 1), (1, 9), (2, 17), (4, 33), (7, 9), (8, 17), (13, 3), (14, 33), (16, 9), (16, 49), (8, 1), (9, 16)]
+GRIDS += [(17, 3), (33, 2), (49, 1), (2, 65), (1, 81), (1, 130)]
+EVERY_GRID = sorted({*GRIDS, *((T, S) for T in (1, 2, 4, 7, 8, 13, 14, 16) for S in (9, 17, 33, 49))})
+AXES = {name: axis for name, axis in factorized.AXES.items() if name not in "TS"} | {
+    "dtype": DTYPES,
+    "D": SIZES,
+    "grid": EVERY_GRID,
+    "heads": [(2, 2), (2, 0), (2, 1), (3, 1)],
+    "schedule": [0, 1, 2, 3, 4],
+}
+CROSSES = [["dtype", "grid", "heads"], ["dtype", "D", "layout"], ["dtype", "mask", "dropout_p", "extra", "heads"]]
+CROSSES += [["grid", "schedule"]]
+
+
+def poisoned(like: torch.Tensor) -> torch.Tensor:
+    """Rows of its sizes in wider ones, all NaN."""
+    *sizes, D = like.shape
+    return torch.full((*sizes, D + 8), float("nan"), dtype=like.dtype)[..., :D]
+
+
+class Simulated(torch.autograd.Function):
+    """As the launchers of a GPU call it: lse and o are kept where the backward reads them."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, packed, temporal_heads, options):
+        _, T, S, H, _ = q.shape
+        keeps = cuda_simulator.made().keeps_output(T, S, H, temporal_heads)
+        o = poisoned(q)
+        lse = torch.full((q.shape[0], H, T * S), float("nan")) if keeps else None
+        cuda_simulator.forward(q, k, v, o, lse, temporal_heads=temporal_heads, **options)
+        ctx.save_for_backward(q, k, v, *((o, lse) if keeps else (None, None)))
+        ctx.call = packed, temporal_heads, options
+        return o
+
+    @staticmethod
+    def backward(ctx, *grads):
+        q, k, v, o, lse = ctx.saved_tensors
+        packed, temporal_heads, options = ctx.call
+        gradients = poisoned(torch.stack([q] * 3, 3)).unbind(3) if packed else [poisoned(q) for _ in range(3)]
+        do = grads[0].contiguous()
+        cuda_simulator.backward(do, q, k, v, o, lse, *gradients, temporal_heads=temporal_heads, **options)
+        return *gradients, None, None, None
+
+
+def simulated(q, k=None, v=None, *, temporal_heads, schedule=0, backend="", shared_bytes=None, **options):
+    """factorized_attention by the simulator."""
+    packed = k is None
+    q, k, v = q.unbind(3) if packed else (q, k, v)
+    _, T, S, _, _ = q.shape
+    given = {"scale": None, "key_mask": None, "rotary": None, "softcap": None, "dropout_p": 0.0, "seed": None} | options
+    checked = check_options("factorized_attention", q, T * S, (T, S), **given)._asdict()
+    launch = {"schedule_seed": schedule} | ({"shared_bytes": shared_bytes} if shared_bytes else {})
+    return Simulated.apply(q, k, v, packed, temporal_heads, checked | launch)
+
+
+def too_long(case: dict) -> bool:
+    """Whether such a call's backward is left to another backend on sm_90, by what its blocks would take."""
+    (T, S), (H, temporal_heads), rotary = case["grid"], case["heads"], case["extra"] == "rotary"
+    axes = [T] * (temporal_heads > 0) + [S] * (temporal_heads < H)
+    most, refused = cuda_simulator.MOST_SHARED["sm_90"], 2
+    return any(cuda_simulator.made().regime_of(N, case["D"], True, rotary, most) == refused for N in axes)
+
+
+def check_case(case: dict, monkeypatch) -> None:
+    (T, S), clips = case["grid"], 1 if case["mask"] != "a clip has none" else 2
+
+    def run(*x, **given):
+        return simulated(*x, schedule=case["schedule"], **given)
+
+    monkeypatch.setattr(factorized, "factorized_attention", run)
+    with expect("cudaError_t 1") if too_long(case) else contextlib.nullcontext():
+        factorized.check_case(case | {"T": T, "S": S}, torch.device("cpu"), "cuda", clips)
+
+
+@pytest.mark.parametrize("case", grid(AXES, CROSSES, {"grid": GRIDS}))
+def test_parity(case, monkeypatch):
+    check_case(case, monkeypatch)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.2, 3.0])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("tokens", [(8, 3), (16, 1), (1, 33), (2, 70)])
+def test_scores_may_fall_with_their_products(scale, softcap, tokens, monkeypatch):
+    options = {"scale": scale, "softcap": softcap, "dropout_p": 0.0, "seed": None}
+    monkeypatch.setattr(factorized, "make_options", lambda *_: options)
+    case = {"grid": tokens, "heads": (2, 1), "D": 40, "inputs": "normal", "layout": "packed", "mask": None}
+    case["extra"] = None
+    check_case(case | {"dtype": torch.bfloat16, "schedule": 1}, monkeypatch)
+
+
+def step(qkv, do, **options):
+    x = qkv.detach().requires_grad_()
+    o = simulated(x, **options)
+    return o, torch.autograd.grad(o, x, do)[0]
+
+
+@pytest.mark.parametrize("T, S, temporal_heads", [(16, 5, 2), (7, 3, 2), (4, 33, 1), (2, 70, 0), (33, 2, 2)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_bits_in_every_order_of_threads(T, S, temporal_heads, dtype):
+    qkv, do = torch.randn(2, T, S, 3, 2, 40, dtype=dtype), torch.randn(2, T, S, 2, 40, dtype=dtype)
+    options = {"temporal_heads": temporal_heads, "dropout_p": 0.2, "seed": torch.tensor([1, 2])}
+    first = step(qkv, do, **options)
+    for schedule in range(1, 5):
+        assert all(map(torch.equal, first, step(qkv, do, schedule=schedule, **options)))
+
+
+@pytest.mark.parametrize("dropped", [0.0, 1.0])
+@pytest.mark.parametrize("T, S, temporal_heads", [(16, 2, 1), (5, 3, 1), (1, 33, 0)])
+def test_rows_without_a_key_are_zeros(T, S, temporal_heads, dropped):
+    """No key may be attended, or every pair is dropped."""
+    qkv, do = torch.randn(1, T, S, 3, 1, 32).bfloat16(), torch.randn(1, T, S, 1, 32).bfloat16()
+    none = None if dropped else torch.zeros(1, T, S, dtype=torch.bool)
+    options = {"key_mask": none, "dropout_p": dropped, "seed": torch.tensor([3, 4])}
+    for result in step(qkv, do, temporal_heads=temporal_heads, **options):
+        assert (result == 0).all()
+
+
+@pytest.mark.parametrize("S", [17, 197])
+def test_what_a_block_may_have_bounds_the_length(S):
+    """A launch asks for what regime_of counts, and is refused where a block has less."""
+    qkv, do = torch.randn(1, 1, S, 3, 1, 64).bfloat16(), torch.randn(1, 1, S, 1, 64).bfloat16()
+    module, resident = cuda_simulator.made(), 1
+    least = next(n for n in range(0, 1 << 18, 16) if module.regime_of(S, 64, True, False, n) == resident)
+    step(qkv, do, temporal_heads=0, shared_bytes=least)
+    with expect("cudaError_t 1"):
+        step(qkv, do, temporal_heads=0, shared_bytes=least - 16)
+
+
+def test_a_row_at_half_of_16_bytes_is_found():
+    wide = torch.randn(1, 4, 3, 3, 2, 40).bfloat16()
+    with expect("load_16 .*not a multiple of 16"):
+        simulated(wide[..., 4:36], temporal_heads=2)
