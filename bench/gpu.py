@@ -230,9 +230,9 @@ def fact_lines(facts: dict[str, Any]) -> list[str]:
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
-def explain(name: str, folder: Path, seconds: float) -> list[str]:
+def explain(name: str, folder: Path, seconds: float, backends: Sequence[str] = ()) -> list[str]:
     """What the stage does, in order, with the longest that each step may take."""
-    steps = stage(name, folder, {})
+    steps = stage(name, folder, {}, backends)
     files = {"check": ["junit_tests.xml", "junit_full.xml"], "bench": ["<device>.jsonl"], "sanitize": []}[name]
     lines = [f"bench gpu --stage {name}: what it does on a machine with an NVIDIA GPU, in {seconds:.0f} s at most"]
     for step, limit in zip(steps, limits(steps, seconds), strict=True):
@@ -321,11 +321,11 @@ def main(argv: Sequence[str]) -> int:
     seconds = min(arguments.seconds, MOST_SECONDS)
     folder = (arguments.out or Path("runs") / f"gpu-{arguments.stage}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
     if arguments.dry_run:
-        print("\n".join(explain(arguments.stage, folder, seconds)))
+        print("\n".join(explain(arguments.stage, folder, seconds, arguments.backend)))
     facts = probe()
     if "why_not" in facts:
         if not arguments.dry_run:
-            print("\n".join(explain(arguments.stage, folder, seconds)))
+            print("\n".join(explain(arguments.stage, folder, seconds, arguments.backend)))
         print(f"not run here: {facts['why_not']}")
         return 2
     if arguments.dry_run:
