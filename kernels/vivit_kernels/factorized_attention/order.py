@@ -12,9 +12,10 @@ LETTERS = ("B", "T", "S", "H", "D")
 LADDERS = {
     "cuda": Ladder(
         ("cuda", "triton", "torch"),
-        "This project's kernels, then the composition of PyTorch ops. One H200, 2026-11-26, bf16, 8 clips of 16 x 196 "
-        "tokens, 12 heads of 64, forward, then forward + backward: along time triton 98 and 807 us, torch 1231 and "
-        "6451; within frames triton 208 and 1263 us, torch 361 and 2683.",
+        "This project's kernels, then the composition of PyTorch ops. One H100, 2026-11-26, time on the device, bf16, "
+        "8 clips of 16 x 196 tokens, 12 heads of 64, forward, then forward + backward: along time triton 60 and 154, "
+        "torch 555 and 2068 us; within frames triton 101 and 376 us, torch 115 and 1918; half of the heads each way "
+        "triton 85 and 287 us, torch 460 and 2421.",
     ),
     "cpu": Ladder(
         ("cpu", "torch"),
