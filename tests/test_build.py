@@ -99,8 +99,8 @@ CODES = "sm_75\nsm_80\nsm_90\nsm_100\ncompute_75\n"
 @pytest.mark.parametrize(
     "chosen, known, expected",
     [
-        ("", CODES, ("sm_80", "sm_90a", "compute_90", "sm_100")),
-        ("", "sm_80\nsm_90\n", ("sm_80", "sm_90a", "compute_90")),
+        ("", CODES, ("sm_80", "compute_80", "sm_90a")),
+        ("", "sm_75\nsm_80\n", ("sm_80", "compute_80")),
         ("8.0;9.0a+PTX", CODES, ("sm_80", "sm_90a", "compute_90a")),
         ("5.0 7.5 9.0+PTX", CODES, ("sm_90", "compute_90")),
         ("10.0", CODES, ("sm_100",)),
@@ -267,7 +267,7 @@ def test_nvcc_itself_builds_a_library_that_loads_without_a_gpu(tree):
     write(tree, {"bindings.cpp": CUDA_BINDINGS, "cuda/kernel.cu": KERNEL})
     done = run_build(tree, VIVIT_KERNELS_BUILD="cuda")
     assert "kernel.cu" in compiled(done) and done.stdout.startswith(
-        "native library: CPU and CUDA (sm_80 sm_90a compute_90"
+        "native library: CPU and CUDA (sm_80 compute_80 sm_90a)"
     )
     assert answer_of(built(tree)) == 1
     needed = subprocess.run(["readelf", "-d", str(built(tree))], capture_output=True, text=True).stdout
