@@ -4,12 +4,10 @@
 
 namespace vivit::cuda {
 
-#if !defined(VIVIT_SIM)
 extern template int launch_attention<BFloat16, false>(const AttentionParams&, void*);
 extern template int launch_attention<BFloat16, true>(const AttentionParams&, void*);
 extern template int launch_attention<Float16, false>(const AttentionParams&, void*);
 extern template int launch_attention<Float16, true>(const AttentionParams&, void*);
-#endif
 
 namespace {
 

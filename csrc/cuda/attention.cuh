@@ -109,7 +109,7 @@ int launch_with(const AttentionParams& p, void* stream) {
 
 template <class T, int kSteps, bool kBackward>
 int launch_steps(const AttentionParams& p, void* stream) {
-    const bool plain = p.softcap == 0.f && p.mask == nullptr && p.seed == nullptr && p.cos == nullptr;
+    const bool plain = p.scale > 0.f && p.softcap == 0.f && p.mask == nullptr && p.seed == nullptr && p.cos == nullptr;
     return plain ? launch_with<T, kSteps, true, kBackward>(p, stream)
                  : launch_with<T, kSteps, false, kBackward>(p, stream);
 }

@@ -265,7 +265,7 @@ VIVIT_DEVICE void packed_backward(const AttentionParams& p, const Axis& axis, in
     for (int i = 0; i < 8; ++i) {
         dp[i / 4][i % 4] = weight[i / 4][i % 4] * (dp[i / 4][i % 4] - delta[i % 4 / 2]) * slope[i / 4][i % 4];
     }
-    const float once[2] = {1.f, 1.f};
+    const float once[2] = {1.f, 1.f}, scale[2] = {p.scale, p.scale};
     const bool turn = !kPlain && p.cos != nullptr;
     uint32_t a[4];
     as_operand<T>(a, dp);
@@ -273,14 +273,14 @@ VIVIT_DEVICE void packed_backward(const AttentionParams& p, const Axis& axis, in
         Sums<kBlocks> dq;
         along<T>(dq, a, k);
         if (turn) turn_back(p, dq, lane, axis, scratch);
-        store_tile<T>(p, p.dq, lane, axis, dq, once);
+        store_tile<T>(p, p.dq, lane, axis, dq, scale);
     }
     turn_over(a);
     {
         Sums<kBlocks> dk;
         along<T>(dk, a, q);
         if (turn) turn_back(p, dk, lane, axis, scratch);
-        store_tile<T>(p, p.dk, lane, axis, dk, once);
+        store_tile<T>(p, p.dk, lane, axis, dk, scale);
     }
     as_operand<T>(a, kept);
     if (p.o_again.data != nullptr) {

@@ -91,81 +91,114 @@ VIVIT_DEVICE void as_left_operand(uint32_t (&a)[4], const float (&x)[2][4]) {
 
 // ---- forward ----
 
-// Keys in steps of kGroups sixteens, so that the sums are rescaled once in a step.
-template <class T, int kSteps, bool kPlain>
-VIVIT_DEVICE void attend(const AttentionParams& p, const Axis& axis, const Block<kSteps, false>& block, int32_t s,
-                         int32_t first_row, const Scores<kPlain>& scores, const Dropout& dropout) {
-    constexpr int kGroups = 4;
-    const Sequence at(block.first + s, axis);
-    const char *keys = block.rows(1, s), *values = block.rows(2, s);
-    const float* bias = block.floats(s);
-    const int32_t g = block.thread() % 32 / 4, t = block.thread() % 4;
-    const Operand<kSteps> q(block.rows(0, s), first_row);
+// 16 queries on their way over the keys: their weighted sum of v, and of rows g and g + 8 the largest score so far and
+// the lane's share of the sum of 2^(score - largest).
+template <int kSteps>
+struct Attended {
     RowSums<kSteps> o;
     float most[2] = {-kInfinity, -kInfinity}, total[2] = {0.f, 0.f};
+};
+
+// What the steps of a warp over the other rows have in common.
+template <bool kPlain>
+struct Rules {
+    const AttentionParams& p;
+    const Axis& axis;
+    Scores<kPlain> scores;
+    Dropout dropout;
+
+    VIVIT_DEVICE Rules(const AttentionParams& params, const Axis& of)
+        : p(params), axis(of), scores(params), dropout(params) {}
+    VIVIT_DEVICE bool drops() const { return !kPlain && dropout.on; }
+};
+
+// The next 16 kGroups keys: the sums are rescaled once. bias: of the first of them; kWhole: it is 0 for all of them.
+template <class T, int kSteps, int kGroups, bool kPlain, bool kWhole>
+VIVIT_DEVICE void attend_step(Attended<kSteps>& sums, const Operand<kSteps>& q, const char* keys, const char* values,
+                              const float* bias, const Places<kSteps>& places, const Rules<kPlain>& rules,
+                              const Sequence& at, int32_t first_row, int32_t first_key) {
+    const int32_t g = lane_number() / 4, t = lane_number() % 4;
+    Pairs<kGroups> x;
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) across_step<T>(x, q, keys, places.across, s);
+    // a plain score is the product times a positive number, so that the largest is found before it is scaled
+    const float unit = kPlain ? rules.scores.unit : 1.f;
+    float highest[2] = {-kInfinity, -kInfinity}, base[2];
+#pragma unroll
+    for (int i = 0; i < 8 * kGroups; ++i) {
+        float& y = x.of[i / 8][i / 4 % 2][i % 4];
+        if (!kPlain) y = rules.scores.of(y);
+        if (!kWhole) y += bias[8 * (i / 4) + 2 * t + i % 2];
+        highest[i % 4 / 2] = fmaxf(highest[i % 4 / 2], y);
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        highest[r] = fmaxf(sums.most[r], largest_of_row(highest[r]) * unit);
+        base[r] = highest[r] == -kInfinity ? 0.f : highest[r];
+        const float shrink = exp2_fast(sums.most[r] - base[r]);
+        sums.most[r] = highest[r], sums.total[r] *= shrink;
+#pragma unroll
+        for (int i = 0; i < 4 * kSteps; ++i) sums.o.of[i / 2][2 * r + i % 2] *= shrink;
+    }
+#pragma unroll
+    for (int i = 0; i < 8 * kGroups; ++i) {
+        float& y = x.of[i / 8][i / 4 % 2][i % 4];
+        y = exp2_fast(y * unit - base[i % 4 / 2]);
+        sums.total[i % 4 / 2] += y;
+    }
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) {
+        if (rules.drops()) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int n = i / 2, r = i % 2;
+                const int64_t row = query_number(rules.p, at, rules.axis, first_row + g + 8 * r);
+                const float2 keep = rules.dropout.factors(row, first_key + 16 * j + 8 * n + 2 * t);
+                x.of[j][n][2 * r] *= keep.x, x.of[j][n][2 * r + 1] *= keep.y;
+            }
+        }
+        uint32_t weights[4];
+        as_left_operand<T>(weights, x.of[j]);
+        along_rows<T>(sums.o, weights, values + 16 * j * Pitch<kSteps>::kBytes, places.along);
+    }
+}
+
+// o of 16 queries, and their lse where it is wanted.
+template <class T, int kSteps, bool kPlain>
+VIVIT_DEVICE void attend(const Block<kSteps, false>& block, int32_t s, int32_t first_row, const Rules<kPlain>& rules) {
+    constexpr int kGroups = 4;
+    const AttentionParams& p = rules.p;
+    const Sequence at(block.first + s, rules.axis);
+    const char *keys = block.rows(1, s), *values = block.rows(2, s);
+    const float* bias = block.floats(s);
+    const Operand<kSteps> q(block.rows(0, s) + first_row * Pitch<kSteps>::kBytes);
+    const Places<kSteps> places;
+    Attended<kSteps> sums;
+    constexpr int32_t kBytes = Pitch<kSteps>::kBytes;
+    const int32_t in_fours = kPlain ? rules.axis.N : block.layout.rows;
+    int32_t key = 0;
 #pragma unroll 1
-    for (int32_t start = 0; start < block.layout.rows; start += 16 * kGroups) {
-        float x[kGroups][2][4];
-        float highest[2] = {-kInfinity, -kInfinity};
-#pragma unroll
-        for (int j = 0; j < kGroups; ++j) {
-            const int32_t first_key = start + 16 * j;
-            if (first_key >= block.layout.rows) continue;
-            across_rows<T>(x[j], q, keys, first_key);
-            const bool whole = kPlain && first_key + 16 <= axis.N;
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                const int n = i / 4, e = i % 4;
-                x[j][n][e] = scores.of(x[j][n][e]);
-                if (!whole) x[j][n][e] += bias[first_key + 8 * n + 2 * t + e % 2];
-                highest[e / 2] = fmaxf(highest[e / 2], x[j][n][e]);
-            }
-        }
-        float base[2], shrink[2];
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            highest[r] = fmaxf(most[r], largest_of_row(highest[r]));
-            base[r] = highest[r] == -kInfinity ? 0.f : highest[r];
-            shrink[r] = exp2_fast(most[r] - base[r]);
-            most[r] = highest[r], total[r] *= shrink[r];
-        }
-#pragma unroll
-        for (int i = 0; i < 8 * kSteps; ++i) o.of[i / 4][i % 4] *= shrink[i % 4 / 2];
-#pragma unroll
-        for (int j = 0; j < kGroups; ++j) {
-            const int32_t first_key = start + 16 * j;
-            if (first_key >= block.layout.rows) continue;
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                float& y = x[j][i / 4][i % 4];
-                y = exp2_fast(y - base[i % 4 / 2]);
-                total[i % 4 / 2] += y;
-            }
-            if (!kPlain && dropout.on) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int n = i / 2, r = i % 2;
-                    const int64_t row = query_number(p, at, axis, first_row + g + 8 * r);
-                    const float2 keep = dropout.factors(row, first_key + 8 * n + 2 * t);
-                    x[j][n][2 * r] *= keep.x, x[j][n][2 * r + 1] *= keep.y;
-                }
-            }
-            uint32_t weights[4];
-            as_left_operand<T>(weights, x[j]);
-            along_rows<T>(o, weights, values, first_key);
-        }
+    for (; key + 16 * kGroups <= in_fours; key += 16 * kGroups) {
+        attend_step<T, kSteps, kGroups, kPlain, kPlain>(sums, q, keys + key * kBytes, values + key * kBytes, bias + key,
+                                                        places, rules, at, first_row, key);
+    }
+#pragma unroll 1
+    for (; key < block.layout.rows; key += 16) {
+        attend_step<T, kSteps, 1, kPlain, false>(sums, q, keys + key * kBytes, values + key * kBytes, bias + key,
+                                                 places, rules, at, first_row, key);
     }
     float over[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        const int32_t row = first_row + g + 8 * r;
-        total[r] = sum_of_row(total[r]);
-        over[r] = total[r] > 0.f ? 1.f / total[r] : 0.f;
-        if (p.lse != nullptr && t == 0 && row < axis.N) {
-            store_one(p.lse + query_number(p, at, axis, row), total[r] > 0.f ? most[r] + log2f(total[r]) : kInfinity);
+        const int32_t row = first_row + lane_number() / 4 + 8 * r;
+        const float total = sum_of_row(sums.total[r]);
+        over[r] = total > 0.f ? 1.f / total : 0.f;
+        if (p.lse != nullptr && lane_number() % 4 == 0 && row < rules.axis.N) {
+            const float lse = total > 0.f ? sums.most[r] + log2f(total) : kInfinity;
+            store_one(p.lse + query_number(p, at, rules.axis, row), lse);
         }
     }
-    store_rows<T>(p, Rows(p.o, at, axis), first_row, axis.N, o, over);
+    store_rows<T>(p, Rows(p.o, at, rules.axis), first_row, rules.axis.N, sums.o, over);
 }
 
 template <class T, int kSteps, bool kPlain>
@@ -184,11 +217,10 @@ VIVIT_DEVICE void resident_forward(const AttentionParams& p, const Axis& axis, i
     copies_wait<0>();
     block_barrier();
     if (!kPlain && p.cos != nullptr) block.template turn<T>(p, axis);
-    const Scores<kPlain> scores(p);
-    const Dropout dropout(p);
+    const Rules<kPlain> rules(p, axis);
     const int32_t tiles = rows / 16;
     for (int32_t i = block.thread() / 32; i < sequences * tiles; i += block.threads() / 32) {
-        attend<T, kSteps, kPlain>(p, axis, block, i / tiles, i % tiles * 16, scores, dropout);
+        attend<T>(block, i / tiles, i % tiles * 16, rules);
     }
 }
 
@@ -222,97 +254,127 @@ VIVIT_DEVICE void load_statistics(const AttentionParams& p, const Axis& axis, co
     }
 }
 
+// Products of a pair of operands with the rows of a pair of tensors, over channels: x = a rows^T, y = b others^T.
+template <class T, int kSteps>
+VIVIT_DEVICE void across_both(Pairs<1>& x, const Operand<kSteps>& a, const char* rows, Pairs<1>& y,
+                              const Operand<kSteps>& b, const char* others, int32_t place) {
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+        across_step<T>(x, a, rows, place, s);
+        across_step<T>(y, b, others, place, s);
+    }
+}
+
+// The share of 16 keys in dq of 16 queries. kWhole: no key of them is padding.
+template <class T, int kSteps, bool kPlain, bool kWhole>
+VIVIT_DEVICE void queries_step(RowSums<kSteps>& dq, const Operand<kSteps>& q, const Operand<kSteps>& d_o,
+                               const char* keys, const char* values, const Places<kSteps>& places,
+                               const float (&lse)[2], const float (&delta)[2], const Rules<kPlain>& rules,
+                               const Sequence& at, int32_t first_row, int32_t first_key) {
+    const int32_t g = lane_number() / 4, t = lane_number() % 4;
+    Pairs<1> x, dp;
+    across_both<T>(x, q, keys, dp, d_o, values, places.across);
+    if (rules.drops()) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int n = i / 2, r = i % 2;
+            const int64_t row = query_number(rules.p, at, rules.axis, first_row + g + 8 * r);
+            const float2 keep = rules.dropout.factors(row, first_key + 8 * n + 2 * t);
+            dp.of[0][n][2 * r] *= keep.x, dp.of[0][n][2 * r + 1] *= keep.y;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        float& y = x.of[0][i / 4][i % 4];
+        const int32_t key = first_key + 8 * (i / 4) + 2 * t + i % 2;
+        float weight = exp2_fast(rules.scores.of(y) - lse[i % 4 / 2]);
+        if (!kPlain && !may_be_attended(rules.p, at, rules.axis, key)) weight = 0.f;
+        if (kPlain && !kWhole && key >= rules.axis.N) weight = 0.f;
+        y = weight * (dp.of[0][i / 4][i % 4] - delta[i % 4 / 2]) * rules.scores.slope(y);
+    }
+    uint32_t a[4];
+    as_left_operand<T>(a, x.of[0]);
+    along_rows<T>(dq, a, keys, places.along);
+}
+
 // dq of 16 queries.
 template <class T, int kSteps, bool kPlain>
-VIVIT_DEVICE void gradient_of_queries(const AttentionParams& p, const Axis& axis, const Block<kSteps, true>& block,
-                                      int32_t s, int32_t first_row, const Scores<kPlain>& scores,
-                                      const Dropout& dropout) {
-    const Sequence at(block.first + s, axis);
+VIVIT_DEVICE void gradient_of_queries(const Block<kSteps, true>& block, int32_t s, int32_t first_row,
+                                      const Rules<kPlain>& rules) {
+    constexpr int32_t kBytes = Pitch<kSteps>::kBytes;
+    const AttentionParams& p = rules.p;
+    const Sequence at(block.first + s, rules.axis);
     const char *keys = block.rows(1, s), *values = block.rows(2, s);
-    const int32_t g = block.thread() % 32 / 4, t = block.thread() % 4;
-    const Operand<kSteps> q(block.rows(0, s), first_row), d_o(block.rows(3, s), first_row);
-    const float* lse = block.floats(s) + first_row + g;
-    const float most[2] = {lse[0], lse[8]}, delta[2] = {lse[block.layout.rows], lse[block.layout.rows + 8]};
+    const Operand<kSteps> q(block.rows(0, s) + first_row * kBytes), d_o(block.rows(3, s) + first_row * kBytes);
+    const float* floats = block.floats(s) + first_row + lane_number() / 4;
+    const float lse[2] = {floats[0], floats[8]}, delta[2] = {floats[block.layout.rows], floats[block.layout.rows + 8]};
+    const Places<kSteps> places;
     RowSums<kSteps> dq;
+    int32_t key = 0;
 #pragma unroll 1
-    for (int32_t first_key = 0; first_key < block.layout.rows; first_key += 16) {
-        float x[2][4], dp[2][4];
-        across_rows<T>(x, q, keys, first_key);
-        across_rows<T>(dp, d_o, values, first_key);
-        if (!kPlain && dropout.on) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int n = i / 2, r = i % 2;
-                const int64_t row = query_number(p, at, axis, first_row + g + 8 * r);
-                const float2 keep = dropout.factors(row, first_key + 8 * n + 2 * t);
-                dp[n][2 * r] *= keep.x, dp[n][2 * r + 1] *= keep.y;
-            }
-        }
-        const bool whole = kPlain && first_key + 16 <= axis.N;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            const int n = i / 4, e = i % 4;
-            const int32_t key = first_key + 8 * n + 2 * t + e % 2;
-            float weight = exp2_fast(scores.of(x[n][e]) - most[e / 2]);
-            if (!whole && !(kPlain ? key < axis.N : may_be_attended(p, at, axis, key))) weight = 0.f;
-            x[n][e] = weight * (dp[n][e] - delta[e / 2]) * scores.slope(x[n][e]);
-        }
-        uint32_t a[4];
-        as_left_operand<T>(a, x);
-        along_rows<T>(dq, a, keys, first_key);
+    for (; key + 16 <= rules.axis.N; key += 16) {
+        queries_step<T, kSteps, kPlain, true>(dq, q, d_o, keys + key * kBytes, values + key * kBytes, places, lse,
+                                              delta, rules, at, first_row, key);
     }
-    const float once[2] = {1.f, 1.f};
-    if (!kPlain && p.cos != nullptr) turn_rows_back(p, dq, at, axis, first_row, block.scratch());
-    store_rows<T>(p, Rows(p.dq, at, axis), first_row, axis.N, dq, once);
+    if (key < rules.axis.N) {
+        queries_step<T, kSteps, kPlain, false>(dq, q, d_o, keys + key * kBytes, values + key * kBytes, places, lse,
+                                               delta, rules, at, first_row, key);
+    }
+    const float scale[2] = {p.scale, p.scale};
+    if (!kPlain && p.cos != nullptr) turn_rows_back(p, dq, at, rules.axis, first_row, block.scratch());
+    store_rows<T>(p, Rows(p.dq, at, rules.axis), first_row, rules.axis.N, dq, scale);
 }
 
 // dk and dv of 16 keys. Scores lie keys first, so that no product has to transpose them.
 template <class T, int kSteps, bool kPlain>
-VIVIT_DEVICE void gradients_of_keys(const AttentionParams& p, const Axis& axis, const Block<kSteps, true>& block,
-                                    int32_t s, int32_t first_key, const Scores<kPlain>& scores,
-                                    const Dropout& dropout) {
-    const Sequence at(block.first + s, axis);
-    const char *queries = block.rows(0, s), *d_outputs = block.rows(3, s);
-    const int32_t g = block.thread() % 32 / 4, t = block.thread() % 4;
-    const Operand<kSteps> k(block.rows(1, s), first_key), v(block.rows(2, s), first_key);
-    const float *lse = block.floats(s), *delta = lse + block.layout.rows;
-    const bool may[2] = {kPlain || may_be_attended(p, at, axis, first_key + g),
-                         kPlain || may_be_attended(p, at, axis, first_key + g + 8)};
+VIVIT_DEVICE void gradients_of_keys(const Block<kSteps, true>& block, int32_t s, int32_t first_key,
+                                    const Rules<kPlain>& rules) {
+    const AttentionParams& p = rules.p;
+    const Sequence at(block.first + s, rules.axis);
+    const int32_t g = lane_number() / 4, t = lane_number() % 4;
+    const Operand<kSteps> k(block.rows(1, s) + first_key * Pitch<kSteps>::kBytes);
+    const char* values = block.rows(2, s) + first_key * Pitch<kSteps>::kBytes;
+    const bool may[2] = {kPlain || may_be_attended(p, at, rules.axis, first_key + g),
+                         kPlain || may_be_attended(p, at, rules.axis, first_key + g + 8)};
+    const Places<kSteps> places;
     RowSums<kSteps> dk, dv;
 #pragma unroll 1
     for (int32_t first_row = 0; first_row < block.layout.rows; first_row += 16) {
-        float x[2][4], dp[2][4], keep[2][4];
-        across_rows<T>(x, k, queries, first_row);
-        across_rows<T>(dp, v, d_outputs, first_row);
-        if (!kPlain && dropout.on) {
+        const char* queries = block.rows(0, s) + first_row * Pitch<kSteps>::kBytes;
+        const char* d_outputs = block.rows(3, s) + first_row * Pitch<kSteps>::kBytes;
+        const float *lse = block.floats(s) + first_row + 2 * t, *delta = lse + block.layout.rows;
+        // v is read once more in each step: its registers are needed for two blocks to a multiprocessor
+        const Operand<kSteps> v(values);
+        Pairs<1> x, dp;
+        across_both<T>(x, k, queries, dp, v, d_outputs, places.across);
+        float keep[8];
+        if (rules.drops()) {
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
-                const int n = i / 4, e = i % 4;
-                const int64_t row = query_number(p, at, axis, first_row + 8 * n + 2 * t + e % 2);
-                keep[n][e] = dropout.factor(row, first_key + g + 8 * (e / 2));
-                dp[n][e] *= keep[n][e];
+                const int64_t row = query_number(p, at, rules.axis, first_row + 8 * (i / 4) + 2 * t + i % 2);
+                keep[i] = rules.dropout.factor(row, first_key + g + 8 * (i % 4 / 2));
+                dp.of[0][i / 4][i % 4] *= keep[i];
             }
         }
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-            const int n = i / 4, e = i % 4;
-            const int32_t row = first_row + 8 * n + 2 * t + e % 2;
-            float weight = exp2_fast(scores.of(x[n][e]) - lse[row]);
-            if (!kPlain && !may[e / 2]) weight = 0.f;
-            const float ds = weight * (dp[n][e] - delta[row]) * scores.slope(x[n][e]);
-            dp[n][e] = ds;
-            x[n][e] = !kPlain && dropout.on ? weight * keep[n][e] : weight;
+            float &y = x.of[0][i / 4][i % 4], &dy = dp.of[0][i / 4][i % 4];
+            const int32_t place = 8 * (i / 4) + i % 2;
+            float weight = exp2_fast(rules.scores.of(y) - lse[place]);
+            if (!kPlain && !may[i % 4 / 2]) weight = 0.f;
+            dy = weight * (dy - delta[place]) * rules.scores.slope(y);
+            y = rules.drops() ? weight * keep[i] : weight;
         }
         uint32_t a[4];
-        as_left_operand<T>(a, x);
-        along_rows<T>(dv, a, d_outputs, first_row);
-        as_left_operand<T>(a, dp);
-        along_rows<T>(dk, a, queries, first_row);
+        as_left_operand<T>(a, x.of[0]);
+        along_rows<T>(dv, a, d_outputs, places.along);
+        as_left_operand<T>(a, dp.of[0]);
+        along_rows<T>(dk, a, queries, places.along);
     }
-    const float once[2] = {1.f, 1.f};
-    store_rows<T>(p, Rows(p.dv, at, axis), first_key, axis.N, dv, once);
-    if (!kPlain && p.cos != nullptr) turn_rows_back(p, dk, at, axis, first_key, block.scratch());
-    store_rows<T>(p, Rows(p.dk, at, axis), first_key, axis.N, dk, once);
+    const float once[2] = {1.f, 1.f}, scale[2] = {p.scale, p.scale};
+    store_rows<T>(p, Rows(p.dv, at, rules.axis), first_key, rules.axis.N, dv, once);
+    if (!kPlain && p.cos != nullptr) turn_rows_back(p, dk, at, rules.axis, first_key, block.scratch());
+    store_rows<T>(p, Rows(p.dk, at, rules.axis), first_key, rules.axis.N, dk, scale);
 }
 
 template <class T, int kSteps, bool kPlain>
@@ -329,15 +391,14 @@ VIVIT_DEVICE void resident_backward(const AttentionParams& p, const Axis& axis, 
     load_statistics<T>(p, axis, block);
     block_barrier();
     if (!kPlain && p.cos != nullptr) block.template turn<T>(p, axis);
-    const Scores<kPlain> scores(p);
-    const Dropout dropout(p);
+    const Rules<kPlain> rules(p, axis);
     const int32_t tiles = block.layout.rows / 16, all = sequences * tiles;
     for (int32_t i = block.thread() / 32; i < 2 * all; i += block.threads() / 32) {  // the longer ones first
         const int32_t s = i % all / tiles, first = i % tiles * 16;
         if (i < all) {
-            gradients_of_keys<T, kSteps, kPlain>(p, axis, block, s, first, scores, dropout);
+            gradients_of_keys<T>(block, s, first, rules);
         } else {
-            gradient_of_queries<T, kSteps, kPlain>(p, axis, block, s, first, scores, dropout);
+            gradient_of_queries<T>(block, s, first, rules);
         }
     }
 }

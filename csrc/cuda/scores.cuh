@@ -9,24 +9,25 @@ constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kInfinity = __builtin_huge_valf();
 
 // A score x is a logarithm to base 2, so that a probability is 2^(x - max) / sum. kPlain: no option of the call but a
-// scale; what the others need is then not compiled in.
+// positive scale; what the others need is then not compiled in.
 template <bool kPlain>
 struct Scores {
-    float unit, cap, over_cap, scale;
+    float unit, cap, over_cap;
 
     VIVIT_DEVICE explicit Scores(const AttentionParams& p)
-        : unit(p.scale * kLog2E), cap(p.softcap), over_cap(p.softcap > 0 ? p.scale / p.softcap : 0.f), scale(p.scale) {}
+        : unit(p.scale * kLog2E), cap(p.softcap), over_cap(p.softcap > 0 ? p.scale / p.softcap : 0.f) {}
 
     VIVIT_DEVICE float of(float product) const {
         if (kPlain || cap == 0.f) return product * unit;
         return cap * kLog2E * tanh_of(product * over_cap);
     }
 
-    // d score / d product, without the factor log2(e) that a probability's derivative takes back.
+    // d score / d product, over the scale, which a gradient is multiplied by at its end, and over log2(e), which the
+    // derivative of a probability takes back.
     VIVIT_DEVICE float slope(float product) const {
-        if (kPlain || cap == 0.f) return scale;
+        if (kPlain || cap == 0.f) return 1.f;
         const float y = tanh_of(product * over_cap);
-        return scale * (1.f - y * y);
+        return 1.f - y * y;
     }
 
     // Within 4e-7: near 0 by the series, as the difference of exponentials cancels there.

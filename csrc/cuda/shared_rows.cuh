@@ -53,32 +53,47 @@ VIVIT_DEVICE void turn_rows(const AttentionParams& p, char* rows, const Sequence
     }
 }
 
+VIVIT_DEVICE int32_t lane_number() { return static_cast<int32_t>(threadIdx.x) % 32; }
+
 // 16 rows as the left operand of a product over channels: for each 16 channels four blocks.
 template <int kSteps>
 struct Operand {
     uint32_t of[kSteps][4];
 
-    VIVIT_DEVICE Operand(const char* rows, int32_t first) {
-        const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;
-        const int32_t at = Pitch<kSteps>::place(first + lane % 16, lane / 16);
+    VIVIT_DEVICE explicit Operand(const char* rows) {
+        const int32_t at = Pitch<kSteps>::place(lane_number() % 16, lane_number() / 16);
 #pragma unroll
         for (int s = 0; s < kSteps; ++s) load_blocks(of[s], rows + Pitch<kSteps>::further(at, s));
     }
 };
 
-// d [16, 16] = a b^T over channels, b the rows first, ..., first + 15.
-template <class T, int kSteps>
-VIVIT_DEVICE void across_rows(float (&d)[2][4], const Operand<kSteps>& a, const char* rows, int32_t first) {
-    const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;
-    const int32_t at = Pitch<kSteps>::place(first + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+// Where a lane finds its part of 16 rows that are the right operand: of a product over channels blocks of rows 0..
+// columns 0.., rows 0.. columns 8.., rows 8.. columns 0.., rows 8.. columns 8..; of one over rows the middle two change
+// places. The first of the rows is a multiple of 8, so that this does not depend on it.
+template <int kSteps>
+struct Places {
+    int32_t across, along;
+
+    VIVIT_DEVICE Places()
+        : across(Pitch<kSteps>::place(lane_number() % 8 + lane_number() / 16 * 8, lane_number() / 8 % 2)),
+          along(Pitch<kSteps>::place(lane_number() % 16, lane_number() / 16)) {}
+};
+
+template <int kGroups>
+struct Pairs {
+    float of[kGroups][2][4] = {};  // [16, 16 kGroups], sixteen columns as two blocks of sums
+};
+
+// d += a b^T over 16 channels, number s of the steps, b of 16 kGroups rows. Of all groups one step after the other:
+// products of one accumulator have to wait for each other.
+template <class T, int kSteps, int kGroups>
+VIVIT_DEVICE void across_step(Pairs<kGroups>& d, const Operand<kSteps>& a, const char* rows, int32_t place, int s) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) d[i / 4][i % 4] = 0.f;
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-        uint32_t b[4];  // rows 0.. and columns 0.., rows 0.. columns 8.., rows 8.. columns 0.., rows 8.. columns 8..
-        load_blocks(b, rows + Pitch<kSteps>::further(at, s));
-        multiply_add<T>(d[0], a.of[s], b[0], b[1]);
-        multiply_add<T>(d[1], a.of[s], b[2], b[3]);
+    for (int j = 0; j < kGroups; ++j) {
+        uint32_t b[4];
+        load_blocks(b, rows + Pitch<kSteps>::further(place, s) + 16 * j * Pitch<kSteps>::kBytes);
+        multiply_add<T>(d.of[j][0], a.of[s], b[0], b[1]);
+        multiply_add<T>(d.of[j][1], a.of[s], b[2], b[3]);
     }
 }
 
@@ -88,15 +103,13 @@ struct RowSums {
     float of[2 * kSteps][4] = {};
 };
 
-// sums += a b, a [16, 16] an operand, b the rows first, ..., first + 15.
+// sums += a b, a [16, 16] an operand, b 16 rows.
 template <class T, int kSteps>
-VIVIT_DEVICE void along_rows(RowSums<kSteps>& sums, const uint32_t (&a)[4], const char* rows, int32_t first) {
-    const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;
-    const int32_t at = Pitch<kSteps>::place(first + lane % 16, lane / 16);
+VIVIT_DEVICE void along_rows(RowSums<kSteps>& sums, const uint32_t (&a)[4], const char* rows, int32_t place) {
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
         uint32_t b[4];
-        load_blocks_transposed(b, rows + Pitch<kSteps>::further(at, s));
+        load_blocks_transposed(b, rows + Pitch<kSteps>::further(place, s));
         multiply_add<T>(sums.of[2 * s], a, b[0], b[1]);
         multiply_add<T>(sums.of[2 * s + 1], a, b[2], b[3]);
     }
