@@ -34,8 +34,8 @@ FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 ISA_FLAGS = {"portable": [], "avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": [*_AVX512, "-mavx512bf16"]}
-# PTX 8.0 for what comes later: a driver compiles it at the first call. It is the one that sm_80 is made from, so that it
-# costs no time here; machine code of one more GPU costs half as much again.
+# PTX 8.0 for what comes later, which a driver compiles at the first call. It is what sm_80 is made from, so it takes no
+# time here; machine code for one more GPU takes half as much again.
 CUDA_ARCHES = ["sm_80", "compute_80", "sm_90a"]
 OLDEST_ARCH = 80
 
