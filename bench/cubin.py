@@ -224,17 +224,26 @@ def _by_kernel(text: str, header: str) -> dict[tuple[int, str], str]:
     return found
 
 
+def resources(path: Path) -> dict[tuple[int, str], dict[str, int]]:
+    """REG, STACK, LOCAL and SHARED by architecture and name, as `read` finds them, which disassembles for seconds."""
+    usage = _by_kernel(_run("-res-usage", path), r"\s*Function (\S+):")
+    return {
+        key: {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", x)} for key, x in usage.items()
+    }
+
+
 def read(path: Path) -> list[Kernel]:
     """The kernels in a cubin, an object file or a shared library, for every architecture in it."""
     sass = _by_kernel(_run("-sass", path), r"\s+Function : (\S+)")
     archs = {arch for arch, _ in sass}
-    usage = _by_kernel(_run("-res-usage", path), r"\s*Function (\S+):")
+    usage = resources(path)
     info = _by_kernel(_run("-elf", path), r"\.nv\.info\.(\S+)")
     kernels = []
     for (arch, name), code in sass.items():
         # a bare cubin has one architecture, which only -sass names
-        used, facts = (x.get((arch, name)) or (x.get((0, name), "") if len(archs) == 1 else "") for x in (usage, info))
-        numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", used)}
+        bare = [(0, name)] if len(archs) == 1 else []
+        numbers = next(usage[key] for key in [(arch, name), *bare] if key in usage)
+        facts = next((info[key] for key in [(arch, name), *bare] if key in info), "")
         # from sm_90 on, compilers count the system's share as part of the kernel's own
         shared = numbers["SHARED"] - (RESERVED if arch >= 90 and numbers["SHARED"] >= RESERVED else 0)
         kernels.append(

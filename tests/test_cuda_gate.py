@@ -73,6 +73,16 @@ def test_a_kernel_that_does_not_fit_is_noticed(planted):
 
 
 @in_library
+def test_no_kernel_keeps_anything_in_local_memory():
+    """Spills are there, too. The rest of the gate disassembles, for seconds to a minute."""
+    used = cubin.resources(_library.library_path())
+    names = cuda_gate.demangled(name for _, name in used)
+    found = [f"sm_{arch} {names[name]}: {x}" for (arch, name), x in used.items() if x["STACK"] + x["LOCAL"]]
+    assert used and not found, "\n".join(found)
+
+
+@pytest.mark.full
+@in_library
 def test_kernels_are_what_they_were_written_to_be():
     kernels = cuda_gate.read(_library.library_path())
     found = [f"sm_{x.arch} {name}: {why}" for name, x in kernels for why in cuda_gate.complaints(name, x)]

@@ -17,6 +17,7 @@ from vivit_kernels import _library, _native
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 OPS = ("best_isa", "resident_keys", "attention_fwd", "attention_bwd")
+CUDA_OPS = ("cuda_regime", "cuda_keeps_output", "cuda_attention_fwd", "cuda_attention_bwd")
 loaded = pytest.mark.skipif(not _native.AVAILABLE, reason=f"{_native.WHY} -> {_native.REMEDY}")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="libraries are ELF files")
 
@@ -169,6 +170,9 @@ def test_the_report_says_which_library_it_is_and_what_it_uses():
 def test_the_ops_are_there_and_available_means_so():
     for name in OPS:
         assert hasattr(torch.ops.vivit_kernels_native, name)
+    for name in CUDA_OPS:
+        assert hasattr(torch.ops.vivit_kernels_native, name) == _native.CUDA
+    assert _native.RECORD is not None and _native.CUDA == (_native.RECORD.kind == "cuda") == (not _native.NO_CUDA)
     assert _native.WHY == _native.REMEDY == ""
     assert _native.ISAS[torch.ops.vivit_kernels_native.best_isa()] == _native.BEST
 
