@@ -99,8 +99,8 @@ Call call_of(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTenso
     p.dtype = dtype_of(q);
     p.q = call.grid(q, "q"), p.k = call.grid(k, "k"), p.v = call.grid(v, "v");
     const int64_t tokens = static_cast<int64_t>(p.T) * p.S;
-    p.lse = call.flat<float>(lse, ScalarType::Float, p.B * p.H * tokens, "lse");
-    p.mask = call.flat<const bool>(mask, ScalarType::Bool, p.B * tokens, "mask");
+    p.lse = call.flat<float>(lse, ScalarType::Float, tokens * p.B * p.H, "lse");
+    p.mask = call.flat<const bool>(mask, ScalarType::Bool, tokens * p.B, "mask");
     p.cos = call.flat<const float>(cos, ScalarType::Float, tokens * (p.D / 2), "cos");
     p.sin = call.flat<const float>(sin, ScalarType::Float, tokens * (p.D / 2), "sin");
     STD_TORCH_CHECK((p.cos == nullptr) == (p.sin == nullptr), kWho, "cos without sin");
