@@ -481,3 +481,21 @@ def test_the_library_checks_what_it_is_given(wrong):
     }[wrong]
     with pytest.raises(RuntimeError, match=r"vivit_kernels_native.cuda_attention: (rows of )?o "):
         ops.cuda_attention_fwd(q, q, q, bad, None, *none)
+
+
+@gpu
+@in_library
+def test_a_launch_that_fails_is_explained_and_forgotten():
+    """What a predicate would have refused; the next call starts as if nothing had been."""
+    long = torch.zeros(1, 1, 5000, 2, 64, dtype=torch.bfloat16, device="cuda")
+    none = (None, None, None, None, None, 0, 0.125, 0.0, 0.0)
+    with pytest.raises(RuntimeError) as error:
+        ops.cuda_attention_fwd(long, long, long, torch.empty_like(long), *none)
+    assert (
+        "factorized_attention: the forward of backend 'cuda' did not start for q [1, 1, 5000, 2, 64], bfloat16, "
+        "temporal_heads=0: the launch asks for more than this GPU has\n"
+        "  -> use backend='triton' or 'torch' for such a call\n"
+    ) in str(error.value)
+    short, o = long[:, :, :64], torch.full_like(long[:, :, :64], 7.0)
+    ops.cuda_attention_fwd(short, short, short, o, *none)
+    assert not o.any()
