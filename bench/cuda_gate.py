@@ -26,13 +26,18 @@ from .static import table
 
 # Opcodes that a kernel is written for, by the first word of its name. packed: all in registers, blocks transposed
 # between lanes where a product wants them so; resident: rows copied to shared memory, from where products take them,
-# and for the heads of the other axis what packed has.
+# and for the heads of the other axis what packed has; hopper: products of a warp group, on sm_90 alone.
 _PACKED = ("HMMA", "MOVM", "LDG.128", "STG.128")
-WANTED = {"packed": _PACKED, "resident": (*_PACKED, "LDGSTS.128", "LDSM")}
+WANTED = {
+    "packed": _PACKED,
+    "resident": (*_PACKED, "LDGSTS.128", "LDSM"),
+    "hopper": ("HGMMA", "LDGSTS.128", "STG.128"),
+}
+ONLY_ON = {"hopper": 90}  # elsewhere a kernel of that name is empty
 NARROW = ("LDG.16", "STG.16", "STG.8", "LDGSTS.16", "LDGSTS.8")  # LDG.8 reads a mask
 HEADER = (
-    "kernel", "arch", "registers", "shared", "threads", "warps", "HMMA", "MOVM", "LDSM", "loads", "copies", "stores",
-    "exp2",
+    "kernel", "arch", "registers", "shared", "threads", "warps", "HGMMA", "HMMA", "MOVM", "LDSM", "loads", "copies",
+    "stores", "exp2",
 )  # fmt: skip
 
 
@@ -59,7 +64,10 @@ def complaints(name: str, kernel: cubin.Kernel) -> list[str]:
     if kernel.threads is None:
         found.append("launch bounds: none, so nobody knows how many blocks fit")
     found += Compiled(kernel, (), kernel.threads or cubin.MOST_THREADS, kernel.shared).complaints
-    wanted = WANTED.get(name.partition("_")[0])
+    word = name.partition("_")[0]
+    wanted = WANTED.get(word)
+    if ONLY_ON.get(word, kernel.arch) != kernel.arch:
+        return found
     if wanted is None:
         found.append(f"name: begins with neither {' nor '.join(WANTED)}, so no opcode is asked of it")
     found += [f"opcode: no {opcode}" for opcode in wanted or () if not mix[opcode]]
@@ -72,7 +80,7 @@ def row(name: str, kernel: cubin.Kernel) -> tuple[str, ...]:
     wide = [f"{mix[f'{opcode}.128']}/{mix[opcode]}" for opcode in ("LDG", "LDGSTS", "STG")]
     return (
         name, f"sm_{kernel.arch}", str(kernel.registers), f"{kernel.shared:,}", str(threads), str(warps),
-        *(str(mix[opcode]) for opcode in ("HMMA", "MOVM", "LDSM")), *wide, str(mix["MUFU.EX2"]),
+        *(str(mix[opcode]) for opcode in ("HGMMA", "HMMA", "MOVM", "LDSM")), *wide, str(mix["MUFU.EX2"]),
     )  # fmt: skip
 
 
