@@ -163,6 +163,24 @@ VIVIT_DEVICE void attend_step(Attended<kSteps>& sums, const Operand<kSteps>& q, 
     }
 }
 
+// o of the rows of a warp from first_row on, and their lse where it is wanted.
+template <class T, int kSteps>
+VIVIT_DEVICE void store_attended(const AttentionParams& p, const Axis& axis, const Sequence& at, int32_t first_row,
+                                 const Attended<kSteps>& sums) {
+    float over[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int32_t row = first_row + lane_number() / 4 + 8 * r;
+        const float total = sum_of_row(sums.total[r]);
+        over[r] = total > 0.f ? 1.f / total : 0.f;
+        if (p.lse != nullptr && lane_number() % 4 == 0 && row < axis.N) {
+            const float lse = total > 0.f ? sums.most[r] + log2f(total) : kInfinity;
+            store_one(p.lse + query_number(p, at, axis, row), lse);
+        }
+    }
+    store_rows<T>(p, Rows(p.o, at, axis), first_row, axis.N, sums.o, over);
+}
+
 // o of 16 queries, and their lse where it is wanted.
 template <class T, int kSteps, bool kPlain>
 VIVIT_DEVICE void attend(const Block<kSteps, false>& block, int32_t s, int32_t first_row, const Rules<kPlain>& rules) {
@@ -187,18 +205,7 @@ VIVIT_DEVICE void attend(const Block<kSteps, false>& block, int32_t s, int32_t f
         attend_step<T, kSteps, 1, kPlain, false>(sums, q, keys + key * kBytes, values + key * kBytes, bias + key,
                                                  places, rules, at, first_row, key);
     }
-    float over[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        const int32_t row = first_row + lane_number() / 4 + 8 * r;
-        const float total = sum_of_row(sums.total[r]);
-        over[r] = total > 0.f ? 1.f / total : 0.f;
-        if (p.lse != nullptr && lane_number() % 4 == 0 && row < rules.axis.N) {
-            const float lse = total > 0.f ? sums.most[r] + log2f(total) : kInfinity;
-            store_one(p.lse + query_number(p, at, rules.axis, row), lse);
-        }
-    }
-    store_rows<T>(p, Rows(p.o, at, rules.axis), first_row, rules.axis.N, sums.o, over);
+    store_attended<T>(p, rules.axis, at, first_row, sums);
 }
 
 template <class T, int kSteps, bool kPlain>

@@ -150,6 +150,97 @@ VIVIT_DEVICE char* shared_memory() {
     return memory;
 }
 
+// ---- a warpgroup's matrices (sm_90a) ----
+// Four neighbouring warps, warp w with rows 16 w to 16 w + 15 of 64, each row as for a warp above. Operands in shared
+// memory are rows of 64 channels, 128 bytes, the first at a multiple of 1024 bytes, with chunk c of 16 bytes of row r
+// at place c xor (r mod 8). Products run on their own until group_wait: until then nobody may touch what they read or
+// write.
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define VIVIT_HOPPER 1
+#endif
+
+// Says that registers and shared memory are ready for the products that follow.
+VIVIT_DEVICE void group_begin() {
+#if defined(VIVIT_HOPPER)
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+VIVIT_DEVICE void group_commit() {
+#if defined(VIVIT_HOPPER)
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+template <int kLater>
+VIVIT_DEVICE void group_wait() {
+#if defined(VIVIT_HOPPER)
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLater) : "memory");
+#endif
+}
+// In each thread that wrote shared memory which such products read, before the barrier between.
+VIVIT_DEVICE void group_fence() {
+#if defined(VIVIT_HOPPER)
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// How the products know an operand in shared memory: its address, 1024 bytes from eight rows to the next eight,
+// swizzled by 128 bytes (PTX manual, matrix descriptors of wgmma).
+VIVIT_DEVICE uint64_t descriptor(const void* operand) {
+    const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(operand));
+    return (static_cast<uint64_t>(1) << 62) | (static_cast<uint64_t>(1024 >> 4) << 32) |
+           (static_cast<uint64_t>(1) << 16) | ((at & 0x3ffff) >> 4);
+}
+
+// x [64, columns] (+)= a b^T over 16 channels: a 64 rows and b `columns` rows at their descriptors. keep: += instead of
+// =.
+template <class T, int kColumns>
+VIVIT_DEVICE void group_across_step(float (&x)[kColumns / 8][4], uint64_t a, uint64_t b, bool keep);
+// x [64, 64] += a b over 16 rows: a in registers, b at its descriptor, 64 channels.
+template <class T>
+VIVIT_DEVICE void group_along(float (&x)[8][4], const uint32_t (&a)[4], uint64_t b);
+
+#if defined(VIVIT_HOPPER)
+#define VIVIT_FOUR(x, n) "+f"(x[n][0]), "+f"(x[n][1]), "+f"(x[n][2]), "+f"(x[n][3])
+#define VIVIT_8(x) VIVIT_FOUR(x, 0), VIVIT_FOUR(x, 1)
+#define VIVIT_16(x) VIVIT_8(x), VIVIT_FOUR(x, 2), VIVIT_FOUR(x, 3)
+#define VIVIT_32(x) VIVIT_16(x), VIVIT_FOUR(x, 4), VIVIT_FOUR(x, 5), VIVIT_FOUR(x, 6), VIVIT_FOUR(x, 7)
+#define VIVIT_NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define VIVIT_NAMES_16 VIVIT_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define VIVIT_NAMES_32 VIVIT_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define VIVIT_ACROSS(Type, name, columns, count, a_place, b_place, keep_place)                                      \
+    template <>                                                                                                     \
+    VIVIT_DEVICE void group_across_step<Type, columns>(float (&x)[columns / 8][4], uint64_t a, uint64_t b,          \
+                                                       bool keep) {                                                 \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " keep_place                                                 \
+                     ", 0;\n"                                                                                       \
+                     "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." name "." name " {" VIVIT_NAMES_##count \
+                     "}, " a_place ", " b_place ", p, 1, 1, 0, 0;\n}"                                               \
+                     : VIVIT_##count(x)                                                                             \
+                     : "l"(a), "l"(b), "r"(static_cast<int>(keep)));                                                \
+    }
+#define VIVIT_ALONG(Type, name)                                                                      \
+    template <>                                                                                      \
+    VIVIT_DEVICE void group_along<Type>(float (&x)[8][4], const uint32_t (&a)[4], uint64_t b) {      \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name " {" VIVIT_NAMES_32 \
+                     "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"                                     \
+                     : VIVIT_32(x)                                                                   \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                          \
+    }
+#define VIVIT_GROUP(Type, name)                           \
+    VIVIT_ACROSS(Type, name, 64, 32, "%32", "%33", "%34") \
+    VIVIT_ACROSS(Type, name, 32, 16, "%16", "%17", "%18") \
+    VIVIT_ACROSS(Type, name, 16, 8, "%8", "%9", "%10")    \
+    VIVIT_ALONG(Type, name)
+VIVIT_GROUP(BFloat16, "bf16")
+VIVIT_GROUP(Float16, "f16")
+#else  // never launched there
+template <class T, int kColumns>
+VIVIT_DEVICE void group_across_step(float (&)[kColumns / 8][4], uint64_t, uint64_t, bool) {}
+template <class T>
+VIVIT_DEVICE void group_along(float (&)[8][4], const uint32_t (&)[4], uint64_t) {}
+#endif
+
 // ---- launching ----
 
 // kernel<<<blocks, threads, shared_bytes, stream>>>(params); the error of the launch.
@@ -170,6 +261,15 @@ inline int most_shared_bytes() {
     if (cudaGetDevice(&device) != cudaSuccess) return 0;
     cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     return bytes;
+}
+
+// Of the current device, 90 for sm_90.
+inline int current_arch() {
+    int device = 0, major = 0, minor = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    return 10 * major + minor;
 }
 
 }  // namespace vivit::cuda

@@ -1,0 +1,267 @@
+// The resident regime with Hopper's products: heads of 64 channels, plain scores, sequences of more than 64 tokens. A
+// block of two warpgroups takes one sequence, a warpgroup 64 rows at a time; the other rows go by in steps of 64 or 32,
+// at the end of 16. As in resident.cuh the backward goes over each sequence twice, by keys and by queries.
+//
+// Rows of the last 64 that are beyond a tensor's lie in what follows it in shared memory: what comes of them belongs to
+// rows that are not stored.
+#pragma once
+
+#include "resident.cuh"
+
+namespace vivit::cuda {
+
+constexpr int kGroupRows = 64, kHopperThreads = 256;
+
+// What 64 rows may reach beyond the last tensor.
+VIVIT_BOTH int32_t hopper_bytes(int32_t N, bool backward) {
+    const int32_t bytes = backward ? Layout<4, true>(N).before_scratch() : Layout<4, false>(N).before_scratch();
+    return bytes + (kGroupRows - 16) * Pitch<4>::kBytes;
+}
+
+// The first of a warp's rows among those of its warpgroup.
+VIVIT_DEVICE int32_t rows_of_warp() { return static_cast<int32_t>(threadIdx.x) / 32 % 4 * 16; }
+
+// A step of 16 channels further in a descriptor.
+constexpr uint64_t kNextChannels = 32 >> 4;
+// 16 rows further.
+constexpr uint64_t kNextRows = 16 * Pitch<4>::kBytes >> 4;
+
+// x [64, columns] = a b^T.
+template <class T, int kColumns>
+VIVIT_DEVICE void group_across(float (&x)[kColumns / 8][4], uint64_t a, uint64_t b) {
+#pragma unroll
+    for (int s = 0; s < 4; ++s) group_across_step<T, kColumns>(x, a + s * kNextChannels, b + s * kNextChannels, s > 0);
+}
+
+// Two blocks of eight columns as an operand.
+template <class T>
+VIVIT_DEVICE void sixteen_columns(uint32_t (&a)[4], const float (&left)[4], const float (&right)[4]) {
+    a[0] = packed<T>(left[0], left[1]), a[1] = packed<T>(left[2], left[3]);
+    a[2] = packed<T>(right[0], right[1]), a[3] = packed<T>(right[2], right[3]);
+}
+
+// ---- forward ----
+
+// The next kColumns keys of 64 queries. kWhole: none of them is padding; else first_key and N say which are.
+template <class T, int kColumns, bool kWhole>
+VIVIT_DEVICE void hopper_attend_step(Attended<4>& sums, uint64_t q, uint64_t keys, uint64_t values, float unit,
+                                     int32_t first_key, int32_t N) {
+    float x[kColumns / 8][4];
+    group_begin();
+    group_across<T, kColumns>(x, q, keys);
+    group_commit();
+    group_wait<0>();
+    float highest[2] = {-kInfinity, -kInfinity};
+#pragma unroll
+    for (int i = 0; i < kColumns / 2; ++i) {
+        float& y = x[i / 4][i % 4];
+        if (!kWhole && first_key + 8 * (i / 4) + 2 * (lane_number() % 4) + i % 2 >= N) y = -kInfinity;
+        highest[i % 4 / 2] = fmaxf(highest[i % 4 / 2], y);
+    }
+    float base[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        base[r] = fmaxf(sums.most[r], largest_of_row(highest[r]) * unit);
+        const float shrink = exp2_fast(sums.most[r] - base[r]);
+        sums.most[r] = base[r], sums.total[r] *= shrink;
+#pragma unroll
+        for (int i = 0; i < 16; ++i) sums.o.of[i / 2][2 * r + i % 2] *= shrink;
+    }
+#pragma unroll
+    for (int i = 0; i < kColumns / 2; ++i) {
+        float& y = x[i / 4][i % 4];
+        y = exp2_fast(y * unit - base[i % 4 / 2]);
+        sums.total[i % 4 / 2] += y;
+    }
+    uint32_t weights[kColumns / 16][4];
+#pragma unroll
+    for (int j = 0; j < kColumns / 16; ++j) sixteen_columns<T>(weights[j], x[2 * j], x[2 * j + 1]);
+    group_begin();
+#pragma unroll
+    for (int j = 0; j < kColumns / 16; ++j) group_along<T>(sums.o.of, weights[j], values + j * kNextRows);
+    group_commit();
+    group_wait<0>();
+}
+
+// o and lse of 64 queries from first_row on, of one sequence.
+template <class T>
+VIVIT_DEVICE void hopper_attend(const Block<4, false>& block, int32_t first_row, const AttentionParams& p,
+                                const Axis& axis) {
+    const float unit = p.scale * kLog2E;
+    const uint64_t q = descriptor(block.rows(0, 0) + first_row * Pitch<4>::kBytes);
+    const uint64_t keys = descriptor(block.rows(1, 0)), values = descriptor(block.rows(2, 0));
+    Attended<4> sums;
+    int32_t key = 0;
+#pragma unroll 1
+    for (; key + 64 <= axis.N; key += 64) {
+        const uint64_t skipped = key / 16 * kNextRows;
+        hopper_attend_step<T, 64, true>(sums, q, keys + skipped, values + skipped, unit, key, axis.N);
+    }
+#pragma unroll 1
+    for (; key < axis.N; key += 16) {
+        const uint64_t skipped = key / 16 * kNextRows;
+        hopper_attend_step<T, 16, false>(sums, q, keys + skipped, values + skipped, unit, key, axis.N);
+    }
+    store_attended<T>(p, axis, Sequence(block.first, axis), first_row + rows_of_warp(), sums);
+}
+
+template <class T>
+VIVIT_DEVICE void hopper_forward(const AttentionParams& p, const Axis& axis, int64_t number) {
+    const Block<4, false> block(axis, p.B, number);
+    block.copy(0, 0, p.q, axis, p.D), block.copy(1, 0, p.k, axis, p.D), block.copy(2, 0, p.v, axis, p.D);
+    copies_commit();
+    copies_wait<0>();
+    group_fence();
+    block_barrier();
+    const int32_t group = block.thread() / 128, groups = block.threads() / 128;
+#pragma unroll 1
+    for (int32_t first = group * kGroupRows; first < axis.N; first += groups * kGroupRows) {
+        hopper_attend<T>(block, first, p, axis);
+    }
+}
+
+// ---- backward ----
+
+// The next kColumns queries, in dk and dv of 64 keys. floats: lse of the first of them, delta after `rows` more.
+template <class T, int kColumns>
+VIVIT_DEVICE void hopper_keys_step(RowSums<4>& dk, RowSums<4>& dv, uint64_t k, uint64_t v, uint64_t queries,
+                                   uint64_t d_outputs, const float* floats, int32_t rows, float unit) {
+    float x[kColumns / 8][4], dp[kColumns / 8][4];
+    group_begin();
+    group_across<T, kColumns>(x, k, queries);
+    group_across<T, kColumns>(dp, v, d_outputs);
+    group_commit();
+    group_wait<0>();
+#pragma unroll
+    for (int i = 0; i < kColumns / 2; ++i) {
+        float &y = x[i / 4][i % 4], &dy = dp[i / 4][i % 4];
+        const int32_t place = 8 * (i / 4) + 2 * (lane_number() % 4) + i % 2;
+        y = exp2_fast(y * unit - floats[place]);
+        dy = y * (dy - floats[rows + place]);
+    }
+    uint32_t weights[kColumns / 16][4], ds[kColumns / 16][4];
+#pragma unroll
+    for (int j = 0; j < kColumns / 16; ++j) {
+        sixteen_columns<T>(weights[j], x[2 * j], x[2 * j + 1]);
+        sixteen_columns<T>(ds[j], dp[2 * j], dp[2 * j + 1]);
+    }
+    group_begin();
+#pragma unroll
+    for (int j = 0; j < kColumns / 16; ++j) {
+        group_along<T>(dv.of, weights[j], d_outputs + j * kNextRows);
+        group_along<T>(dk.of, ds[j], queries + j * kNextRows);
+    }
+    group_commit();
+    group_wait<0>();
+}
+
+// The next kColumns keys, in dq of 64 queries.
+template <class T, int kColumns, bool kWhole>
+VIVIT_DEVICE void hopper_queries_step(RowSums<4>& dq, uint64_t q, uint64_t d_o, uint64_t keys, uint64_t values,
+                                      const float (&lse)[2], const float (&delta)[2], float unit, int32_t first_key,
+                                      int32_t N) {
+    float x[kColumns / 8][4], dp[kColumns / 8][4];
+    group_begin();
+    group_across<T, kColumns>(x, q, keys);
+    group_across<T, kColumns>(dp, d_o, values);
+    group_commit();
+    group_wait<0>();
+#pragma unroll
+    for (int i = 0; i < kColumns / 2; ++i) {
+        float &y = x[i / 4][i % 4], &dy = dp[i / 4][i % 4];
+        y = exp2_fast(y * unit - lse[i % 4 / 2]);
+        if (!kWhole && first_key + 8 * (i / 4) + 2 * (lane_number() % 4) + i % 2 >= N) y = 0.f;
+        dy = y * (dy - delta[i % 4 / 2]);
+    }
+    uint32_t ds[kColumns / 16][4];
+#pragma unroll
+    for (int j = 0; j < kColumns / 16; ++j) sixteen_columns<T>(ds[j], dp[2 * j], dp[2 * j + 1]);
+    group_begin();
+#pragma unroll
+    for (int j = 0; j < kColumns / 16; ++j) group_along<T>(dq.of, ds[j], keys + j * kNextRows);
+    group_commit();
+    group_wait<0>();
+}
+
+// dk and dv of 64 keys.
+template <class T>
+VIVIT_DEVICE void hopper_gradients_of_keys(const Block<4, true>& block, int32_t first_key, const AttentionParams& p,
+                                           const Axis& axis) {
+    const float unit = p.scale * kLog2E;
+    const int32_t skip = first_key * Pitch<4>::kBytes, rows = block.layout.rows;
+    const uint64_t k = descriptor(block.rows(1, 0) + skip), v = descriptor(block.rows(2, 0) + skip);
+    const uint64_t queries = descriptor(block.rows(0, 0)), d_outputs = descriptor(block.rows(3, 0));
+    const float* floats = block.floats(0);
+    RowSums<4> dk, dv;
+    int32_t row = 0;
+#pragma unroll 1
+    for (; row + 32 <= rows; row += 32) {
+        const uint64_t skipped = row / 16 * kNextRows;
+        hopper_keys_step<T, 32>(dk, dv, k, v, queries + skipped, d_outputs + skipped, floats + row, rows, unit);
+    }
+    if (row < rows) {
+        const uint64_t skipped = row / 16 * kNextRows;
+        hopper_keys_step<T, 16>(dk, dv, k, v, queries + skipped, d_outputs + skipped, floats + row, rows, unit);
+    }
+    const float once[2] = {1.f, 1.f}, scale[2] = {p.scale, p.scale};
+    const Sequence at(block.first, axis);
+    store_rows<T>(p, Rows(p.dv, at, axis), first_key + rows_of_warp(), axis.N, dv, once);
+    store_rows<T>(p, Rows(p.dk, at, axis), first_key + rows_of_warp(), axis.N, dk, scale);
+}
+
+// dq of 64 queries.
+template <class T>
+VIVIT_DEVICE void hopper_gradient_of_queries(const Block<4, true>& block, int32_t first_row, const AttentionParams& p,
+                                             const Axis& axis) {
+    const float unit = p.scale * kLog2E;
+    const int32_t skip = first_row * Pitch<4>::kBytes, rows = block.layout.rows;
+    const uint64_t q = descriptor(block.rows(0, 0) + skip), d_o = descriptor(block.rows(3, 0) + skip);
+    const uint64_t keys = descriptor(block.rows(1, 0)), values = descriptor(block.rows(2, 0));
+    const int32_t row = first_row + rows_of_warp() + lane_number() / 4;
+    const float* floats = block.floats(0);
+    float lse[2], delta[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const bool there = row + 8 * r < rows;
+        lse[r] = there ? floats[row + 8 * r] : 0.f, delta[r] = there ? floats[rows + row + 8 * r] : 0.f;
+    }
+    RowSums<4> dq;
+    int32_t key = 0;
+#pragma unroll 1
+    for (; key + 32 <= axis.N; key += 32) {
+        const uint64_t skipped = key / 16 * kNextRows;
+        hopper_queries_step<T, 32, true>(dq, q, d_o, keys + skipped, values + skipped, lse, delta, unit, key, axis.N);
+    }
+#pragma unroll 1
+    for (; key < axis.N; key += 16) {
+        const uint64_t skipped = key / 16 * kNextRows;
+        hopper_queries_step<T, 16, false>(dq, q, d_o, keys + skipped, values + skipped, lse, delta, unit, key, axis.N);
+    }
+    const float scale[2] = {p.scale, p.scale};
+    store_rows<T>(p, Rows(p.dq, Sequence(block.first, axis), axis), first_row + rows_of_warp(), axis.N, dq, scale);
+}
+
+template <class T>
+VIVIT_DEVICE void hopper_backward(const AttentionParams& p, const Axis& axis, int64_t number) {
+    const Block<4, true> block(axis, p.B, number);
+    block.copy(3, 0, p.d_o, axis, p.D), block.copy(0, 0, p.q, axis, p.D);
+    block.copy(1, 0, p.k, axis, p.D), block.copy(2, 0, p.v, axis, p.D);
+    copies_commit();
+    copies_wait<0>();
+    group_fence();
+    block_barrier();
+    load_statistics<T>(p, axis, block);
+    block_barrier();
+    const int32_t group = block.thread() / 128, groups = block.threads() / 128;
+    const int32_t tiles = (axis.N + kGroupRows - 1) / kGroupRows;
+#pragma unroll 1
+    for (int32_t i = group; i < 2 * tiles; i += groups) {  // the longer ones first
+        if (i < tiles) {
+            hopper_gradients_of_keys<T>(block, i * kGroupRows, p, axis);
+        } else {
+            hopper_gradient_of_queries<T>(block, (i - tiles) * kGroupRows, p, axis);
+        }
+    }
+}
+
+}  // namespace vivit::cuda
