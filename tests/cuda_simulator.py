@@ -93,7 +93,8 @@ def maybe(x: Tensor | None) -> tuple | None:
 
 def _call(q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None, options: dict) -> Any:
     given: dict[str, Any] = {"scale": q.shape[-1] ** -0.5, "softcap": 0.0, "dropout_p": 0.0, "schedule_seed": 0}
-    given |= {"shared_bytes": MOST_SHARED["sm_90"]} | options
+    given |= {"arch": 90} | options
+    given.setdefault("shared_bytes", MOST_SHARED[f"sm_{given['arch']}"])
     tensors = {name: maybe(given.pop(name, None)) for name in ("mask", "cos", "sin", "seed")}
     return made().Call(
         q=view(q), k=view(k), v=view(v), lse=maybe(lse), half=q.dtype == torch.float16, **tensors, **given
@@ -105,7 +106,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor | None = Non
 
     q, k, v, o: `[B, T, S, H, D]`, bfloat16 or float16, any strides but a unit last one. lse: float32 `[B, H, T * S]`.
     options: temporal_heads; mask bool `[B, T * S]`; cos, sin float32 `[T * S, D / 2]`; seed int64 `[2]`; scale,
-    softcap, dropout_p; schedule_seed (0: in order), shared_bytes (what a block may have).
+    softcap, dropout_p; schedule_seed (0: in order), arch (of the GPU, 80 or 90), shared_bytes (what a block may have).
     Raises RuntimeError for what hardware leaves undefined, and for a launch that it would refuse.
     """
     made().attention_forward(_call(q, k, v, lse, options), view(o))

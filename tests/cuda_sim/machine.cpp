@@ -8,6 +8,7 @@
 
 #include "builtins.h"
 #include "fibres.h"
+#include "groups.h"
 #include "memory.h"
 
 uint3 threadIdx, blockIdx, blockDim, gridDim;
@@ -36,6 +37,12 @@ struct Warp {
     bool ready() const { return at_verb + at_barrier + ended < kLanes; }
 };
 
+// Of four warps, whose lanes that wait here also count as at_verb of their own.
+struct Group {
+    int at_verb = 0;
+    Site site;
+};
+
 // SplitMix64: every seed gives another sequence.
 class Random {
   public:
@@ -55,6 +62,7 @@ class Random {
 Stacks stacks;
 std::vector<Thread> threads;
 std::vector<Warp> warps;
+std::vector<Group> groups;
 Context scheduler;
 int running = 0, at_barrier = 0, ended = 0, epoch = 0;
 void (*kernel)(const void*);
@@ -93,6 +101,11 @@ std::string account(int first, int end) {
     return text;
 }
 
+std::string account_of_group() {
+    const int first = running / kGroupLanes * kGroupLanes;
+    return account(first, std::min(first + kGroupLanes, static_cast<int>(threads.size())));
+}
+
 std::string account_of_warp() {
     const int first = running / kLanes * kLanes;
     return account(first, first + kLanes);
@@ -103,6 +116,9 @@ void end_thread() {
     threads[running].state = State::kEnded;
     ++warp.ended, ++ended;
     finish_copies();
+    finish_products();
+    if (groups[running / kGroupLanes].at_verb > 0)
+        fail({"return", "", 0}, "the thread ends, but others of its warpgroup wait: " + account_of_group());
     if (warp.at_verb > 0) fail({"return", "", 0}, "the thread ends, but others of its warp wait: " + account_of_warp());
     if (at_barrier > 0)
         fail({"return", "", 0}, "the thread ends, but others wait for it: " + account(0, int(threads.size())));
@@ -154,6 +170,8 @@ void start_block(int64_t block, int count) {
     failure = nullptr;
     threads.assign(count, Thread());
     warps.assign(count / kLanes, Warp());
+    groups.assign((count + kGroupLanes - 1) / kGroupLanes, Group());
+    start_groups(count);
     for (int i = 0; i < count; ++i) stacks.start(threads[i].context, i, entry);
 }
 
@@ -190,8 +208,36 @@ void together(const Site& site, void* arguments, void (*work)(const Site& site, 
     give_way();
 }
 
+void together_in_group(const Site& site, void* arguments, void (*work)(const Site& site, void* const* arguments)) {
+    if (schedule.arch != 90) fail(site, "sm_" + std::to_string(schedule.arch) + " has no products of a warpgroup");
+    const int first = running / kGroupLanes * kGroupLanes;
+    if (first + kGroupLanes > static_cast<int>(threads.size()))
+        fail(site, "the warpgroup has fewer than four warps: the block has " + std::to_string(threads.size() / kLanes));
+    Group& group = groups[running / kGroupLanes];
+    Warp& own = warps[running / kLanes];
+    bool apart = (own.at_verb > 0 && !same(own.site, site)) || (group.at_verb > 0 && !same(group.site, site));
+    for (int i = first / kLanes; i < (first + kGroupLanes) / kLanes; ++i)
+        apart = apart || warps[i].ended > 0 || warps[i].at_barrier > 0;
+    if (apart) fail(site, "not reached by all threads of the warpgroup together: " + account_of_group());
+    threads[running].state = State::kAtWarpVerb;
+    threads[running].site = own.site = group.site = site;
+    threads[running].arguments = arguments;
+    ++own.at_verb;
+    if (++group.at_verb == kGroupLanes) {
+        void* all[kGroupLanes];
+        for (int i = 0; i < kGroupLanes; ++i) all[i] = threads[first + i].arguments;
+        work(site, all);
+        for (int i = 0; i < kGroupLanes; ++i) threads[first + i].state = State::kReady;
+        for (int i = first / kLanes; i < (first + kGroupLanes) / kLanes; ++i) warps[i].at_verb = 0;
+        group.at_verb = 0;
+    }
+    give_way();
+}
+
 void wait_for_block(const Site& site) {
     Warp& warp = warps[running / kLanes];
+    if (groups[running / kGroupLanes].at_verb > 0)
+        fail(site, "others of the warpgroup wait at a verb of all its threads: " + account_of_group());
     if (warp.at_verb > 0 || warp.ended > 0 || (warp.at_barrier > 0 && !same(warp.site, site)))
         fail(site, "not reached by all lanes of the warp together: " + account_of_warp());
     if (ended > 0) fail(site, "some threads have ended before it: " + account(0, static_cast<int>(threads.size())));

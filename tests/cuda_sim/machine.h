@@ -2,8 +2,8 @@
 // for others; then the next one of its warp, and when a whole warp has come as far as it can, any warp that can go on,
 // by a seeded choice. What hardware leaves undefined ends the run with a Failure that names threads and verbs.
 //
-// Undefined, and found here: lanes of a warp at different verbs or at different lines, a barrier that some threads
-// never reach, threads that ended before one (memory.h: accesses).
+// Undefined, and found here: lanes of a warp, or warps of a warpgroup, at different verbs or at different lines, a
+// barrier that some threads never reach, threads that ended before one (memory.h: accesses; groups.h: products).
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ struct Site {
     int line = 0;
 };
 
-constexpr int kLanes = 32;
+constexpr int kLanes = 32, kGroupLanes = 128;
 
 // ---- what verbs are made of; called by a running thread ----
 
@@ -31,6 +31,9 @@ constexpr int kLanes = 32;
 
 // Waits for the other lanes, whose calls must have the same site; the last one calls work(arguments of each lane).
 void together(const Site& site, void* arguments, void (*work)(const Site& site, void* const* arguments));
+// The same for the four warps of a warpgroup, the first of them a multiple of four; only where sm_90a's words are
+// known.
+void together_in_group(const Site& site, void* arguments, void (*work)(const Site& site, void* const* arguments));
 void wait_for_block(const Site& site);
 
 int thread_index();
@@ -43,6 +46,7 @@ void pass_warp_barrier();
 struct Schedule {
     uint64_t seed = 0;  // 0: threads and blocks in order, warps taking turns
     int most_shared_bytes = 227 << 10;
+    int arch = 90;
 };
 
 extern Schedule schedule;

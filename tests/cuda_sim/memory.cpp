@@ -14,7 +14,8 @@ namespace {
 constexpr uint16_t kPoison = 0x7fff;
 constexpr char kGuard = '\xff';
 constexpr int kCell = 16;
-constexpr size_t kAlignment = 1024, kMostShared = 256 << 10, kMargin = 64 << 10;
+constexpr uint32_t kFirstAddress = 1024;  // of shared memory: before it lies what the system takes, on sm_90
+constexpr size_t kMostShared = 256 << 10, kMargin = 64 << 10;
 
 // ---- global memory ----
 
@@ -63,12 +64,14 @@ std::string nearest(const char* at) {
 // By whom and when a cell of 16 bytes was last touched.
 struct Touch {
     int thread = -1, block = -1, warp = -1;  // epochs of the block and of the thread's warp
-    bool for_warp = false;                   // by all its lanes
+    int lanes = 1;                           // 32: by all of the warp, 128: of the warpgroup
     Site site;
 };
 
 struct Cell {
-    Touch written, read, read_by_another_warp;
+    Touch written, read, read_by_another_warp, fenced;  // fenced: since it was written
+    int products = 0;                                   // on their way that read it
+    Site product;
     int copying = -1;  // thread
     Site copy;
 };
@@ -90,6 +93,7 @@ struct Copies {
 };
 
 std::vector<Copies> copies;
+std::vector<std::vector<int>> unfenced;  // cells, by who wrote them
 
 void poison(char* at, size_t bytes) {
     uint16_t* words = reinterpret_cast<uint16_t*>(at);
@@ -98,19 +102,18 @@ void poison(char* at, size_t bytes) {
 
 bool is_guard(const char* at) { return *at == kGuard && std::memcmp(at, at + 1, kMargin - 1) == 0; }
 
-Touch now(const Site& site, bool for_warp = false) {
-    return {thread_index(), block_epoch(), warp_epoch(), for_warp, site};
-}
+Touch now(const Site& site, int lanes = 1) { return {thread_index(), block_epoch(), warp_epoch(), lanes, site}; }
 
 // Whether a barrier lies between an earlier touch and this one, or one thread alone did both.
-bool ordered(const Touch& earlier, bool for_warp) {
+bool ordered(const Touch& earlier, int lanes) {
+    lanes = std::max(lanes, earlier.lanes);
     if (earlier.block != block_epoch()) return true;
-    if (earlier.thread == thread_index() && !earlier.for_warp && !for_warp) return true;
-    return earlier.thread / kLanes == thread_index() / kLanes && earlier.warp != warp_epoch();
+    if (earlier.thread == thread_index() && lanes == 1) return true;
+    return lanes <= kLanes && earlier.thread / kLanes == thread_index() / kLanes && earlier.warp != warp_epoch();
 }
 
-void expect_ordered(const Site& site, const Touch& earlier, const char* did, size_t cell, bool for_warp = false) {
-    if (ordered(earlier, for_warp)) return;
+void expect_ordered(const Site& site, const Touch& earlier, const char* did, size_t cell, int lanes = 1) {
+    if (ordered(earlier, lanes)) return;
     fail(site, "byte " + std::to_string(cell * kCell) + " of shared memory was " + did + " by thread " +
                    std::to_string(earlier.thread) + " at " + describe(earlier.site) + ", and no barrier lies between");
 }
@@ -132,14 +135,29 @@ void expect_no_copy(const Site& site, const Cell& cell, size_t index) {
                    std::to_string(cell.copying) + " at " + describe(cell.copy));
 }
 
+void set_written(const Site& site, Cell& cell) {
+    cell.written = now(site);
+    cell.fenced = Touch();
+    unfenced[thread_index()].push_back(static_cast<int>(&cell - cells.data()));
+}
+
+void set_read(const Site& site, Cell& cell, int lanes) {
+    const bool another_warp = cell.read.block == block_epoch() && cell.read.thread / kLanes != thread_index() / kLanes;
+    if (another_warp) cell.read_by_another_warp = cell.read;
+    cell.read = now(site, lanes);
+}
+
 void write_cell(const Site& site, const void* at) {
     Cell& cell = cell_of(at);
     const size_t index = &cell - cells.data();
     expect_no_copy(site, cell, index);
+    if (cell.products > 0)
+        fail(site, "byte " + std::to_string(index * kCell) + " of shared memory is being read by " +
+                       describe(cell.product) + ", which was not waited for");
     expect_ordered(site, cell.written, "written", index);
     expect_ordered(site, cell.read, "read", index);
     expect_ordered(site, cell.read_by_another_warp, "read", index);
-    cell.written = now(site);
+    set_written(site, cell);
 }
 
 }  // namespace
@@ -205,6 +223,7 @@ void start_shared_memory(int bytes) {
     std::memset(base + bytes, kGuard, kMargin);
     cells.assign((bytes + kCell - 1) / kCell, Cell());
     copies.assign(1024, Copies());
+    unfenced.assign(1024, {});
 }
 
 void check_around_shared_memory() {
@@ -219,15 +238,49 @@ void read_shared(const Site& site, const void* at) {
     Cell& cell = cell_of(at);
     const size_t index = &cell - cells.data();
     expect_no_copy(site, cell, index);
-    expect_ordered(site, cell.written, "written", index, true);
-    const bool another_warp = cell.read.block == block_epoch() && cell.read.thread / kLanes != thread_index() / kLanes;
-    if (another_warp) cell.read_by_another_warp = cell.read;
-    cell.read = now(site, true);
+    expect_ordered(site, cell.written, "written", index, kLanes);
+    set_read(site, cell, kLanes);
 }
 
 void write_shared(const Site& site, const void* at) {
     check_shared(site, at);
     write_cell(site, at);
+}
+
+uint32_t shared_address(const void* at) {
+    return kFirstAddress + static_cast<uint32_t>(static_cast<const char*>(at) - base);
+}
+
+int shared_offset(uint32_t address) { return static_cast<int>(address) - static_cast<int>(kFirstAddress); }
+
+const void* shared_at(uint32_t address) { return base + shared_offset(address); }
+
+void start_group_read(const Site& site, uint32_t address) {
+    check_shared(site, shared_at(address));
+    Cell& cell = cell_of(shared_at(address));
+    const size_t index = &cell - cells.data();
+    expect_no_copy(site, cell, index);
+    expect_ordered(site, cell.written, "written", index, kGroupLanes);
+    if (cell.written.thread >= 0 && cell.fenced.thread < 0)
+        fail(site, "byte " + std::to_string(index * kCell) + " of shared memory was written by thread " +
+                       std::to_string(cell.written.thread) + " at " + describe(cell.written.site) +
+                       ", which did not reach group_fence since");
+    expect_ordered(site, cell.fenced, "fenced", index, kGroupLanes);
+    ++cell.products;
+    cell.product = site;
+}
+
+void end_group_read(const Site& product, uint32_t address) {
+    Cell& cell = cell_of(shared_at(address));
+    --cell.products;
+    set_read(product, cell, kGroupLanes);
+}
+
+void fence_writes(const Site& site) {
+    for (const int i : unfenced[thread_index()]) {
+        if (cells[i].written.thread == thread_index() && cells[i].copying < 0) cells[i].fenced = now(site);
+    }
+    unfenced[thread_index()].clear();
 }
 
 void start_copy(const Site& site, void* to_shared, const void* from, bool valid) {
@@ -255,7 +308,7 @@ void wait_for_copies(int later_groups) {
         for (const Copy& copy : groups[i]) {
             Cell& cell = cell_of(copy.to);
             cell.copying = -1;
-            cell.written = now(cell.copy);
+            set_written(cell.copy, cell);
             if (copy.valid) {
                 std::memcpy(copy.to, copy.from, kCell);
             } else {

@@ -6,6 +6,8 @@
 // accesses to the same 16 bytes of which one writes, by different threads, a barrier lies between (a warp barrier
 // is enough within a warp, a block barrier otherwise; mma, ldmatrix and shuffles order nothing). Shared memory starts
 // as NaN, and what an asynchronous copy will write is NaN, and may not be read, until its thread has waited for it.
+// What a product of a warpgroup reads was fenced by its writers before the barrier between, and is left alone until the
+// product was waited for.
 #pragma once
 
 #include <cstdint>
@@ -42,6 +44,17 @@ char* shared_memory();
 // 16 bytes, for all lanes of the warp.
 void read_shared(const Site& site, const void* at);
 void write_shared(const Site& site, const void* at);
+
+// As products of a warpgroup know it (groups.h): by an address of the block's memory, not of the process's.
+uint32_t shared_address(const void* at);
+const void* shared_at(uint32_t address);
+int shared_offset(uint32_t address);  // from the start of what the launch named
+
+// 16 bytes that a product reads from its start until it has been waited for. Their writer has fenced them since it
+// wrote, and passed a block barrier since.
+void start_group_read(const Site& site, uint32_t address);
+void end_group_read(const Site& product, uint32_t address);
+void fence_writes(const Site& site);  // of the running thread
 
 // ---- asynchronous copies of the running thread ----
 

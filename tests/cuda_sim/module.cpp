@@ -27,12 +27,12 @@ using MaybeView = std::optional<View>;
 // One launch at a time: the simulated machine is one.
 class Run {
   public:
-    Run(uint64_t seed, int shared_bytes) : alone_(machine_, std::defer_lock) {
+    Run(uint64_t seed, int shared_bytes, int arch = 90) : alone_(machine_, std::defer_lock) {
         {
             const py::gil_scoped_release others_may_run;  // who has the machine may wait for Python
             alone_.lock();
         }
-        sim::schedule = {seed, shared_bytes};
+        sim::schedule = {seed, shared_bytes, arch};
     }
 
     void* add(const char* name, const View& view, bool output) {
@@ -73,7 +73,7 @@ struct Call {
     int temporal_heads;
     double scale, softcap, dropout_p;
     uint64_t schedule_seed;
-    int shared_bytes;
+    int shared_bytes, arch;
 };
 
 AttentionParams params_of(const Call& call, Run& run, bool writes_lse) {
@@ -98,7 +98,7 @@ AttentionParams params_of(const Call& call, Run& run, bool writes_lse) {
 }
 
 void attention_forward(const Call& call, const View& o) {
-    Run run(call.schedule_seed, call.shared_bytes);
+    Run run(call.schedule_seed, call.shared_bytes, call.arch);
     AttentionParams p = params_of(call, run, true);
     p.o = run.grid("o", o, true);
     run([&] { return launch_forward(p, nullptr); });
@@ -106,7 +106,7 @@ void attention_forward(const Call& call, const View& o) {
 
 void attention_backward(const Call& call, const MaybeView& o, const View& d_o, const View& dq, const View& dk,
                         const View& dv) {
-    Run run(call.schedule_seed, call.shared_bytes);
+    Run run(call.schedule_seed, call.shared_bytes, call.arch);
     AttentionParams p = params_of(call, run, false);
     if (o.has_value()) p.o = run.grid("o", *o);
     p.d_o = run.grid("do", d_o);
@@ -154,14 +154,27 @@ PYBIND11_MODULE(cuda_sim, m) {
     py::class_<Call>(m, "Call").def(
         py::init([](View q, View k, View v, MaybeView lse, MaybeView mask, MaybeView cos, MaybeView sin, MaybeView seed,
                     bool half, int temporal_heads, double scale, double softcap, double dropout_p,
-                    uint64_t schedule_seed, int shared_bytes) {
-            return Call{std::move(q),   std::move(k),   std::move(v),    std::move(lse), std::move(mask),
-                        std::move(cos), std::move(sin), std::move(seed), half,           temporal_heads,
-                        scale,          softcap,        dropout_p,       schedule_seed,  shared_bytes};
+                    uint64_t schedule_seed, int shared_bytes, int arch) {
+            return Call{std::move(q),
+                        std::move(k),
+                        std::move(v),
+                        std::move(lse),
+                        std::move(mask),
+                        std::move(cos),
+                        std::move(sin),
+                        std::move(seed),
+                        half,
+                        temporal_heads,
+                        scale,
+                        softcap,
+                        dropout_p,
+                        schedule_seed,
+                        shared_bytes,
+                        arch};
         }),
         py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("lse"), py::arg("mask"), py::arg("cos"),
         py::arg("sin"), py::arg("seed"), py::arg("half"), py::arg("temporal_heads"), py::arg("scale"),
-        py::arg("softcap"), py::arg("dropout_p"), py::arg("schedule_seed"), py::arg("shared_bytes"));
+        py::arg("softcap"), py::arg("dropout_p"), py::arg("schedule_seed"), py::arg("shared_bytes"), py::arg("arch"));
     m.def("attention_forward", attention_forward);
     m.def("attention_backward", attention_backward);
     m.def("regime_of", [](int N, int D, bool backward, bool rotary, int shared_bytes) {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "builtins.h"
+#include "groups.h"
 #include "machine.h"
 #include "memory.h"
 
@@ -246,6 +247,33 @@ void copies_wait() {
 
 inline char* shared_memory() { return sim::shared_memory(); }
 
+// ---- a warpgroup's matrices ----
+
+inline void group_begin(VIVIT_SIM_CALLER) { sim::begin_products({"group_begin", file, line}); }
+inline void group_commit(VIVIT_SIM_CALLER) { sim::commit_products({"group_commit", file, line}); }
+template <int kLater>
+void group_wait(VIVIT_SIM_CALLER) {
+    sim::wait_for_products({"group_wait", file, line}, kLater);
+}
+inline void group_fence(VIVIT_SIM_CALLER) { sim::fence_writes({"group_fence", file, line}); }
+
+inline uint64_t descriptor(const void* operand, VIVIT_SIM_CALLER) {
+    return sim::describe_operand({"descriptor", file, line}, operand);
+}
+
+template <class T, int kColumns>
+void group_across_step(float (&x)[kColumns / 8][4], uint64_t a, uint64_t b, bool keep, VIVIT_SIM_CALLER) {
+    static_assert(kColumns == 64 || kColumns == 32 || kColumns == 16);
+    sim::Product mine{x[0], nullptr, a, b, kColumns, keep, [](uint16_t bits) { return sim::widened(bits, T()); }};
+    sim::start_product({"group_across_step", file, line}, mine);
+}
+
+template <class T>
+void group_along(float (&x)[8][4], const uint32_t (&a)[4], uint64_t b, VIVIT_SIM_CALLER) {
+    sim::Product mine{x[0], a, 0, b, 64, true, [](uint16_t bits) { return sim::widened(bits, T()); }};
+    sim::start_product({"group_along", file, line}, mine);
+}
+
 // ---- launching ----
 
 template <class Params>
@@ -261,6 +289,7 @@ int launch(void (*kernel)(Params), int64_t blocks, int threads, int shared_bytes
     return sim::launch_blocks(run, &call, blocks, threads, shared_bytes);
 }
 
+inline int current_arch() { return sim::schedule.arch; }
 inline int most_shared_bytes() { return sim::schedule.most_shared_bytes; }
 
 }  // namespace vivit::cuda

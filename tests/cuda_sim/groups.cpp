@@ -1,0 +1,287 @@
+#include "groups.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <list>
+#include <utility>
+#include <vector>
+
+#include "memory.h"
+
+namespace vivit::cuda::sim {
+namespace {
+
+// A signalling NaN: arithmetic makes another one of it, a copy does not.
+constexpr uint32_t kOnItsWay = 0x7fa5a5a5u;
+constexpr int kRows = 64, kDepth = 16, kChunk = 16;  // chunk: bytes
+constexpr uint32_t kRowBytes = 128, kEightRows = 8 * kRowBytes;
+
+// ---- descriptors (PTX manual, matrix descriptors of wgmma) ----
+
+constexpr uint64_t kAddressBits = 0x3fff;
+// All but the address: one step along a row, 1024 bytes from eight rows to the next, swizzled by 128 bytes.
+constexpr uint64_t kLayout = uint64_t(1) << 62 | uint64_t(kEightRows >> 4) << 32 | uint64_t(1) << 16;
+
+uint32_t address_in(const Site& site, uint64_t descriptor) {
+    if ((descriptor & ~kAddressBits) != kLayout)
+        fail(site,
+             "a descriptor of another layout than rows of 128 bytes, swizzled: its address ran over, or it was "
+             "not made by descriptor()");
+    return static_cast<uint32_t>(descriptor & kAddressBits) << 4;
+}
+
+// Where chunk `chunk` of row `row` lies of an operand that starts at `start`: bits 4 to 6 of its address are those of
+// the row's number, in bits 7 to 9, xor the chunk's.
+uint32_t chunk_address(uint32_t start, int row, int chunk) {
+    const uint32_t plain = start + row / 8 * kEightRows + row % 8 * kRowBytes + chunk * kChunk;
+    return plain ^ ((plain >> 7 & 7) << 4);
+}
+
+// An operand in shared memory, as it was when the product started.
+struct Operand {
+    std::vector<uint32_t> chunks;  // addresses
+    std::vector<uint16_t> numbers;
+
+    Operand(const Site& site, uint64_t descriptor, int rows, int chunks_of_row) {
+        const uint32_t start = address_in(site, descriptor), in_eight = start % kEightRows;
+        if (in_eight >= kRowBytes)
+            fail(site, "an operand starts at row " + std::to_string(in_eight / kRowBytes) +
+                           " of eight: the swizzle takes a multiple of 1024 bytes, and the channels within its row");
+        if (in_eight % (chunks_of_row * kChunk) != 0)
+            fail(site, "an operand starts " + std::to_string(in_eight) + " bytes within a row, not at a step of " +
+                           std::to_string(chunks_of_row * kChunk));
+        for (int row = 0; row < rows; ++row)
+            for (int chunk = 0; chunk < chunks_of_row; ++chunk) chunks.push_back(chunk_address(start, row, chunk));
+        for (const uint32_t at : chunks) start_group_read(site, at);
+        numbers = now();
+    }
+
+    std::vector<uint16_t> now() const {
+        std::vector<uint16_t> found(chunks.size() * kChunk / 2);
+        for (size_t i = 0; i < chunks.size(); ++i) std::memcpy(&found[i * kChunk / 2], shared_at(chunks[i]), kChunk);
+        return found;
+    }
+
+    void end(const Site& site, const Site& product) const {
+        const std::vector<uint16_t> found = now();
+        for (size_t i = 0; i < found.size(); ++i) {
+            if (found[i] == numbers[i]) continue;
+            const uint32_t at = chunks[i * 2 / kChunk];
+            fail(site, "byte " + std::to_string(shared_offset(at)) + " of shared memory was written while " +
+                           describe(product) + " read it");
+        }
+        for (const uint32_t at : chunks) end_group_read(product, at);
+    }
+};
+
+// ---- what a warpgroup has under way ----
+
+// The registers that products sum in, [64, columns], and the sums so far, which nobody sees yet.
+struct Sums {
+    std::array<float*, kGroupLanes> registers;
+    int columns, products = 0;  // on their way
+    std::vector<float> value;
+
+    int words() const { return columns / 2; }
+};
+
+struct Started {
+    Site site;
+    Product product;
+    std::vector<Operand> operands;
+    std::array<const uint32_t*, kGroupLanes> registers;  // of a
+    std::vector<uint32_t> in_registers;                  // as they were
+    Sums* sums;
+};
+
+using Batch = std::vector<Started>;
+
+struct Warpgroup {
+    bool begun = false;
+    int begun_in = 0;  // epoch of the block
+    Batch started;
+    std::vector<Batch> committed;
+    std::list<Sums> sums;
+};
+
+std::vector<Warpgroup> groups;
+
+Warpgroup& mine() { return groups[thread_index() / kGroupLanes]; }
+
+// Row and column of register i of a thread's part of [64, columns].
+int row_of(int thread, int i) { return thread / kLanes * 16 + thread % kLanes / 4 + i % 4 / 2 * 8; }
+int column_of(int thread, int i) { return i / 4 * 8 + thread % 4 * 2 + i % 2; }
+
+const Product& of(void* const* threads, int i) { return *static_cast<const Product*>(threads[i]); }
+
+bool is_on_its_way(const float* x) {
+    uint32_t bits;
+    std::memcpy(&bits, x, 4);
+    return bits == kOnItsWay;
+}
+
+void expect_untouched(const Site& site, const Sums& sums, const Site& product) {
+    for (int thread = 0; thread < kGroupLanes; ++thread)
+        for (int i = 0; i < sums.words(); ++i) {
+            if (is_on_its_way(sums.registers[thread] + i)) continue;
+            fail(site, "registers that " + describe(product) + " sums in were written before it was waited for, by " +
+                           "thread " + std::to_string(thread_index() / kGroupLanes * kGroupLanes + thread));
+        }
+}
+
+void expect_alike(const Site& site, void* const* threads) {
+    const Product& first = of(threads, 0);
+    for (int i = 1; i < kGroupLanes; ++i) {
+        const Product& x = of(threads, i);
+        if (x.a == first.a && x.b == first.b && x.keep == first.keep) continue;
+        fail(site, "threads 0 and " + std::to_string(i) + " of the warpgroup name different descriptors, or only one " +
+                       "of them keeps its sums");
+    }
+}
+
+// The sums that a product adds to: those of products before it, or registers that were free.
+Sums& sums_of(const Site& site, Warpgroup& group, void* const* threads) {
+    const Product& first = of(threads, 0);
+    for (Sums& sums : group.sums) {
+        const float *from = sums.registers[0], *to = from + sums.words();
+        if (first.d == from && first.columns == sums.columns) {
+            expect_untouched(site, sums, site);
+            return sums;
+        }
+        if (first.d < to && from < first.d + first.columns / 2)
+            fail(site, "sums in registers of a product of another shape that was not waited for");
+    }
+    Sums& sums = group.sums.emplace_back();
+    sums.columns = first.columns;
+    sums.value.resize(kRows * sums.columns);
+    for (int thread = 0; thread < kGroupLanes; ++thread) {
+        sums.registers[thread] = of(threads, thread).d;
+        for (int i = 0; i < sums.words(); ++i) {
+            float* x = sums.registers[thread] + i;
+            if (first.keep) sums.value[row_of(thread, i) * sums.columns + column_of(thread, i)] = *x;
+            std::memcpy(x, &kOnItsWay, 4);
+        }
+    }
+    return sums;
+}
+
+void start(const Site& site, void* const* threads) {
+    Warpgroup& group = mine();
+    expect_alike(site, threads);
+    if (!group.begun || group.begun_in != block_epoch())
+        fail(site, "no group_begin since the last group_wait or barrier");
+    Started x{site, of(threads, 0), {}, {}, {}, nullptr};
+    if (x.product.registers != nullptr) {
+        for (int thread = 0; thread < kGroupLanes; ++thread) {
+            x.registers[thread] = of(threads, thread).registers;
+            x.in_registers.insert(x.in_registers.end(), x.registers[thread], x.registers[thread] + 4);
+        }
+        x.operands.emplace_back(site, x.product.b, kDepth, x.product.columns / 8);
+    } else {
+        x.operands.emplace_back(site, x.product.a, kRows, kDepth / 8);
+        x.operands.emplace_back(site, x.product.b, x.product.columns, kDepth / 8);
+    }
+    x.sums = &sums_of(site, group, threads);
+    ++x.sums->products;
+    group.started.push_back(std::move(x));
+}
+
+// a [64, 16] and b [16, columns] as float32.
+std::pair<std::vector<float>, std::vector<float>> widened(const Started& x) {
+    const int columns = x.product.columns;
+    std::vector<float> a(kRows * kDepth), b(kDepth * columns);
+    if (x.product.registers != nullptr) {
+        // as of a warp's mma: blocks rows 0.. columns 0.., rows 8.. columns 0.., rows 0.. columns 8.., rows 8..
+        for (int thread = 0; thread < kGroupLanes; ++thread)
+            for (int i = 0; i < 8; ++i) {
+                const int row = thread / kLanes * 16 + thread % kLanes / 4 + i / 2 % 2 * 8;
+                const int column = i / 4 * 8 + thread % 4 * 2 + i % 2;
+                const uint32_t word = x.in_registers[thread * 4 + i / 2];
+                a[row * kDepth + column] = x.product.widen(static_cast<uint16_t>(word >> (16 * (i % 2))));
+            }
+        const auto& numbers = x.operands[0].numbers;
+        std::transform(numbers.begin(), numbers.end(), b.begin(), x.product.widen);
+    } else {
+        const auto &rows = x.operands[0].numbers, &columns_of = x.operands[1].numbers;
+        std::transform(rows.begin(), rows.end(), a.begin(), x.product.widen);
+        for (int n = 0; n < columns; ++n)
+            for (int k = 0; k < kDepth; ++k) b[k * columns + n] = x.product.widen(columns_of[n * kDepth + k]);
+    }
+    return {std::move(a), std::move(b)};
+}
+
+void finish(const Site& site, Started& x) {
+    for (const Operand& operand : x.operands) operand.end(site, x.site);
+    for (size_t i = 0; i < x.in_registers.size(); ++i) {
+        if (x.registers[i / 4][i % 4] == x.in_registers[i]) continue;
+        fail(site, "registers that " + describe(x.site) + " reads were written before it was waited for, by thread " +
+                       std::to_string(thread_index() / kGroupLanes * kGroupLanes + static_cast<int>(i) / 4));
+    }
+    Sums& sums = *x.sums;
+    const int columns = sums.columns;
+    const auto [a, b] = widened(x);
+    if (!x.product.keep) std::fill(sums.value.begin(), sums.value.end(), 0.f);
+    // Products of 16 bits are exact in float32. The manual leaves the order of the sum open: here k rises.
+    for (int m = 0; m < kRows; ++m)
+        for (int k = 0; k < kDepth; ++k) {
+            float* d = &sums.value[m * columns];
+            const float factor = a[m * kDepth + k], *row = &b[k * columns];
+            for (int n = 0; n < columns; ++n) d[n] += factor * row[n];
+        }
+    if (--sums.products > 0) return;
+    expect_untouched(site, sums, x.site);
+    for (int thread = 0; thread < kGroupLanes; ++thread)
+        for (int i = 0; i < sums.words(); ++i)
+            sums.registers[thread][i] = sums.value[row_of(thread, i) * columns + column_of(thread, i)];
+    mine().sums.remove_if([&](const Sums& each) { return &each == &sums; });
+}
+
+}  // namespace
+
+uint64_t describe_operand(const Site& site, const void* operand) {
+    if (!is_shared(operand)) fail(site, "not an address of the block's shared memory");
+    return kLayout | shared_address(operand) >> 4;
+}
+
+void start_groups(int threads) { groups = std::vector<Warpgroup>((threads + kGroupLanes - 1) / kGroupLanes); }
+
+void begin_products(const Site& site) {
+    together_in_group(site, nullptr, [](const Site&, void* const*) {
+        mine().begun = true;
+        mine().begun_in = block_epoch();
+    });
+}
+
+void start_product(const Site& site, Product& product) { together_in_group(site, &product, start); }
+
+void commit_products(const Site& site) {
+    together_in_group(site, nullptr, [](const Site&, void* const*) {
+        mine().committed.push_back(std::move(mine().started));
+        mine().started.clear();
+    });
+}
+
+void wait_for_products(const Site& site, int later_groups) {
+    together_in_group(site, &later_groups, [](const Site& where, void* const* threads) {
+        Warpgroup& group = mine();
+        if (!group.started.empty())
+            fail(where, describe(group.started[0].site) + " was not committed, so that nobody waits for it");
+        const int done = std::max(0, static_cast<int>(group.committed.size()) - *static_cast<int*>(threads[0]));
+        for (int i = 0; i < done; ++i)
+            for (Started& x : group.committed[i]) finish(where, x);
+        group.committed.erase(group.committed.begin(), group.committed.begin() + done);
+        group.begun = false;
+    });
+}
+
+void finish_products() {
+    const Warpgroup& group = mine();
+    const Batch* left = group.started.empty() ? nullptr : &group.started;
+    for (const Batch& batch : group.committed)
+        if (!batch.empty()) left = &batch;
+    if (left != nullptr)
+        fail({"return", "", 0}, "the thread ends before " + describe(left->front().site) + " was waited for");
+}
+
+}  // namespace vivit::cuda::sim

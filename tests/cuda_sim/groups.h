@@ -1,0 +1,33 @@
+// Products of four neighbouring warps, which run on their own (wgmma). They are done at the latest moment that hardware
+// may take: when their group is waited for. Until then their sums are NaN, and a change of what they read or write ends
+// the run, as do a product that nobody commits, waits for or says to begin, one that some of the 128 threads ask for in
+// another way, and an operand that is not laid out as the product takes it, or not written through to it (memory.h).
+#pragma once
+
+#include <cstdint>
+
+#include "machine.h"
+
+namespace vivit::cuda::sim {
+
+// A product as one thread asks for it: d [64, columns] (+)= a b, over 16. a in registers: b 16 rows of 64 channels;
+// else both rows of channels, b transposed.
+struct Product {
+    float* d;
+    const uint32_t* registers;  // of a, or null
+    uint64_t a, b;              // descriptors
+    int columns;
+    bool keep;
+    float (*widen)(uint16_t);
+};
+
+uint64_t describe_operand(const Site& site, const void* operand);
+
+void start_groups(int threads);
+void begin_products(const Site& site);
+void start_product(const Site& site, Product& mine);
+void commit_products(const Site& site);
+void wait_for_products(const Site& site, int later_groups);
+void finish_products();  // at the end of a thread
+
+}  // namespace vivit::cuda::sim
