@@ -76,6 +76,8 @@ inline float exp2_fast(float x) {
     return y < 0x1p-126f ? 0.f : y;
 }
 
+inline float log2_fast(float x) { return std::log2(std::fpclassify(x) == FP_SUBNORMAL ? 0.f : x); }
+
 // ---- a warp's matrices ----
 
 namespace sim {
@@ -167,6 +169,19 @@ struct FromLane {
     }
 };
 
+struct SameInWarp {
+    int32_t x, result;
+
+    static void work(const Site& site, void* const* lanes) {
+        const int32_t first = static_cast<const SameInWarp*>(lanes[0])->x;
+        for (int lane = 0; lane < kLanes; ++lane) {
+            auto& mine = *static_cast<SameInWarp*>(lanes[lane]);
+            if (mine.x != first) fail(site, "lane " + std::to_string(lane) + " has another number than lane 0");
+            mine.result = first;
+        }
+    }
+};
+
 }  // namespace sim
 
 template <class T>
@@ -201,6 +216,12 @@ inline uint32_t from_lane_xor(uint32_t x, int mask, VIVIT_SIM_CALLER) {
     return mine.result;
 }
 
+inline int32_t same_in_warp(int32_t x, VIVIT_SIM_CALLER) {
+    sim::SameInWarp mine{x, 0};
+    sim::together({"same_in_warp", file, line}, &mine, sim::SameInWarp::work);
+    return mine.result;
+}
+
 inline void warp_barrier(VIVIT_SIM_CALLER) {
     sim::together({"warp_barrier", file, line}, nullptr,
                   [](const sim::Site&, void* const*) { sim::pass_warp_barrier(); });
@@ -229,6 +250,11 @@ template <class T>
 T load_one(const T* from, VIVIT_SIM_CALLER) {
     sim::check_global({"load_one", file, line}, from, sizeof(T), false);
     return *from;
+}
+
+inline void store_8(void* to, uint2 x, VIVIT_SIM_CALLER) {
+    sim::check_global({"store_8", file, line}, to, 8, true);
+    std::memcpy(to, &x, 8);
 }
 
 inline void store_one(float* to, float x, VIVIT_SIM_CALLER) {
