@@ -223,3 +223,93 @@ def test_several_threads_of_python():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+# ---- products of a warpgroup ----
+
+ROWS_OF_A, ROWS_OF_B = 144, 96
+GROUP_FAULTS = [
+    "none",
+    "no barrier",
+    "no fence",
+    "late fence",
+    "no begin",
+    "writes after begin",
+    "no commit",
+    "no wait",
+]
+GROUP_FAULTS += ["waits too little", "copies in flight", "writes in flight", "writes registers", "scales sums"]
+GROUP_FAULTS += ["writes too early", "warp missing", "lane missing", "returns early", "barrier in a branch"]
+GROUP_FAULTS += ["one thread elsewhere", "wrong phase", "half a step", "reads beyond", "runs over"]
+
+
+def group_products(
+    fault: str = "none", dtype=torch.bfloat16, seed: int = 0, columns: int = 64, first=(0, 0), by_address: bool = False,
+    threads: int = 256, arch: int = 90,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(what the kernel finds, what is right) of both products side by side, of whole numbers."""
+    rows = -(-threads // 128) * 64
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.randint(-8, 9, shape).to(dtype)
+
+    a, b, w, start = numbers(ROWS_OF_A, 64), numbers(ROWS_OF_B, 64), numbers(rows, 32), numbers(rows, 64).float()
+    c, d = torch.full((rows, columns), float("nan")), torch.full((rows, 64), float("nan"))
+    tensors, half = map(view, (a, b, w, start, c, d)), dtype == torch.float16
+    number = GROUP_FAULTS.index(fault)
+    cuda_simulator.made().group_products(number, half, *tensors, first, by_address, threads, seed, arch)
+    of_a, of_b = (x.float()[at : at + n] for x, at, n in ((a, first[0], rows), (b, first[1], columns)))
+    along = w.float() @ b.float()[first[1] : first[1] + 32]
+    return torch.cat([c, d], 1), torch.cat([of_a @ of_b.T, start + along], 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [64, 32, 16])
+@pytest.mark.parametrize("first", [(0, 0), (16, 32), (8, 24)])
+@pytest.mark.parametrize("by_address", [False, True])
+def test_products_of_a_warpgroup(dtype, columns, first, by_address):
+    for seed in SEEDS:
+        found, right = group_products("none", dtype, seed, columns, first, by_address)
+        assert torch.equal(found, right)
+
+
+NAMED_OF_A_GROUP = {
+    "no barrier": "no barrier lies between",
+    "no fence": "group_across_step .*was written by thread .* at copy_16 .* did not reach group_fence since",
+    "late fence": "group_across_step .*was fenced by thread .* at group_fence .* no barrier lies between",
+    "no begin": "group_along .*no group_begin since the last group_wait",
+    "writes after begin": "group_along .*registers that it adds to were written after group_begin, by thread (0|128)",
+    "no commit": r"group_wait .*group_along \(group_examples.cuh:\d+\) was not committed",
+    "no wait": "registers .* sums in were written before it was waited for|ends before .* was waited for",
+    "waits too little": r"ends before group_along \(group_examples.cuh:\d+\) was waited for",
+    "copies in flight": "copy_16 .* is being read by group_along .* which was not waited for",
+    "writes in flight": "group_wait .* shared memory was written while group_along .* read it",
+    "writes registers": "registers that group_along .* reads were written before it was waited for, by thread 77",
+    "scales sums": "registers that group_along .* sums in were written before it was waited for, by thread 77",
+    "writes too early": "store_16 .* was read by thread .* at group_across_step .* no barrier lies|is being read",
+    "warp missing": "not reached by all threads of the warpgroup together",
+    "lane missing": "not reached by all threads of the warpgroup together",
+    "returns early": "not reached by all threads of the warpgroup together|ended|thread ends",
+    "barrier in a branch": "not reached by all threads of the warpgroup together|wait at a verb of all its threads",
+    "one thread elsewhere": "thread 0 and thread 77 name different descriptors",
+    "wrong phase": "group_across_step .*an operand starts at row 3 of eight",
+    "half a step": "group_across_step .*an operand starts 16 bytes within a row",
+    "reads beyond": "group_across_step .*not in the 30720 bytes of shared memory",
+    "runs over": "group_across_step .*descriptor of another layout",
+}
+
+
+@pytest.mark.parametrize("fault", GROUP_FAULTS[1:])
+def test_a_mistake_with_products_of_a_warpgroup_is_named(fault):
+    for seed in SEEDS:
+        with expect(NAMED_OF_A_GROUP[fault]):
+            group_products(fault, seed=seed)
+    found, right = group_products()
+    assert torch.equal(found, right)
+
+
+def test_who_has_no_products_of_a_warpgroup():
+    with expect("group_begin .*sm_80 has no products of a warpgroup"):
+        group_products(arch=80)
+    with expect("group_begin .*the warpgroup has fewer than four warps: the block has 6"):
+        group_products(threads=192)

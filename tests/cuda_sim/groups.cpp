@@ -86,6 +86,19 @@ struct Sums {
     int words() const { return columns / 2; }
 };
 
+// Registers that products of the block have added to, as they were at the last group_begin.
+struct Known {
+    std::array<float*, kGroupLanes> registers;
+    int words;
+    std::vector<float> value;
+
+    void remember() {
+        value.resize(kGroupLanes * words);
+        for (int thread = 0; thread < kGroupLanes; ++thread)
+            std::memcpy(&value[thread * words], registers[thread], 4 * words);
+    }
+};
+
 struct Started {
     Site site;
     Product product;
@@ -103,6 +116,7 @@ struct Warpgroup {
     Batch started;
     std::vector<Batch> committed;
     std::list<Sums> sums;
+    std::vector<Known> known;
 };
 
 std::vector<Warpgroup> groups;
@@ -112,6 +126,10 @@ Warpgroup& mine() { return groups[thread_index() / kGroupLanes]; }
 // Row and column of register i of a thread's part of [64, columns].
 int row_of(int thread, int i) { return thread / kLanes * 16 + thread % kLanes / 4 + i % 4 / 2 * 8; }
 int column_of(int thread, int i) { return i / 4 * 8 + thread % 4 * 2 + i % 2; }
+
+std::string name_of(int thread) {
+    return "thread " + std::to_string(thread_index() / kGroupLanes * kGroupLanes + thread);
+}
 
 const Product& of(void* const* threads, int i) { return *static_cast<const Product*>(threads[i]); }
 
@@ -126,7 +144,7 @@ void expect_untouched(const Site& site, const Sums& sums, const Site& product) {
         for (int i = 0; i < sums.words(); ++i) {
             if (is_on_its_way(sums.registers[thread] + i)) continue;
             fail(site, "registers that " + describe(product) + " sums in were written before it was waited for, by " +
-                           "thread " + std::to_string(thread_index() / kGroupLanes * kGroupLanes + thread));
+                           name_of(thread));
         }
 }
 
@@ -135,9 +153,26 @@ void expect_alike(const Site& site, void* const* threads) {
     for (int i = 1; i < kGroupLanes; ++i) {
         const Product& x = of(threads, i);
         if (x.a == first.a && x.b == first.b && x.keep == first.keep) continue;
-        fail(site, "threads 0 and " + std::to_string(i) + " of the warpgroup name different descriptors, or only one " +
+        fail(site, name_of(0) + " and " + name_of(i) + " name different descriptors, or only one " +
                        "of them keeps its sums");
     }
+}
+
+// Registers that a product adds to are the same as at group_begin, where they are known: an address that was handed out
+// before is one that the compiler has written to by then.
+void expect_as_begun(const Site& site, Warpgroup& group, void* const* threads) {
+    const int words = of(threads, 0).columns / 2;
+    for (const Known& known : group.known) {
+        if (known.registers[0] != of(threads, 0).d || known.words != words) continue;
+        for (int thread = 0; thread < kGroupLanes; ++thread) {
+            if (std::memcmp(&known.value[thread * words], known.registers[thread], 4 * words) == 0) continue;
+            fail(site, "registers that it adds to were written after group_begin, by " + name_of(thread));
+        }
+        return;
+    }
+    Known& known = group.known.emplace_back();
+    known.words = words;
+    for (int thread = 0; thread < kGroupLanes; ++thread) known.registers[thread] = of(threads, thread).d;
 }
 
 // The sums that a product adds to: those of products before it, or registers that were free.
@@ -152,6 +187,7 @@ Sums& sums_of(const Site& site, Warpgroup& group, void* const* threads) {
         if (first.d < to && from < first.d + first.columns / 2)
             fail(site, "sums in registers of a product of another shape that was not waited for");
     }
+    if (first.keep) expect_as_begun(site, group, threads);
     Sums& sums = group.sums.emplace_back();
     sums.columns = first.columns;
     sums.value.resize(kRows * sums.columns);
@@ -215,8 +251,8 @@ void finish(const Site& site, Started& x) {
     for (const Operand& operand : x.operands) operand.end(site, x.site);
     for (size_t i = 0; i < x.in_registers.size(); ++i) {
         if (x.registers[i / 4][i % 4] == x.in_registers[i]) continue;
-        fail(site, "registers that " + describe(x.site) + " reads were written before it was waited for, by thread " +
-                       std::to_string(thread_index() / kGroupLanes * kGroupLanes + static_cast<int>(i) / 4));
+        fail(site, "registers that " + describe(x.site) + " reads were written before it was waited for, by " +
+                       name_of(static_cast<int>(i) / 4));
     }
     Sums& sums = *x.sums;
     const int columns = sums.columns;
@@ -250,6 +286,7 @@ void begin_products(const Site& site) {
     together_in_group(site, nullptr, [](const Site&, void* const*) {
         mine().begun = true;
         mine().begun_in = block_epoch();
+        for (Known& known : mine().known) known.remember();
     });
 }
 

@@ -14,6 +14,7 @@
 
 #include "cuda/attention.h"
 #include "cuda_sim/examples.cuh"
+#include "cuda_sim/group_examples.cuh"
 
 namespace {
 
@@ -136,6 +137,32 @@ void product(int fault, bool half, const View& a, const View& b, const View& c, 
     run([&] { return launch(kernel, 1, 32 * examples::kProductWarps, examples::kProductBytes, nullptr, p); });
 }
 
+template <class T>
+auto group_kernel(int columns) {
+    return columns == 64   ? examples::group_products<T, 64>
+           : columns == 32 ? examples::group_products<T, 32>
+                           : examples::group_products<T, 16>;
+}
+
+// `threads` of a block, of which each 128 take other rows of a and w. first: of the rows of a and of b.
+void group_products(int fault, bool half, const View& a, const View& b, const View& w, const View& start, const View& c,
+                    const View& d, std::pair<int, int> first, bool by_address, int threads, uint64_t seed, int arch) {
+    Run run(seed, 227 << 10, arch);
+    const examples::GroupParams p = {static_cast<const uint16_t*>(run.add("a", a, false)),
+                                     static_cast<const uint16_t*>(run.add("b", b, false)),
+                                     static_cast<const uint16_t*>(run.add("w", w, false)),
+                                     static_cast<const float*>(run.add("start", start, false)),
+                                     static_cast<float*>(run.add("c", c, true)),
+                                     static_cast<float*>(run.add("d", d, true)),
+                                     first.first,
+                                     first.second,
+                                     by_address,
+                                     static_cast<examples::GroupFault>(fault)};
+    const int columns = static_cast<int>(std::get<2>(c).at(1));
+    const auto kernel = half ? group_kernel<Float16>(columns) : group_kernel<BFloat16>(columns);
+    run([&] { return launch(kernel, 1, threads, examples::kGroupBytes, nullptr, p); });
+}
+
 void softmax(int fault, const View& x, const View& y, uint64_t seed, int shared_bytes) {
     Run run(seed, shared_bytes);
     const int32_t rows = static_cast<int32_t>(std::get<2>(x).at(0));
@@ -183,5 +210,6 @@ PYBIND11_MODULE(cuda_sim, m) {
     m.def("keeps_output", keeps_output);
     m.def("one_verb", one_verb);
     m.def("product", product);
+    m.def("group_products", group_products);
     m.def("softmax", softmax);
 }
