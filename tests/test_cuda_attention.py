@@ -30,6 +30,27 @@ AXES = {name: axis for name, axis in factorized.AXES.items() if name not in "TS"
 }
 CROSSES = [["dtype", "grid", "heads"], ["dtype", "D", "layout"], ["dtype", "mask", "dropout_p", "extra", "heads"]]
 CROSSES += [["grid", "schedule"]]
+# Sequences of more than 64 tokens, of plain calls with heads of 64 channels: by products of a warpgroup on sm_90, by
+# those of a warp on sm_80; packed and resident sequences in one launch.
+HOPPER_GRIDS = [(1, S) for S in (65, 80, 100, 196, 197, 250, 256)] + [(16, 65), (16, 100), (2, 128), (81, 7)]
+HOPPER_AXES = AXES | {
+    "D": [64],
+    "mask": [None],
+    "dropout_p": [0.0],
+    "extra": [None, "scale"],
+    "grid": [
+        *HOPPER_GRIDS,
+        *((1, S) for S in range(66, 260, 7)),
+        (16, 196),
+        (16, 256),
+        (9, 129),
+        (130, 3),
+        (1, 430),
+        (70, 66),
+    ],
+    "arch": [90, 80],
+}
+HOPPER_CROSSES = [["arch", "dtype", "grid"], ["arch", "layout", "inputs", "heads"]]
 
 
 def poisoned(like: torch.Tensor) -> torch.Tensor:
@@ -62,22 +83,22 @@ class Simulated(torch.autograd.Function):
         return *gradients, None, None, None
 
 
-def simulated(q, k=None, v=None, *, temporal_heads, schedule=0, backend="", shared_bytes=None, **options):
+def simulated(q, k=None, v=None, *, temporal_heads, schedule=0, backend="", shared_bytes=None, arch=90, **options):
     """factorized_attention by the simulator."""
     packed = k is None
     q, k, v = q.unbind(3) if packed else (q, k, v)
     _, T, S, _, _ = q.shape
     given = {"scale": None, "key_mask": None, "rotary": None, "softcap": None, "dropout_p": 0.0, "seed": None} | options
     checked = check_options("factorized_attention", q, T * S, (T, S), **given)._asdict()
-    launch = {"schedule_seed": schedule} | ({"shared_bytes": shared_bytes} if shared_bytes else {})
+    launch = {"schedule_seed": schedule, "arch": arch} | ({"shared_bytes": shared_bytes} if shared_bytes else {})
     return Simulated.apply(q, k, v, packed, temporal_heads, checked | launch)
 
 
 def too_long(case: dict) -> bool:
-    """Whether such a call's backward is left to another backend on sm_90, by what its blocks would take."""
+    """Whether such a call's backward is left to another backend, by what its blocks would take."""
     (T, S), (H, temporal_heads), rotary = case["grid"], case["heads"], case["extra"] == "rotary"
     axes = [T] * (temporal_heads > 0) + [S] * (temporal_heads < H)
-    most, refused = cuda_simulator.MOST_SHARED["sm_90"], 2
+    most, refused = cuda_simulator.MOST_SHARED[f"sm_{case.get('arch', 90)}"], 2
     return any(cuda_simulator.made().regime_of(N, case["D"], True, rotary, most) == refused for N in axes)
 
 
@@ -85,7 +106,7 @@ def check_case(case: dict, monkeypatch) -> None:
     (T, S), clips = case["grid"], 1 if case["mask"] != "a clip has none" else 2
 
     def run(*x, **given):
-        return simulated(*x, schedule=case["schedule"], **given)
+        return simulated(*x, schedule=case["schedule"], arch=case.get("arch", 90), **given)
 
     monkeypatch.setattr(factorized, "factorized_attention", run)
     with expect("cudaError_t 1") if too_long(case) else contextlib.nullcontext():
@@ -95,6 +116,56 @@ def check_case(case: dict, monkeypatch) -> None:
 @pytest.mark.parametrize("case", grid(AXES, CROSSES, {"grid": GRIDS}))
 def test_parity(case, monkeypatch):
     check_case(case, monkeypatch)
+
+
+@pytest.mark.parametrize("case", grid(HOPPER_AXES, HOPPER_CROSSES, {"grid": HOPPER_GRIDS}))
+def test_parity_of_long_sequences(case, monkeypatch):
+    check_case(case, monkeypatch)
+
+
+BY_LENGTH = [(1, S, 0, arch) for S in (65, 80, 100, 196, 197, 250, 256) for arch in (90, 80)]
+BY_LENGTH += [(16, 65, 1, 90), (16, 80, 1, 80), (16, 197, 1, 90), (70, 66, 1, 90), (66, 70, 1, 90)]
+
+
+@pytest.mark.parametrize("T, S, temporal_heads, arch", BY_LENGTH)
+def test_parity_of_long_sequences_by_length(T, S, temporal_heads, arch, monkeypatch):
+    case = {"grid": (T, S), "heads": (1 + temporal_heads, temporal_heads), "D": 64, "inputs": "normal", "schedule": 2}
+    case |= {"layout": "packed", "mask": None, "extra": None, "dropout_p": 0.0, "arch": arch, "dtype": torch.bfloat16}
+    check_case(case, monkeypatch)
+
+
+def products(options: dict, T=1, S=65, H=2, D=64, temporal_heads=0) -> tuple[int, int]:
+    """How many products of a warpgroup a call's forward and backward ask for."""
+    q, k, v, o, do = torch.randn(5, 1, T, S, H, D).bfloat16().unbind()
+    options = {"temporal_heads": temporal_heads} | options
+    lse = torch.empty(1, H, T * S)
+    cuda_simulator.forward(q, k, v, o, lse, **options)
+    forward = cuda_simulator.made().products_of_launch()
+    cuda_simulator.backward(do, q, k, v, o, lse, *torch.empty(3, *q.shape).bfloat16(), **options)
+    return forward, cuda_simulator.made().products_of_launch()
+
+
+def test_which_calls_take_products_of_a_warpgroup():
+    """Each length at which they start or stop, and each option that a plain call does without."""
+    assert all(products({})) and all(products({}, T=16, S=65, temporal_heads=1)) and all(products({}, 81, 3, 2, 64, 2))
+    others = [
+        ({"arch": 80}, {}),
+        ({}, {"S": 64}),
+        ({}, {"D": 56}),
+        ({}, {"D": 72}),
+        ({}, {"T": 17, "temporal_heads": 1}),
+    ]
+    others += [({"scale": -1.0}, {}), ({"softcap": 3.0}, {}), ({"mask": torch.ones(1, 65, dtype=torch.bool)}, {})]
+    others += [({"seed": torch.tensor([1, 2]), "dropout_p": 0.5}, {})]
+    for options, sizes in others:
+        assert products(options, **sizes) == (0, 0)
+
+
+def test_products_of_a_warpgroup_need_room_beyond_the_last_rows():
+    """Where a block may have just what a warp's products take, those run."""
+    least = next(n for n in range(0, 1 << 18, 16) if cuda_simulator.made().regime_of(197, 64, True, False, n) == 1)
+    runs = [products({"shared_bytes": least + more}, S=197, H=1) for more in (0, 48 * 128 - 16, 48 * 128)]
+    assert [backward > 0 for _, backward in runs] == [False, False, True]
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.2, 3.0])
@@ -122,6 +193,16 @@ def test_the_same_bits_in_every_order_of_threads(T, S, temporal_heads, dtype):
     first = step(qkv, do, **options)
     for schedule in range(1, 5):
         assert all(map(torch.equal, first, step(qkv, do, schedule=schedule, **options)))
+
+
+@pytest.mark.parametrize("T, S, temporal_heads", [(1, 100, 0), (16, 66, 1), (1, 197, 0)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arch", [90, 80])
+def test_the_same_bits_of_long_sequences_in_every_order(T, S, temporal_heads, dtype, arch):
+    qkv, do = torch.randn(2, T, S, 3, 2, 64, dtype=dtype), torch.randn(2, T, S, 2, 64, dtype=dtype)
+    first = step(qkv, do, temporal_heads=temporal_heads, arch=arch)
+    for schedule in range(1, 5):
+        assert all(map(torch.equal, first, step(qkv, do, temporal_heads=temporal_heads, arch=arch, schedule=schedule)))
 
 
 @pytest.mark.parametrize("dropped", [0.0, 1.0])

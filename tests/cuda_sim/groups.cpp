@@ -10,6 +10,9 @@
 #include "memory.h"
 
 namespace vivit::cuda::sim {
+
+int64_t products_of_launch = 0;
+
 namespace {
 
 // A signalling NaN: arithmetic makes another one of it, a copy does not.
@@ -220,6 +223,7 @@ void start(const Site& site, void* const* threads) {
     }
     x.sums = &sums_of(site, group, threads);
     ++x.sums->products;
+    ++products_of_launch;
     group.started.push_back(std::move(x));
 }
 

@@ -23,6 +23,8 @@ struct Product {
 
 uint64_t describe_operand(const Site& site, const void* operand);
 
+extern int64_t products_of_launch;  // that a warpgroup has asked for in the last launch
+
 void start_groups(int threads);
 void begin_products(const Site& site);
 void start_product(const Site& site, Product& mine);

@@ -266,6 +266,7 @@ int launch_blocks(void (*call)(const void*), const void* call_data, int64_t bloc
     blockDim = {static_cast<unsigned>(count), 1, 1}, gridDim = {static_cast<unsigned>(blocks), 1, 1};
     threadIdx = {0, 0, 0};
     stacks.reserve(count);
+    products_of_launch = 0;
     Random random(schedule.seed);
     std::vector<int64_t> order(blocks);
     std::iota(order.begin(), order.end(), 0);

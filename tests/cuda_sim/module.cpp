@@ -208,6 +208,7 @@ PYBIND11_MODULE(cuda_sim, m) {
         return static_cast<int>(regime_of(N, D, backward, rotary, shared_bytes));
     });
     m.def("keeps_output", keeps_output);
+    m.def("products_of_launch", [] { return sim::products_of_launch; });
     m.def("one_verb", one_verb);
     m.def("product", product);
     m.def("group_products", group_products);
