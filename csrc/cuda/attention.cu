@@ -13,8 +13,7 @@ namespace {
 
 template <int kSteps>
 int32_t resident_bytes(int32_t N, bool backward, bool rotary) {
-    if (!backward) return Layout<kSteps, false>(N).bytes(Layout<kSteps, false>(N).warps(), rotary);
-    return Layout<kSteps, true>(N).bytes(Layout<kSteps, true>(N).warps(), rotary);
+    return backward ? Layout<kSteps, true>(N).bytes(rotary) : Layout<kSteps, false>(N).bytes(rotary);
 }
 
 int32_t resident_bytes(int32_t N, int32_t D, bool backward, bool rotary) {

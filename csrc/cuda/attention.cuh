@@ -77,13 +77,13 @@ VIVIT_DEVICE void run(const AttentionParams& p) {
 }
 
 template <class T, int kSteps, bool kPlain, bool kBackward>
-__global__ void __launch_bounds__(32 * kPackedWarps) packed_attention(const AttentionParams p) {
+__global__ void __launch_bounds__(32 * kPackedWarps, kBackward ? 1 : 0) packed_attention(const AttentionParams p) {
     run<T, kSteps, kPlain, Kind::kPacked, kBackward>(p);
 }
 
 // Two blocks to a multiprocessor, of which one copies while the other multiplies, where the registers allow it.
 template <class T, int kSteps, bool kPlain, bool kBackward>
-__global__ void __launch_bounds__(32 * kResidentWarps, kSteps <= 4 && kPlain ? 2 : 1)
+__global__ void __launch_bounds__(32 * kResidentWarps, kSteps <= 4 && kPlain && !kBackward ? 2 : 1)
     resident_attention(const AttentionParams p) {
     run<T, kSteps, kPlain, Kind::kResident, kBackward>(p);
 }
@@ -127,7 +127,7 @@ int launch_with(const AttentionParams& p, void* stream) {
         if (axis.heads == 0 || is_packed(axis.N)) continue;
         const Layout<kSteps, kBackward> layout(axis.N);
         if (!resident) warps = layout.warps();  // of the first, space: a launch has one size of block
-        shared = layout.bytes(warps, rotary) > shared ? layout.bytes(warps, rotary) : shared;
+        shared = layout.bytes(rotary) > shared ? layout.bytes(rotary) : shared;
         resident = true;
     }
     const int32_t scratch = kBackward ? warps * packed_scratch_bytes(kSteps, rotary) : 0;  // used by packed sequences

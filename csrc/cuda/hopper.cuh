@@ -21,6 +21,25 @@ VIVIT_BOTH int32_t hopper_bytes(int32_t N, bool backward) {
 // The first of a warp's rows among those of its warpgroup.
 VIVIT_DEVICE int32_t rows_of_warp() { return static_cast<int32_t>(threadIdx.x) / 32 % 4 * 16; }
 
+// A thread's part of copies to and from shared memory: chunk thread % 8 of rows thread / 8, + 32, ...
+struct Chunks {
+    static constexpr int32_t kRows = kHopperThreads / 8;
+    int32_t row, chunk;
+
+    VIVIT_DEVICE Chunks() : row(static_cast<int32_t>(threadIdx.x) / 8), chunk(static_cast<int32_t>(threadIdx.x) % 8) {}
+
+    // `padded` rows of a tensor, as copy_rows; the swizzle is the same in all rows of a thread.
+    VIVIT_DEVICE void copy(char* to, const Rows& from, int32_t N, int32_t padded) const {
+        const char* source = from.row(row) + 16 * chunk;
+        char* target = to + Pitch<4>::place(row, chunk);
+#pragma unroll 2
+        for (int32_t i = row; i < padded; i += kRows) {
+            copy_16(target, i < N ? source : from.first, i < N);
+            source += kRows * from.step, target += kRows * Pitch<4>::kBytes;
+        }
+    }
+};
+
 // A step of 16 channels further in a descriptor.
 constexpr uint64_t kNextChannels = 32 >> 4;
 // 16 rows further.
@@ -108,12 +127,16 @@ VIVIT_DEVICE void hopper_attend(const Block<4, false>& block, int32_t first_row,
 template <class T>
 VIVIT_DEVICE void hopper_forward(const AttentionParams& p, const Axis& axis, int64_t number) {
     const Block<4, false> block(axis, p.B, number);
-    block.copy(0, 0, p.q, axis, p.D), block.copy(1, 0, p.k, axis, p.D), block.copy(2, 0, p.v, axis, p.D);
+    const Sequence at(block.first, axis);
+    const Chunks chunks;
+    chunks.copy(block.rows(0, 0), Rows(p.q, at, axis), axis.N, block.layout.rows);
+    chunks.copy(block.rows(1, 0), Rows(p.k, at, axis), axis.N, block.layout.rows);
+    chunks.copy(block.rows(2, 0), Rows(p.v, at, axis), axis.N, block.layout.rows);
     copies_commit();
     copies_wait<0>();
     group_fence();
     block_barrier();
-    const int32_t group = block.thread() / 128, groups = block.threads() / 128;
+    const int32_t group = same_in_warp(block.thread() / 128), groups = kHopperThreads / 128;
 #pragma unroll 1
     for (int32_t first = group * kGroupRows; first < axis.N; first += groups * kGroupRows) {
         hopper_attend<T>(block, first, p, axis);
@@ -203,10 +226,9 @@ VIVIT_DEVICE void hopper_gradients_of_keys(const Block<4, true>& block, int32_t 
         const uint64_t skipped = row / 16 * kNextRows;
         hopper_keys_step<T, 16>(dk, dv, k, v, queries + skipped, d_outputs + skipped, floats + row, rows, unit);
     }
-    const float once[2] = {1.f, 1.f}, scale[2] = {p.scale, p.scale};
     const Sequence at(block.first, axis);
-    store_rows<T>(p, Rows(p.dv, at, axis), first_key + rows_of_warp(), axis.N, dv, once);
-    store_rows<T>(p, Rows(p.dk, at, axis), first_key + rows_of_warp(), axis.N, dk, scale);
+    store_rows<T>(p, Rows(p.dv, at, axis), first_key + rows_of_warp(), axis.N, dv, 1.f, 1.f);
+    store_rows<T>(p, Rows(p.dk, at, axis), first_key + rows_of_warp(), axis.N, dk, p.scale, p.scale);
 }
 
 // dq of 64 queries.
@@ -237,22 +259,76 @@ VIVIT_DEVICE void hopper_gradient_of_queries(const Block<4, true>& block, int32_
         const uint64_t skipped = key / 16 * kNextRows;
         hopper_queries_step<T, 16, false>(dq, q, d_o, keys + skipped, values + skipped, lse, delta, unit, key, axis.N);
     }
-    const float scale[2] = {p.scale, p.scale};
-    store_rows<T>(p, Rows(p.dq, Sequence(block.first, axis), axis), first_row + rows_of_warp(), axis.N, dq, scale);
+    store_rows<T>(p, Rows(p.dq, Sequence(block.first, axis), axis), first_row + rows_of_warp(), axis.N, dq, p.scale,
+                  p.scale);
 }
+
+// o of up to 32 kMost rows on its way to delta: the loads are under way while the other tensors are copied.
+template <class T>
+struct Outputs {
+    static constexpr int kMost = 8;
+    uint4 chunk[kMost];
+
+    VIVIT_DEVICE void load(const Rows& o, const Chunks& mine, int32_t first, int32_t N) {
+#pragma unroll
+        for (int i = 0; i < kMost; ++i) {
+            const int32_t row = first + mine.row + i * mine.kRows;
+            chunk[i] = load_16(o.row(row) + 16 * mine.chunk, row < N);
+        }
+    }
+    // delta = sum(do * o) of each row, of its eight lanes in each.
+    VIVIT_DEVICE void store_delta(const char* d_outputs, const Chunks& mine, int32_t first, int32_t rows,
+                                  float* delta) const {
+#pragma unroll
+        for (int i = 0; i < kMost; ++i) {
+            const int32_t row = first + mine.row + i * mine.kRows;
+            if (row - mine.row >= rows) break;  // of all lanes of a warp alike: rows are a multiple of 16
+            float sum = 0.f;
+            if (row < rows) {
+                const uint4 y = *reinterpret_cast<const uint4*>(d_outputs + Pitch<4>::place(row, mine.chunk));
+                const uint32_t ours[4] = {chunk[i].x, chunk[i].y, chunk[i].z, chunk[i].w},
+                               theirs[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+                for (int w = 0; w < 4; ++w) {
+                    const float2 a = unpacked<T>(ours[w]), b = unpacked<T>(theirs[w]);
+                    sum += a.x * b.x + a.y * b.y;
+                }
+            }
+            sum = sum_of_row(sum);
+            sum += from_lane_xor(sum, 4);
+            if (row < rows && mine.chunk == 0) delta[row] = sum;
+        }
+    }
+};
 
 template <class T>
 VIVIT_DEVICE void hopper_backward(const AttentionParams& p, const Axis& axis, int64_t number) {
     const Block<4, true> block(axis, p.B, number);
-    block.copy(3, 0, p.d_o, axis, p.D), block.copy(0, 0, p.q, axis, p.D);
-    block.copy(1, 0, p.k, axis, p.D), block.copy(2, 0, p.v, axis, p.D);
+    const Sequence at(block.first, axis);
+    const Chunks chunks;
+    const int32_t rows = block.layout.rows;
+    chunks.copy(block.rows(3, 0), Rows(p.d_o, at, axis), axis.N, rows);
+    chunks.copy(block.rows(0, 0), Rows(p.q, at, axis), axis.N, rows);
+    chunks.copy(block.rows(1, 0), Rows(p.k, at, axis), axis.N, rows);
+    chunks.copy(block.rows(2, 0), Rows(p.v, at, axis), axis.N, rows);
     copies_commit();
+    float *lse = block.floats(0), *delta = lse + rows;
+    Outputs<T> outputs;
+    outputs.load(Rows(p.o, at, axis), chunks, 0, axis.N);
+    for (int32_t row = block.thread(); row < rows; row += kHopperThreads) {
+        lse[row] = row < axis.N ? load_one(p.lse + query_number(p, at, axis, row)) : kInfinity;
+    }
     copies_wait<0>();
     group_fence();
     block_barrier();
-    load_statistics<T>(p, axis, block);
+    outputs.store_delta(block.rows(3, 0), chunks, 0, rows, delta);
+    constexpr int32_t kPart = Outputs<T>::kMost * Chunks::kRows;
+    for (int32_t first = kPart; first < rows; first += kPart) {
+        outputs.load(Rows(p.o, at, axis), chunks, first, axis.N);
+        outputs.store_delta(block.rows(3, 0), chunks, first, rows, delta);
+    }
     block_barrier();
-    const int32_t group = block.thread() / 128, groups = block.threads() / 128;
+    const int32_t group = same_in_warp(block.thread() / 128), groups = kHopperThreads / 128;
     const int32_t tiles = (axis.N + kGroupRows - 1) / kGroupRows;
 #pragma unroll 1
     for (int32_t i = group; i < 2 * tiles; i += groups) {  // the longer ones first

@@ -117,9 +117,9 @@ VIVIT_DEVICE void turn_over(uint32_t (&a)[4]) {
 }
 
 // The gradient of rows that were turned on load, turned back through a warp's scratch [16][32 kBlocks + 4] of floats.
-template <int kBlocks>
-VIVIT_DEVICE void turn_back(const AttentionParams& p, Sums<kBlocks>& sums, const Lane& lane, const Axis& axis,
-                            float* scratch) {
+template <class T, int kBlocks>
+VIVIT_DEVICE void store_turned_tile(const AttentionParams& p, const Grid& x, const Lane& lane, const Axis& axis,
+                                    const Sums<kBlocks>& sums, float* scratch) {
     constexpr int kPitch = 32 * kBlocks + 4;
     warp_barrier();
 #pragma unroll
@@ -128,16 +128,12 @@ VIVIT_DEVICE void turn_back(const AttentionParams& p, Sums<kBlocks>& sums, const
         scratch[(lane.g + 8 * (e / 2)) * kPitch + 32 * b + 8 * lane.t + 2 * w + e % 2] = sums.of[b][w][e];
     }
     warp_barrier();
-#pragma unroll
-    for (int i = 0; i < 16 * kBlocks; ++i) {
-        const int b = i / 16, w = i / 4 % 4, e = i % 4, r = e / 2;
-        const int32_t channel = 32 * b + 8 * lane.t + 2 * w + e % 2;
-        if (!lane.valid(r, axis) || channel >= p.D) continue;
-        const Four four(channel / 4 * 4, p.D);
-        const int64_t at = angles_of(p, lane.at(r).token(lane.row(r), axis, p.S)) + four.angle + channel % 4;
-        const float partner = scratch[(lane.g + 8 * r) * kPitch + four.partner + channel % 4];
-        sums.of[b][w][e] = turned(p, at, sums.of[b][w][e], partner, four.sign, true);
-    }
+    store_turned_back<T>(p, scratch, kPitch, p.scale, [&](int32_t number) -> TurnedRow {
+        const int r = number / 8;
+        const int32_t row = lane.two ? number % 8 : number;
+        const Sequence at = lane.at(r);
+        return {lane.there(r) && row < axis.N, at.token(row, axis, p.S), Rows(x, at, axis).row(row)};
+    });
 }
 
 template <class T, int kBlocks>
@@ -267,31 +263,29 @@ VIVIT_DEVICE void packed_backward(const AttentionParams& p, const Axis& axis, in
     }
     const float once[2] = {1.f, 1.f}, scale[2] = {p.scale, p.scale};
     const bool turn = !kPlain && p.cos != nullptr;
-    uint32_t a[4];
-    as_operand<T>(a, dp);
-    {
-        Sums<kBlocks> dq;
-        along<T>(dq, a, k);
-        if (turn) turn_back(p, dq, lane, axis, scratch);
-        store_tile<T>(p, p.dq, lane, axis, dq, scale);
-    }
-    turn_over(a);
-    {
-        Sums<kBlocks> dk;
-        along<T>(dk, a, q);
-        if (turn) turn_back(p, dk, lane, axis, scratch);
-        store_tile<T>(p, p.dk, lane, axis, dk, scale);
-    }
-    as_operand<T>(a, kept);
+    uint32_t weights[4], ds[4];
+    as_operand<T>(weights, kept);
+    as_operand<T>(ds, dp);
     if (p.o_again.data != nullptr) {
         Sums<kBlocks> o;
-        along<T>(o, a, v);
+        along<T>(o, weights, v);
         store_tile<T>(p, p.o_again, lane, axis, o, once);
     }
-    turn_over(a);
-    Sums<kBlocks> dv;
-    along<T>(dv, a, d_o);
-    store_tile<T>(p, p.dv, lane, axis, dv, once);
+    turn_over(weights);
+    {
+        Sums<kBlocks> dv;
+        along<T>(dv, weights, d_o);
+        store_tile<T>(p, p.dv, lane, axis, dv, once);
+    }
+    {
+        Sums<kBlocks> dq;
+        along<T>(dq, ds, k);
+        turn ? store_turned_tile<T>(p, p.dq, lane, axis, dq, scratch) : store_tile<T>(p, p.dq, lane, axis, dq, scale);
+    }
+    turn_over(ds);
+    Sums<kBlocks> dk;
+    along<T>(dk, ds, q);
+    turn ? store_turned_tile<T>(p, p.dk, lane, axis, dk, scratch) : store_tile<T>(p, p.dk, lane, axis, dk, scale);
 }
 
 }  // namespace vivit::cuda

@@ -10,7 +10,8 @@
 
 namespace vivit::cuda {
 
-constexpr int kResidentWarps = 8;  // at most
+constexpr int kResidentWarps = 8;      // at most
+constexpr int kShortBytes = 64 << 10;  // several sequences share a block as far as they take no more
 
 // What a block of the resident regime has in shared memory: of `per` sequences, each padded to `rows` rows, q, k and v
 // and for a backward do; then floats of each row: of a forward what is added to the scores of a key, of a backward lse
@@ -20,12 +21,15 @@ struct Layout {
     static constexpr int32_t kTensors = kBackward ? 4 : 3, kFloats = kBackward ? 2 : 1;
     int32_t rows, per;
 
-    VIVIT_BOTH explicit Layout(int32_t N) : rows((N + 15) / 16 * 16), per(rows > 64 ? 1 : 128 / rows) {}
+    VIVIT_BOTH explicit Layout(int32_t N) : rows((N + 15) / 16 * 16), per(1) {
+        const int32_t fit = kShortBytes / before_scratch(), wanted = rows > 64 ? 1 : 128 / rows;
+        per = fit < 1 ? 1 : fit < wanted ? fit : wanted;
+    }
 
     VIVIT_BOTH int32_t tensor_bytes() const { return rows * Pitch<kSteps>::kBytes; }
     VIVIT_BOTH int32_t before_scratch() const { return per * (kTensors * tensor_bytes() + 4 * kFloats * rows); }
-    VIVIT_BOTH int32_t bytes(int32_t warps, bool rotary) const {
-        return before_scratch() + (kBackward && rotary ? warps * scratch_bytes() : 0);
+    VIVIT_BOTH int32_t bytes(bool rotary) const {
+        return before_scratch() + (kBackward && rotary ? kResidentWarps * scratch_bytes() : 0);
     }
     static VIVIT_BOTH int32_t scratch_bytes() { return 16 * (16 * kSteps + 4) * 4; }
 
@@ -116,7 +120,7 @@ struct Rules {
 template <class T, int kSteps, int kGroups, bool kPlain, bool kWhole>
 VIVIT_DEVICE void attend_step(Attended<kSteps>& sums, const Operand<kSteps>& q, const char* keys, const char* values,
                               const float* bias, const Places<kSteps>& places, const Rules<kPlain>& rules,
-                              const Sequence& at, int32_t first_row, int32_t first_key) {
+                              int64_t sequence, int32_t first_row, int32_t first_key) {
     const int32_t g = lane_number() / 4, t = lane_number() % 4;
     Pairs<kGroups> x;
 #pragma unroll
@@ -149,6 +153,7 @@ VIVIT_DEVICE void attend_step(Attended<kSteps>& sums, const Operand<kSteps>& q, 
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
         if (rules.drops()) {
+            const Sequence at(sequence, rules.axis);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int n = i / 2, r = i % 2;
@@ -174,19 +179,17 @@ VIVIT_DEVICE void store_attended(const AttentionParams& p, const Axis& axis, con
         const float total = sum_of_row(sums.total[r]);
         over[r] = total > 0.f ? 1.f / total : 0.f;
         if (p.lse != nullptr && lane_number() % 4 == 0 && row < axis.N) {
-            const float lse = total > 0.f ? sums.most[r] + log2f(total) : kInfinity;
+            const float lse = total > 0.f ? sums.most[r] + log2_fast(total) : kInfinity;
             store_one(p.lse + query_number(p, at, axis, row), lse);
         }
     }
-    store_rows<T>(p, Rows(p.o, at, axis), first_row, axis.N, sums.o, over);
+    store_rows<T>(p, Rows(p.o, at, axis), first_row, axis.N, sums.o, over[0], over[1]);
 }
 
 // o of 16 queries, and their lse where it is wanted.
 template <class T, int kSteps, bool kPlain>
 VIVIT_DEVICE void attend(const Block<kSteps, false>& block, int32_t s, int32_t first_row, const Rules<kPlain>& rules) {
-    constexpr int kGroups = 4;
-    const AttentionParams& p = rules.p;
-    const Sequence at(block.first + s, rules.axis);
+    constexpr int kGroups = 2;
     const char *keys = block.rows(1, s), *values = block.rows(2, s);
     const float* bias = block.floats(s);
     const Operand<kSteps> q(block.rows(0, s) + first_row * Pitch<kSteps>::kBytes);
@@ -198,14 +201,14 @@ VIVIT_DEVICE void attend(const Block<kSteps, false>& block, int32_t s, int32_t f
 #pragma unroll 1
     for (; key + 16 * kGroups <= in_fours; key += 16 * kGroups) {
         attend_step<T, kSteps, kGroups, kPlain, kPlain>(sums, q, keys + key * kBytes, values + key * kBytes, bias + key,
-                                                        places, rules, at, first_row, key);
+                                                        places, rules, block.first + s, first_row, key);
     }
 #pragma unroll 1
     for (; key < block.layout.rows; key += 16) {
         attend_step<T, kSteps, 1, kPlain, false>(sums, q, keys + key * kBytes, values + key * kBytes, bias + key,
-                                                 places, rules, at, first_row, key);
+                                                 places, rules, block.first + s, first_row, key);
     }
-    store_attended<T>(p, rules.axis, at, first_row, sums);
+    store_attended<T>(rules.p, rules.axis, Sequence(block.first + s, rules.axis), first_row, sums);
 }
 
 template <class T, int kSteps, bool kPlain>
@@ -274,12 +277,13 @@ VIVIT_DEVICE void across_both(Pairs<1>& x, const Operand<kSteps>& a, const char*
 
 // The share of 16 keys in dq of 16 queries. kWhole: no key of them is padding.
 template <class T, int kSteps, bool kPlain, bool kWhole>
-VIVIT_DEVICE void queries_step(RowSums<kSteps>& dq, const Operand<kSteps>& q, const Operand<kSteps>& d_o,
-                               const char* keys, const char* values, const Places<kSteps>& places,
-                               const float (&lse)[2], const float (&delta)[2], const Rules<kPlain>& rules,
-                               const Sequence& at, int32_t first_row, int32_t first_key) {
+VIVIT_DEVICE void queries_step(RowSums<kSteps>& dq, const Operand<kSteps>& q, const char* d_outputs, const char* keys,
+                               const char* values, const Places<kSteps>& places, const float (&lse)[2],
+                               const float (&delta)[2], const Rules<kPlain>& rules, const Sequence& at,
+                               int32_t first_row, int32_t first_key) {
     const int32_t g = lane_number() / 4, t = lane_number() % 4;
     Pairs<1> x, dp;
+    const Operand<kSteps> d_o(d_outputs);  // read once more in each step, as v by keys_step
     across_both<T>(x, q, keys, dp, d_o, values, places.across);
     if (rules.drops()) {
 #pragma unroll
@@ -312,7 +316,8 @@ VIVIT_DEVICE void gradient_of_queries(const Block<kSteps, true>& block, int32_t 
     const AttentionParams& p = rules.p;
     const Sequence at(block.first + s, rules.axis);
     const char *keys = block.rows(1, s), *values = block.rows(2, s);
-    const Operand<kSteps> q(block.rows(0, s) + first_row * kBytes), d_o(block.rows(3, s) + first_row * kBytes);
+    const Operand<kSteps> q(block.rows(0, s) + first_row * kBytes);
+    const char* d_outputs = block.rows(3, s) + first_row * kBytes;
     const float* floats = block.floats(s) + first_row + lane_number() / 4;
     const float lse[2] = {floats[0], floats[8]}, delta[2] = {floats[block.layout.rows], floats[block.layout.rows + 8]};
     const Places<kSteps> places;
@@ -320,68 +325,91 @@ VIVIT_DEVICE void gradient_of_queries(const Block<kSteps, true>& block, int32_t 
     int32_t key = 0;
 #pragma unroll 1
     for (; key + 16 <= rules.axis.N; key += 16) {
-        queries_step<T, kSteps, kPlain, true>(dq, q, d_o, keys + key * kBytes, values + key * kBytes, places, lse,
+        queries_step<T, kSteps, kPlain, true>(dq, q, d_outputs, keys + key * kBytes, values + key * kBytes, places, lse,
                                               delta, rules, at, first_row, key);
     }
     if (key < rules.axis.N) {
-        queries_step<T, kSteps, kPlain, false>(dq, q, d_o, keys + key * kBytes, values + key * kBytes, places, lse,
-                                               delta, rules, at, first_row, key);
+        queries_step<T, kSteps, kPlain, false>(dq, q, d_outputs, keys + key * kBytes, values + key * kBytes, places,
+                                               lse, delta, rules, at, first_row, key);
     }
-    const float scale[2] = {p.scale, p.scale};
-    if (!kPlain && p.cos != nullptr) turn_rows_back(p, dq, at, rules.axis, first_row, block.scratch());
-    store_rows<T>(p, Rows(p.dq, at, rules.axis), first_row, rules.axis.N, dq, scale);
+    const Rows to(p.dq, at, rules.axis);
+    if (!kPlain && p.cos != nullptr) {
+        store_turned_rows<T>(p, to, dq, at, rules.axis, first_row, block.scratch());
+    } else {
+        store_rows<T>(p, to, first_row, rules.axis.N, dq, p.scale, p.scale);
+    }
 }
 
-// dk and dv of 16 keys. Scores lie keys first, so that no product has to transpose them.
-template <class T, int kSteps, bool kPlain>
+// The share of 16 queries in dk and dv of 16 keys, those of them that are asked for. floats: lse of the first query
+// that the lane has, delta after `rows` more; may: whether keys g and g + 8 may be attended.
+template <class T, int kSteps, bool kPlain, bool kDk, bool kDv>
+VIVIT_DEVICE void keys_step(RowSums<kSteps>& dk, RowSums<kSteps>& dv, const Operand<kSteps>& k, const char* values,
+                            const char* queries, const char* d_outputs, const float* floats, int32_t rows,
+                            const Places<kSteps>& places, const bool (&may)[2], const Rules<kPlain>& rules,
+                            const Sequence& at, int32_t first_row, int32_t first_key) {
+    const int32_t g = lane_number() / 4, t = lane_number() % 4;
+    Pairs<1> x, dp;
+    if constexpr (kDk) {
+        // v is read once more in each step: its registers are needed
+        const Operand<kSteps> v(values);
+        across_both<T>(x, k, queries, dp, v, d_outputs, places.across);
+    } else {
+#pragma unroll
+        for (int s = 0; s < kSteps; ++s) across_step<T>(x, k, queries, places.across, s);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        float &y = x.of[0][i / 4][i % 4], &dy = dp.of[0][i / 4][i % 4];
+        const int32_t place = 8 * (i / 4) + i % 2;
+        float weight = exp2_fast(rules.scores.of(y) - floats[place]), keep = 1.f;
+        if (!kPlain && !may[i % 4 / 2]) weight = 0.f;
+        if (rules.drops()) {
+            const int64_t row = query_number(rules.p, at, rules.axis, first_row + place + 2 * t);
+            keep = rules.dropout.factor(row, first_key + g + 8 * (i % 4 / 2));
+        }
+        if (kDk) dy = weight * (dy * keep - floats[rows + place]) * rules.scores.slope(y);
+        y = weight * keep;
+    }
+    uint32_t a[4];
+    if (kDv) {
+        as_left_operand<T>(a, x.of[0]);
+        along_rows<T>(dv, a, d_outputs, places.along);
+    }
+    if (kDk) {
+        as_left_operand<T>(a, dp.of[0]);
+        along_rows<T>(dk, a, queries, places.along);
+    }
+}
+
+// dk or dv of 16 keys, or both. Scores lie keys first, so that no product has to transpose them.
+template <class T, int kSteps, bool kPlain, bool kDk, bool kDv>
 VIVIT_DEVICE void gradients_of_keys(const Block<kSteps, true>& block, int32_t s, int32_t first_key,
                                     const Rules<kPlain>& rules) {
+    constexpr int32_t kBytes = Pitch<kSteps>::kBytes;
     const AttentionParams& p = rules.p;
     const Sequence at(block.first + s, rules.axis);
-    const int32_t g = lane_number() / 4, t = lane_number() % 4;
-    const Operand<kSteps> k(block.rows(1, s) + first_key * Pitch<kSteps>::kBytes);
-    const char* values = block.rows(2, s) + first_key * Pitch<kSteps>::kBytes;
+    const int32_t g = lane_number() / 4, rows = block.layout.rows;
+    const Operand<kSteps> k(block.rows(1, s) + first_key * kBytes);
+    const char *values = block.rows(2, s) + first_key * kBytes, *queries = block.rows(0, s);
+    const char* d_outputs = block.rows(3, s);
+    const float* floats = block.floats(s) + 2 * (lane_number() % 4);
     const bool may[2] = {kPlain || may_be_attended(p, at, rules.axis, first_key + g),
                          kPlain || may_be_attended(p, at, rules.axis, first_key + g + 8)};
     const Places<kSteps> places;
     RowSums<kSteps> dk, dv;
 #pragma unroll 1
-    for (int32_t first_row = 0; first_row < block.layout.rows; first_row += 16) {
-        const char* queries = block.rows(0, s) + first_row * Pitch<kSteps>::kBytes;
-        const char* d_outputs = block.rows(3, s) + first_row * Pitch<kSteps>::kBytes;
-        const float *lse = block.floats(s) + first_row + 2 * t, *delta = lse + block.layout.rows;
-        // v is read once more in each step: its registers are needed for two blocks to a multiprocessor
-        const Operand<kSteps> v(values);
-        Pairs<1> x, dp;
-        across_both<T>(x, k, queries, dp, v, d_outputs, places.across);
-        float keep[8];
-        if (rules.drops()) {
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                const int64_t row = query_number(p, at, rules.axis, first_row + 8 * (i / 4) + 2 * t + i % 2);
-                keep[i] = rules.dropout.factor(row, first_key + g + 8 * (i % 4 / 2));
-                dp.of[0][i / 4][i % 4] *= keep[i];
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            float &y = x.of[0][i / 4][i % 4], &dy = dp.of[0][i / 4][i % 4];
-            const int32_t place = 8 * (i / 4) + i % 2;
-            float weight = exp2_fast(rules.scores.of(y) - lse[place]);
-            if (!kPlain && !may[i % 4 / 2]) weight = 0.f;
-            dy = weight * (dy - delta[place]) * rules.scores.slope(y);
-            y = rules.drops() ? weight * keep[i] : weight;
-        }
-        uint32_t a[4];
-        as_left_operand<T>(a, x.of[0]);
-        along_rows<T>(dv, a, d_outputs, places.along);
-        as_left_operand<T>(a, dp.of[0]);
-        along_rows<T>(dk, a, queries, places.along);
+    for (int32_t row = 0; row < rows; row += 16) {
+        keys_step<T, kSteps, kPlain, kDk, kDv>(dk, dv, k, values, queries + row * kBytes, d_outputs + row * kBytes,
+                                               floats + row, rows, places, may, rules, at, row, first_key);
     }
-    const float once[2] = {1.f, 1.f}, scale[2] = {p.scale, p.scale};
-    store_rows<T>(p, Rows(p.dv, at, rules.axis), first_key, rules.axis.N, dv, once);
-    if (!kPlain && p.cos != nullptr) turn_rows_back(p, dk, at, rules.axis, first_key, block.scratch());
-    store_rows<T>(p, Rows(p.dk, at, rules.axis), first_key, rules.axis.N, dk, scale);
+    if (kDv) store_rows<T>(p, Rows(p.dv, at, rules.axis), first_key, rules.axis.N, dv, 1.f, 1.f);
+    if (!kDk) return;
+    const Rows to(p.dk, at, rules.axis);
+    if (!kPlain && p.cos != nullptr) {
+        store_turned_rows<T>(p, to, dk, at, rules.axis, first_key, block.scratch());
+    } else {
+        store_rows<T>(p, to, first_key, rules.axis.N, dk, p.scale, p.scale);
+    }
 }
 
 template <class T, int kSteps, bool kPlain>
@@ -403,7 +431,10 @@ VIVIT_DEVICE void resident_backward(const AttentionParams& p, const Axis& axis, 
     for (int32_t i = block.thread() / 32; i < 2 * all; i += block.threads() / 32) {  // the longer ones first
         const int32_t s = i % all / tiles, first = i % tiles * 16;
         if (i < all) {
-            gradients_of_keys<T>(block, s, first, rules);
+            // sums of both do not fit in registers where rows are long or options are many; then scores are made twice
+            constexpr bool kBoth = kPlain ? kSteps <= 6 : kSteps <= 2;
+            gradients_of_keys<T, kSteps, kPlain, kBoth, true>(block, s, first, rules);
+            if (!kBoth) gradients_of_keys<T, kSteps, kPlain, true, false>(block, s, first, rules);
         } else {
             gradient_of_queries<T>(block, s, first, rules);
         }

@@ -18,10 +18,9 @@ struct Four {
 // The row of the tables for a token of the clip.
 VIVIT_DEVICE int64_t angles_of(const AttentionParams& p, int64_t token) { return token * (p.D / 2); }
 
-// One channel turned; back: by the opposite angle.
-VIVIT_DEVICE float turned(const AttentionParams& p, int64_t at, float x, float partner, float sign, bool back) {
-    const float s = sign * load_one(p.sin + at);
-    return x * load_one(p.cos + at) + partner * (back ? -s : s);
+// One channel turned.
+VIVIT_DEVICE float turned(const AttentionParams& p, int64_t at, float x, float partner, float sign) {
+    return x * load_one(p.cos + at) + partner * sign * load_one(p.sin + at);
 }
 
 // 16 bytes of a row, channels 8 chunk, ..., as they are loaded, turned: partners are read where they lie in memory.
@@ -38,11 +37,41 @@ VIVIT_DEVICE uint4 turned_chunk(const AttentionParams& p, int64_t token, const c
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const float2 own = unpacked<T>(word[2 * half + i]), partner = unpacked<T>(other[i]);
-            word[2 * half + i] = packed<T>(turned(p, at + 2 * i, own.x, partner.x, four.sign, false),
-                                           turned(p, at + 2 * i + 1, own.y, partner.y, four.sign, false));
+            word[2 * half + i] = packed<T>(turned(p, at + 2 * i, own.x, partner.x, four.sign),
+                                           turned(p, at + 2 * i + 1, own.y, partner.y, four.sign));
         }
     }
     return {word[0], word[1], word[2], word[3]};
 }
+
+// The gradient of 16 rows that were turned, turned back, times `scale`, into memory. They lie in a warp's scratch, [16]
+// rows of `pitch` floats, whose lanes have to meet before. place(row) tells `there`, `token` (of the clip) and `to` of
+// it.
+template <class T, class Place>
+VIVIT_DEVICE void store_turned_back(const AttentionParams& p, const float* scratch, int32_t pitch, float scale,
+                                    const Place& place) {
+    const int32_t half = p.D / 2, fours = half / 4;
+    for (int32_t i = static_cast<int32_t>(threadIdx.x) % 32; i < 16 * fours; i += 32) {
+        const int32_t row = i / fours, e = i % fours * 4;
+        const auto at = place(row);
+        if (!at.there) continue;
+        float first[4], second[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const float x = scratch[row * pitch + e + j] * scale, y = scratch[row * pitch + half + e + j] * scale;
+            const int64_t angle = angles_of(p, at.token) + e + j;
+            const float c = load_one(p.cos + angle), s = load_one(p.sin + angle);
+            first[j] = x * c + y * s, second[j] = y * c - x * s;
+        }
+        store_8(at.to + 2 * e, {packed<T>(first[0], first[1]), packed<T>(first[2], first[3])});
+        store_8(at.to + 2 * (half + e), {packed<T>(second[0], second[1]), packed<T>(second[2], second[3])});
+    }
+}
+
+struct TurnedRow {
+    bool there;
+    int64_t token;
+    char* to;
+};
 
 }  // namespace vivit::cuda

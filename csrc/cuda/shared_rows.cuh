@@ -48,8 +48,8 @@ VIVIT_DEVICE void turn_rows(const AttentionParams& p, char* rows, const Sequence
         uint32_t& second = *reinterpret_cast<uint32_t*>(rows + Pitch<kSteps>::place(row, far / 8) + far % 8 * 2);
         const float2 x = unpacked<T>(first), y = unpacked<T>(second);
         const int64_t angle = angles_of(p, at.token(row, axis, p.S)) + e;
-        first = packed<T>(turned(p, angle, x.x, y.x, -1.f, false), turned(p, angle + 1, x.y, y.y, -1.f, false));
-        second = packed<T>(turned(p, angle, y.x, x.x, 1.f, false), turned(p, angle + 1, y.y, x.y, 1.f, false));
+        first = packed<T>(turned(p, angle, x.x, y.x, -1.f), turned(p, angle + 1, x.y, y.y, -1.f));
+        second = packed<T>(turned(p, angle, y.x, x.x, 1.f), turned(p, angle + 1, y.y, x.y, 1.f));
     }
 }
 
@@ -115,66 +115,45 @@ VIVIT_DEVICE void along_rows(RowSums<kSteps>& sums, const uint32_t (&a)[4], cons
     }
 }
 
-// Word i of lane t becomes word t of lane i, for the four lanes of a row.
-VIVIT_DEVICE void exchange(uint32_t (&word)[4]) {
-    const int32_t t = static_cast<int32_t>(threadIdx.x) % 4;
-    const bool odd = t % 2 != 0, upper = t / 2 != 0;
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-        const uint32_t other = from_lane_xor(odd ? word[i] : word[i + 1], 1);
-        word[i] = odd ? other : word[i], word[i + 1] = odd ? word[i + 1] : other;
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const uint32_t other = from_lane_xor(upper ? word[i] : word[i + 2], 2);
-        word[i] = upper ? other : word[i], word[i + 2] = upper ? word[i + 2] : other;
-    }
-}
-
-// Rows first + g and first + g + 8 of N, each lane 16 bytes at a time.
+// Rows first + g and first + g + 8 of N, times a factor each. Neighbouring lanes change words so that each has 8 bytes
+// in a row and four of them 32, a whole sector of memory.
 template <class T, int kSteps>
 VIVIT_DEVICE void store_rows(const AttentionParams& p, const Rows& to, int32_t first, int32_t N,
-                             const RowSums<kSteps>& sums, const float (&factor)[2]) {
-    const int32_t g = static_cast<int32_t>(threadIdx.x) % 32 / 4, t = static_cast<int32_t>(threadIdx.x) % 4;
+                             const RowSums<kSteps>& sums, float factor_0, float factor_1) {
+    const int32_t g = lane_number() / 4, t = lane_number() % 4;
+    const bool odd = t % 2 != 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const int32_t row = first + g + 8 * r;
+        const float factor = r == 0 ? factor_0 : factor_1;
+        char* at = to.row(row) + 8 * (t / 2) + (odd ? 16 : 0);
 #pragma unroll
-        for (int n = 0; n < 2 * kSteps; n += 4) {
-            uint32_t word[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int m = n + i < 2 * kSteps ? n + i : n;
-                word[i] = packed<T>(sums.of[m][2 * r] * factor[r], sums.of[m][2 * r + 1] * factor[r]);
-            }
-            exchange(word);
-            if (row < N && n + t < p.D / 8) store_16(to.row(row) + 16 * (n + t), {word[0], word[1], word[2], word[3]});
+        for (int n = 0; n < 2 * kSteps; n += 2) {
+            const uint32_t left = packed<T>(sums.of[n][2 * r] * factor, sums.of[n][2 * r + 1] * factor);
+            const uint32_t right = packed<T>(sums.of[n + 1][2 * r] * factor, sums.of[n + 1][2 * r + 1] * factor);
+            const uint32_t other = from_lane_xor(odd ? left : right, 1);
+            const uint2 both = {odd ? other : left, odd ? right : other};
+            if (row < N && n + (odd ? 1 : 0) < p.D / 8) store_8(at + 16 * n, both);
         }
     }
 }
 
 // The gradient of rows that were turned, turned back through a warp's scratch [16][16 kSteps + 4] of floats.
-template <int kSteps>
-VIVIT_DEVICE void turn_rows_back(const AttentionParams& p, RowSums<kSteps>& sums, const Sequence& at, const Axis& axis,
-                                 int32_t first, float* scratch) {
+template <class T, int kSteps>
+VIVIT_DEVICE void store_turned_rows(const AttentionParams& p, const Rows& to, const RowSums<kSteps>& sums,
+                                    const Sequence& at, const Axis& axis, int32_t first, float* scratch) {
     constexpr int kPitch = 16 * kSteps + 4;
-    const int32_t g = static_cast<int32_t>(threadIdx.x) % 32 / 4, t = static_cast<int32_t>(threadIdx.x) % 4;
+    const int32_t g = lane_number() / 4, t = lane_number() % 4;
     warp_barrier();
 #pragma unroll
     for (int i = 0; i < 8 * kSteps; ++i) {
         scratch[(g + 8 * (i % 4 / 2)) * kPitch + 8 * (i / 4) + 2 * t + i % 2] = sums.of[i / 4][i % 4];
     }
     warp_barrier();
-#pragma unroll
-    for (int i = 0; i < 8 * kSteps; ++i) {
-        const int32_t row = first + g + 8 * (i % 4 / 2), channel = 8 * (i / 4) + 2 * t + i % 2;
-        if (row >= axis.N || channel >= p.D) continue;
-        const Four four(channel / 4 * 4, p.D);
-        const int64_t angle = angles_of(p, at.token(row, axis, p.S)) + four.angle + channel % 4;
-        float& x = sums.of[i / 4][i % 4];
-        const float partner = scratch[(row - first) * kPitch + four.partner + channel % 4];
-        x = turned(p, angle, x, partner, four.sign, true);
-    }
+    store_turned_back<T>(p, scratch, kPitch, p.scale, [&](int32_t number) -> TurnedRow {
+        const int32_t row = first + number;
+        return {row < axis.N, at.token(row, axis, p.S), to.row(row)};
+    });
 }
 
 }  // namespace vivit::cuda

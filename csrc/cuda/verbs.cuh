@@ -56,6 +56,13 @@ VIVIT_DEVICE float exp2_fast(float x) {
     return y;
 }
 
+// log2(x) for normal x, within 2^-22 where x is between 0.5 and 2, else within 2 ulp.
+VIVIT_DEVICE float log2_fast(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // ---- a warp's matrices ----
 // Lane 4 g + t of a warp, g = 0..7, t = 0..3. An 8 x 8 block of 16 bits: the lane has row g, columns 2 t and 2 t + 1.
 
@@ -105,6 +112,8 @@ VIVIT_DEVICE void load_blocks_transposed(uint32_t (&block)[4], const void* row) 
 // The value of the lane whose number differs in `mask`'s bits; all lanes take part.
 VIVIT_DEVICE float from_lane_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 VIVIT_DEVICE uint32_t from_lane_xor(uint32_t x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+// A number that all lanes have, which the compiler then knows: what depends on it is computed once for the warp.
+VIVIT_DEVICE int32_t same_in_warp(int32_t x) { return __shfl_sync(0xffffffffu, x, 0); }
 VIVIT_DEVICE void warp_barrier() { __syncwarp(); }
 VIVIT_DEVICE void block_barrier() { __syncthreads(); }
 
@@ -130,6 +139,7 @@ template <>
 VIVIT_DEVICE int64_t load_one<int64_t>(const int64_t* from) {
     return static_cast<int64_t>(__ldg(reinterpret_cast<const long long*>(from)));
 }
+VIVIT_DEVICE void store_8(void* to, uint2 x) { *static_cast<uint2*>(to) = x; }
 VIVIT_DEVICE void store_one(float* to, float x) { *to = x; }
 
 // 16 bytes from global to shared memory without waiting, zeros where not valid: there after copies_wait<n>, n the
@@ -249,7 +259,10 @@ int launch(void (*kernel)(Params), int64_t blocks, int threads, int shared_bytes
     if (shared_bytes > 48 << 10) {
         const cudaError_t error =
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-        if (error != cudaSuccess) return error;
+        if (error != cudaSuccess) {
+            cudaGetLastError();  // else the next launch would find it
+            return error;
+        }
     }
     kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
     return cudaGetLastError();
