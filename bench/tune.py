@@ -81,6 +81,7 @@ def facts(setting: Setting, on: torch.device) -> dict[str, Any]:
     known |= {"direction": setting.direction, "dtype": dtype, "itemsize": dtype.itemsize, "on_cpu": on_cpu}
     major, minor = (0, 0) if on_cpu else torch.cuda.get_device_capability(on)
     known |= {"arch": None if on_cpu else 10 * major + minor, "threads": torch.get_num_threads() if on_cpu else None}
+    known["pixel_bytes"] = 1  # tubelets are of clips as decoded
     if isinstance(case, AttentionCase):
         over_time, over_space = case.temporal_heads, case.H - case.temporal_heads
         kinds = [(case.S, over_time, case.T), (case.B * case.T, over_space, case.S)]

@@ -1,13 +1,14 @@
 """Backend `triton` of tubelet_embedding: the grid of the `torch` backend, and what only a kernel can get wrong."""
 
 import itertools
+from typing import ClassVar
 
 import pytest
 import torch
 from parity_grid import check, grid
 from test_tubelet_embedding import AXES, CROSSES, check_case
 
-from vivit_kernels import tubelet_embedding
+from vivit_kernels import _triton, tubelet_embedding
 from vivit_kernels.tubelet_embedding import api, reference, tiles
 
 triton_kernels = pytest.importorskip("vivit_kernels.tubelet_embedding.triton_kernels", reason="needs Triton")
@@ -90,6 +91,48 @@ def test_columns_stored_in_halves(tile, device):
         parity(video, parameters(300, 3, (1, 8, 4), size, "frame", device), torch.float16, device, "frame")
 
 
+# Fewer columns and taps than a block has, a tail of both; even and odd columns, whose rows of the weight lie behind one
+# another; rows of 54 bytes, and a weight 2 bytes off, which TMA cannot take.
+@pytest.mark.parametrize(
+    "E, tubelet, taken", [(40, (1, 8, 4), 1), (300, (2, 4, 4), 1), (24, (1, 7, 14), 1), (24, (1, 3, 3), 0)]
+)
+@pytest.mark.parametrize("off", [0, 1])
+@pytest.mark.parametrize("std", [0.5, [0.5, 0.6, 0.7]])
+def test_weights_by_tma(std, off, E, tubelet, taken, device, monkeypatch):
+    made = []
+    descriptor = triton_kernels.TensorDescriptor
+    monkeypatch.setattr(triton_kernels, "TensorDescriptor", lambda *x: made.append(x) or descriptor(*x))
+    size = (2, 21, 56)
+    video = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8, device=device)
+    values = [x.bfloat16() for x in parameters(E, 3, tubelet, size, device=device)]
+    wide = torch.empty(values[0].numel() + off, dtype=torch.bfloat16, device=device)
+    values[0] = wide[off:].view(values[0].shape).copy_(values[0])
+    with tiles.forced(tiles.Forward(16, 32, 32, 4, 2, described=True)):
+        found = embed(video, *values, std=std)
+    copied = std != 0.5 or tubelet[2] == 14
+    if _triton.arch_of(video.device) == 90:
+        assert len(made) == (taken if copied or not off else 0)
+    with tiles.forced(tiles.Forward(16, 32, 32, 4, 2)):
+        assert torch.equal(found, embed(video, *values, std=std))
+
+
+def test_a_launch_made_again_takes_addresses_and_descriptors():
+    taken = []
+
+    class Kernel:
+        arg_names: ClassVar = ["x", "described"]
+
+        def __getitem__(self, grid):
+            return lambda *given, **named: taken.append((*given, *named.values())) or self
+
+    x = torch.zeros(32, 32)
+    described = triton_kernels.TensorDescriptor(x, [32, 32], [32, 1], [16, 16])
+    launch = _triton.Launch(Kernel(), 1, True)
+    for _ in range(2):
+        launch(x=launch.take(x), described=launch.take(described))
+    assert taken[0][0] is x and taken[1] == (x.data_ptr(), described)
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("channels", [1, 2, 4, 5])
 @pytest.mark.parametrize("layout", ["BCFYX", "BFYXC"])
@@ -150,16 +193,10 @@ def run_ptx(text, inputs):
         assert max(places) < 8, "no sign is spread"
         return sum((pool >> 8 * place & 255) << 8 * i for i, place in enumerate(places))
 
-    def looked_up(a, b, c, table):
-        """The table's bit for the three bits, a's the highest."""
-        bits = [4 * (value(a) >> i & 1) + 2 * (value(b) >> i & 1) + (value(c) >> i & 1) for i in range(32)]
-        return sum((value(table) >> bit & 1) << i for i, bit in enumerate(bits))
-
     meaning = {
         "mov.b32": value,
         "cvt.u32.u16": value,
         "prmt.b32": permuted,
-        "lop3.b32": looked_up,
         "fma.rn.bf16x2": lambda *names: rounded(torch.bfloat16, lambda a, b, c: a * b + c, *names),
         "sub.rn.f16x2": lambda *names: rounded(torch.float16, lambda a, b: a - b, *names),
     }
@@ -175,7 +212,9 @@ def run_ptx(text, inputs):
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("name, dtype", [("_BFLOAT16", torch.bfloat16), ("_FLOAT16", torch.float16)])
 def test_bytes_are_converted_in_ptx(name, dtype, count):
-    """What no interpreter runs: every byte in every place, beside others, becomes itself less 128, in its place."""
+    """What no interpreter runs: every byte in every place, beside others, becomes itself less 128, in its place; in
+    bfloat16 a 64th of that."""
+    unit = 64 if dtype == torch.bfloat16 else 1
     text = getattr(triton_gather, f"{name}_OF_{count}").value
     for byte, place in itertools.product(range(256), range(count)):
         given = [(byte + 77 * (i - place)) % 256 for i in range(count)]
@@ -183,7 +222,7 @@ def test_bytes_are_converted_in_ptx(name, dtype, count):
         after = run_ptx(text, {f"${count // 2}": word})
         made = [after[f"${i // 2}"] >> 16 * (i % 2) & 0xFFFF for i in range(count)]
         found = torch.tensor(made, dtype=torch.uint16).view(dtype)
-        assert found.tolist() == [u - 128 for u in given]
+        assert found.tolist() == [(u - 128) / unit for u in given]
 
 
 # Grids that no rectangle of tubelets fills, of one column, with fewer frames than a step has room for.
@@ -345,9 +384,10 @@ def test_tiles_keep_their_promises(itemsize, arch):
     """Powers of two that the hardware can multiply, at most 64 MiB of parts, stages that fit; one direction forced."""
     for clips, E, (x, X) in itertools.product([0, 1, 8, 200], [1, 24, 768, 1280], [(16, 224), (14, 224), (7, 40)]):
         facts = (clips, 3, 32, 224, X, (2, x, x), E)
-        for direction, kind in (("forward", tiles.Forward), ("backward", tiles.Backward)):
-            chosen = tiles.choose(*facts, direction, itemsize, arch)
-            for tile in [chosen, *tiles.candidates(*facts, direction, itemsize, arch)]:
+        pixels = itertools.product((("forward", tiles.Forward), ("backward", tiles.Backward)), (1, 2, 4))
+        for (direction, kind), pixel_bytes in pixels:
+            chosen = tiles.choose(*facts, direction, itemsize, pixel_bytes, arch)
+            for tile in [chosen, *tiles.candidates(*facts, direction, itemsize, pixel_bytes, arch)]:
                 assert isinstance(tile, kind)
                 blocks = [tile.block_m, tile.block_e, tile.block_k]
                 assert all(n >= 16 and n & (n - 1) == 0 for n in blocks)
@@ -357,5 +397,5 @@ def test_tiles_keep_their_promises(itemsize, arch):
                     assert tile.splits == 1 or tile.splits * E * 3 * 2 * x * x * 4 <= 64 << 20
                     assert x != 14 or tile.splits == 1 or tile.splits * padded * 4 <= 64 << 20
             with tiles.forced(tiles.Forward(16, 16, 16, 4, 1)):
-                forced = tiles.current(*facts, direction, itemsize, arch)
+                forced = tiles.current(*facts, direction, itemsize, pixel_bytes, arch)
                 assert forced == (chosen if direction == "backward" else tiles.Forward(16, 16, 16, 4, 1))

@@ -41,9 +41,10 @@ class Launch:
         self._kernel, self._programs, self._reusable, self._options = kernel, programs, reusable, options
         self._compiled: Any = None
 
-    def take(self, x: torch.Tensor) -> Any:
-        """A tensor as an argument: its address is enough from the second launch on."""
-        return x if self._compiled is None else x.data_ptr()
+    def take(self, x: Any) -> Any:
+        """A tensor, or a descriptor of one, as an argument: of a tensor the address is enough from the second launch
+        on."""
+        return x if self._compiled is None or not isinstance(x, torch.Tensor) else x.data_ptr()
 
     def __call__(self, **arguments: Any) -> None:
         """arguments: all of the kernel's, in its order."""

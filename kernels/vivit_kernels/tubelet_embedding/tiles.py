@@ -1,6 +1,7 @@
 """How backend `triton` of tubelet_embedding cuts its products. The parts are those of every tiles.py, see
-`_attention/tiles.py`. Reasons with a time are measured: 8 clips on one H200, bfloat16, 2026-11-26, when its matmul
-reached 804 TFLOP/s. The others are computed."""
+`_attention/tiles.py`. Reasons with a time are measured: 8 clips of ViT-B in uint8 on one H200, bfloat16, 2026-11-26,
+when its matmul reached 718 TFLOP/s, forward with the 4 us of the kernel before it, backward with the 36 us of the two
+others. The others are computed."""
 
 from __future__ import annotations
 
@@ -19,13 +20,17 @@ _WORKSPACE = 64 << 20  # bytes of the weight gradient's parts
 
 @dataclass(frozen=True)
 class Forward:
-    """A program's part of `[M, K] @ [K, E]`: block_m tubelets by block_e columns, in steps of block_k taps."""
+    """A program's part of `[M, K] @ [K, E]`: block_m tubelets by block_e columns, in steps of block_k taps.
+
+    described: on sm_90 TMA loads the weight, where its rows are multiples of 16 bytes; where the kernel before writes
+    nothing but the row to add, the product begins beside it."""
 
     block_m: int
     block_e: int
     block_k: int
     num_warps: int
     num_stages: int
+    described: bool = False
 
     @property
     def halved(self) -> bool:
@@ -120,7 +125,7 @@ def abreast(frames: int, rows: int, columns: int, block_m: int) -> tuple[int, in
 @functools.lru_cache(4096)
 def choose(
     B: int, C: int, F: int, Y: int, X: int, tubelet: tuple[int, int, int], E: int, direction: str, itemsize: int,
-    arch: int | None,
+    pixel_bytes: int, arch: int | None,
 ) -> Tile:  # fmt: skip
     arch = arch or 90
     M, K = _sizes(B, C, F, Y, X, tubelet)
@@ -128,10 +133,14 @@ def choose(
     if direction == "forward":
         if itemsize == 4:  # no tensor cores in IEEE float32: accumulators and operands share the registers
             return Forward(_rows_of_float32(arch), _power(E, 16, 64), _power(K, 16, 32), 4, 3)
-        return _forward_16_bits(M, E, K, arch, multiprocessors)
-    # Two programs a multiprocessor, of which one converts pixels while the other multiplies. sm_80 has its accumulators
-    # and operands in registers: steps of 64 spill there.
+        return _forward_16_bits(M, E, K, arch, multiprocessors, pixel_bytes)
+    # sm_90: one program a multiprocessor, of two warp groups that share the converted pixels, 202 us (3 stages 216).
+    # Two programs of 128 x 128, of which one converts while the other multiplies, 226 (3 stages 230, steps of 32 242),
+    # but less idle where E is a small odd number of 128. 128 x 256 262; dout by TMA 223 at best. sm_80 has its
+    # accumulators and operands in registers: steps of 64 spill there.
     sizes = (64, 128, 128, 4, 3) if arch >= 90 else (32, 128, 64, 4, 4)
+    if arch == 90 and 256 * math.ceil(E / 256) <= 1.12 * 128 * math.ceil(E / 128):
+        sizes = (64, 256, 128, 8, 4)
     if itemsize == 4:  # 202 registers at 4 warps, 127 at 8
         sizes = (16, 64, 64, 8, 3) if _rows_of_float32(arch) == 64 else (16, 32, 64, 4, 3)
     return _backward(M, K, X, tubelet[2], E, arch, sizes)
@@ -142,26 +151,30 @@ def _rows_of_float32(arch: int) -> int:
     return 32 if arch >= 100 else 64
 
 
-def _forward_16_bits(M: int, E: int, K: int, arch: int, multiprocessors: int) -> Forward:
+def _forward_16_bits(M: int, E: int, K: int, arch: int, multiprocessors: int, pixel_bytes: int) -> Forward:
     """The larger a tile, the fewer times a pixel is converted and a weight fetched; the smaller, the more even the load
-    of the multiprocessors. Speeds are those of a round of programs, relative to the largest tile's.
+    of the multiprocessors. Speeds are those of a round of programs, relative to 128 x 256's without TMA.
 
-    Measured on sm_90, ViT-B and ViT-H: 128 x 256 142 and 281 us with 4 stages, 145 and 286 with 3, 155 in steps of 32,
-    180 and 355 in steps of 128; 64 x 256 151 and 303 with 3 stages, of which two fit a multiprocessor, 174 with 4;
-    64 x 128 171 with 3, 190 with 4; 128 x 128 176 in steps of 32 (steps of 64, 158 and 343, spill). Never better:
-    256 x 128 (171 at best), 128 x 128 of 8 warps (195). All before bytes were converted in half the instructions and
-    every step waited for its product (see triton_forward.py)."""
+    Measured on sm_90: without TMA 128 x 256 162 us, 128 x 128 154. With it 128 x 256 146, begun early 144; early too
+    64 x 256 123, whose two programs take turns at converting and multiplying, 128 x 128 149 (4 stages 150). Not worth
+    their registers: a second accumulator, 384 columns from one conversion, 130 at best (128 x 384), and positions
+    loaded ahead, 148 for 144. Before TMA, when a step did not wait for its product and bytes took twice the
+    instructions (matmul at 804 TFLOP/s): 128 x 256 142 with 4 stages, 145 with 3, 155 in steps of 32, 180 of 128;
+    64 x 256 151 with 3 stages, 174 with 4, of which one program fits a multiprocessor; 64 x 128 171; 128 x 128 176 in
+    steps of 32; 256 x 128 171 at best, 128 x 128 of 8 warps 195."""
     found = []
     sizes = [(128, 256, 64, 8, 4, 1.0), (128, 128, 32, 4, 4, 0.73), (64, 128, 64, 4, 3, 0.72), (64, 64, 64, 4, 4, 0.5)]
+    described = arch == 90 and pixel_bytes == 1
     if arch == 90:
-        sizes.append((64, 256, 64, 4, 3, 0.88))  # spills on sm_100
+        sizes.append((64, 256, 64, 4, 3, 1.18 if described else 0.88))  # spills on sm_100
     if arch < 90:  # operands in registers
         sizes[:2] = [(128, 256, 32, 8, 4, 1.0), (128, 128, 32, 8, 4, 0.9)]
-    for block_m, block_e, block_k, warps, stages, speed in sizes:
-        block_e = _power(E, 16, block_e)
+    for block_m, wide, block_k, warps, stages, speed in sizes:
+        block_e = _power(E, 16, wide)
         programs = math.ceil(M / block_m) * math.ceil(E / block_e)
         load = math.ceil(programs / multiprocessors) * block_m * block_e
-        found.append((load / speed, Forward(block_m, block_e, _power(K, 16, block_k), warps, stages)))
+        by_tma = described and (block_m, wide) == (64, 256)
+        found.append((load / speed, Forward(block_m, block_e, _power(K, 16, block_k), warps, stages, by_tma)))
     return min(found, key=lambda entry: entry[0])[1]
 
 
@@ -199,16 +212,17 @@ def row_sums(groups: int, table: int, E: int, itemsize: int) -> RowSums:
 
 def candidates(
     B: int, C: int, F: int, Y: int, X: int, tubelet: tuple[int, int, int], E: int, direction: str, itemsize: int,
-    arch: int | None,
+    pixel_bytes: int, arch: int | None,
 ) -> list[Tile]:  # fmt: skip
-    choice = choose(B, C, F, Y, X, tubelet, E, direction, itemsize, arch)
+    choice = choose(B, C, F, Y, X, tubelet, E, direction, itemsize, pixel_bytes, arch)
     M, K = _sizes(B, C, F, Y, X, tubelet)
     wide, taps = _power(E, 16, 256), _power(K, 16, 256)
     found: list[Tile] = []
     if isinstance(choice, Forward):
         for block_m, block_e, warps in ((128, 256, 8), (128, 128, 4), (64, 256, 4), (64, 128, 4), (64, 64, 4)):
             for block_k, stages in ((64, 2), (64, 3), (64, 4), (32, 4)):
-                found.append(Forward(block_m, min(block_e, wide), min(block_k, taps), warps, stages))
+                tile = Forward(block_m, min(block_e, wide), min(block_k, taps), warps, stages)
+                found += [tile, replace(tile, described=True)] if arch == 90 else [tile]
         return found
     for block_e, block_k, warps in ((128, 128, 4), (128, 256, 8), (256, 128, 8)):
         for block_m, stages in ((64, 3), (64, 4), (32, 4), (128, 2)):
@@ -239,8 +253,8 @@ def demanded() -> Tile | None:
 
 def current(
     B: int, C: int, F: int, Y: int, X: int, tubelet: tuple[int, int, int], E: int, direction: str, itemsize: int,
-    arch: int | None,
+    pixel_bytes: int, arch: int | None,
 ) -> Tile:  # fmt: skip
     if isinstance(_forced, Forward if direction == "forward" else Backward):
         return _forced
-    return choose(B, C, F, Y, X, tubelet, E, direction, itemsize, arch)
+    return choose(B, C, F, Y, X, tubelet, E, direction, itemsize, pixel_bytes, arch)

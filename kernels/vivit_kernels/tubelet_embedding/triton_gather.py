@@ -81,36 +81,35 @@ def of_channels(values, channels):
     return result
 
 
-def _ptx(body: str, *, fill: str, constant: str, count: int) -> tl.constexpr:
+def _ptx(body: str, *, fill: str, constants: tuple[str, ...], count: int) -> tl.constexpr:
     """`body` makes two numbers, RESULT, of two bytes that lie in the halves of `pair` with `fill` above them."""
-    lines = ["{ .reg .b32 word, pair, digits, less, constant;", f"mov.b32 constant, {constant};"]
+    names = [f"constant{i}" for i in range(len(constants))]
+    lines = [f"{{ .reg .b32 word, pair, {', '.join(names)};"]
+    lines += [f"mov.b32 {name}, {constant};" for name, constant in zip(names, constants, strict=True)]
     lines.append("mov.b32 word, $2;" if count == 4 else "cvt.u32.u16 word, $1;")
     for i in range(count // 2):
         lines += [f"prmt.b32 pair, word, {fill}, {('0x4140', '0x4342')[i]};", body.replace("RESULT", f"${i}")]
     return tl.constexpr(" ".join(lines) + " }")
 
 
-# Two or four bytes that share a register to pairs of numbers, in half the instructions that the compiler takes.
-_BFLOAT16 = """
-lop3.b32 digits, pair, 0x007F007F, 0x43004300, 0xEA; // (pair & 0x007F007F) | 0x43004300
-lop3.b32 less, pair, 0x00800080, 0x43804380, 0x6A; // (pair & 0x00800080) ^ 0x43804380
-fma.rn.bf16x2 RESULT, less, constant, digits;
-"""
-_BFLOAT16_OF_2 = _ptx(_BFLOAT16, fill="0", constant="0xBF80BF80", count=2)  # the constant: -1
-_BFLOAT16_OF_4 = _ptx(_BFLOAT16, fill="0", constant="0xBF80BF80", count=4)
-_FLOAT16 = "sub.rn.f16x2 RESULT, pair, constant;"
-_FLOAT16_OF_2 = _ptx(_FLOAT16, fill="0x64646464", constant="0x64806480", count=2)  # 1152
-_FLOAT16_OF_4 = _ptx(_FLOAT16, fill="0x64646464", constant="0x64806480", count=4)
+# Two or four bytes that share a register to pairs of numbers, in two instructions a pair.
+_BFLOAT16 = "fma.rn.bf16x2 RESULT, pair, constant0, constant1;"
+_BFLOAT16_OF_2 = _ptx(_BFLOAT16, fill="0", constants=("0x7F007F00", "0xC000C000"), count=2)  # 2^127 and -2
+_BFLOAT16_OF_4 = _ptx(_BFLOAT16, fill="0", constants=("0x7F007F00", "0xC000C000"), count=4)
+_FLOAT16 = "sub.rn.f16x2 RESULT, pair, constant0;"
+_FLOAT16_OF_2 = _ptx(_FLOAT16, fill="0x64646464", constants=("0x64806480",), count=2)  # 1152
+_FLOAT16_OF_4 = _ptx(_FLOAT16, fill="0x64646464", constants=("0x64806480",), count=4)
 _IN_PTX = tl.constexpr(not _environment.TRITON_INTERPRETED and torch.version.hip is None)
 
 
 @triton.jit
 def centred(pixels, dtype: tl.constexpr, PACK: tl.constexpr):
-    """u - 128 of bytes u, exact, without the conversion instruction, which is slow; PACK: bytes that a thread finds in
-    one register, 2 or 4.
+    """u - 128 of bytes u, and in bfloat16 (u - 128) / 64, exact, without the conversion instruction, which is slow;
+    PACK: bytes that a thread finds in one register, 2 or 4.
 
     A byte becomes the last digits of a number of which all others are known, and a subtraction leaves it: of 2^10 in
-    float16, of 2^23 in float32. bfloat16 has room for 7 of its 8 bits: 128 + u % 128, less 128 or, below 128, 256."""
+    float16, of 2^23 in float32. bfloat16 has room for 7 of its 8 bits there, but all 8 are a number below the normal
+    ones, u * 2^-133: times 2^127, less 2."""
     if dtype == tl.float32:
         return (pixels.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
     elif dtype == tl.float16:
@@ -122,9 +121,7 @@ def centred(pixels, dtype: tl.constexpr, PACK: tl.constexpr):
             return tl.inline_asm_elementwise(_FLOAT16_OF_4, "=r,=r,r", [pixels], tl.float16, True, 4)
     else:
         if not _IN_PTX:
-            wide = pixels.to(tl.uint16)
-            digits, less = (wide & 0x7F) | 0x4300, (wide & 0x80) ^ 0x4380
-            return digits.to(tl.bfloat16, bitcast=True) - less.to(tl.bfloat16, bitcast=True)
+            return (pixels.to(tl.float32) * 0.015625 - 2.0).to(tl.bfloat16)
         elif PACK == 2:
             return tl.inline_asm_elementwise(_BFLOAT16_OF_2, "=r,h", [pixels], tl.bfloat16, True, 2)
         else:
@@ -138,7 +135,7 @@ def load_pixels(
     NORMALISED: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, PACK: tl.constexpr,
     there, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Pixels of the tubelets at `rows` `[BLOCK_M]`, taps k `[BLOCK_K]`, as DTYPE `[BLOCK_M, BLOCK_K]`; 0 or -128 for
+    """Pixels of the tubelets at `rows` `[BLOCK_M]`, taps k `[BLOCK_K]`, as DTYPE `[BLOCK_M, BLOCK_K]`; finite for
     taps beyond the last and, unless WHOLE, for tubelets that are not `there` `[BLOCK_M]`.
 
     ALIGN: bytes of which the first pixel of every run is a multiple; the compiler cannot know it from strides, of which

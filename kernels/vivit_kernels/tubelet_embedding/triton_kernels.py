@@ -1,11 +1,11 @@
 """Backend `triton` of tubelet_embedding: an implicit matrix product that gathers its tubelets from the video itself.
 
 Forward is one kernel that writes the output once, class rows included. Before it, where pixels count as scale*u + shift
-or the video is channels-last, a small one reads the weight once: uint8 pixels enter the product as u - 128, so that
-W @ shift is folded into the bias in fp32 (E*4 bytes of workspace), a scale common to all channels is applied to the
-fp32 products, and one per channel goes into a copy of the weight, rounded once (E*K*itemsize bytes of workspace; a
-channels-last video has its weight copied in the order of its pixels). Floating-point pixels are normalised as they are
-loaded.
+or the video is channels-last, a small one reads the weight once: uint8 pixels enter the product as u - 128, in bfloat16
+as (u - 128) / 64, so that W @ shift is folded into the bias in fp32 (E*4 bytes of workspace), a scale common to all
+channels is applied to the fp32 products, and one per channel goes into a copy of the weight, rounded once (E*K*itemsize
+bytes of workspace; a channels-last video has its weight copied in the order of its pixels). Floating-point pixels are
+normalised as they are loaded.
 
 Backward needs the same video: dW is dout^T @ tubelets in `splits` parts, added up in order (splits*E*K*4 bytes of
 workspace, at most 64 MiB unless one part is more), and the rows of dout are summed once for position, class row, bias
@@ -25,11 +25,13 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import _triton
 from . import tiles
 from .triton_backward import finish_parameters, sum_rows, video_gradient, weight_gradient
 from .triton_forward import forward, prepare_weight
+from .triton_gather import _IN_PTX
 
 _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -84,11 +86,14 @@ def _gathering(video: Tensor, weight: Tensor) -> Gathering:
     return Gathering(keywords, order, C * f * y * order["X"])
 
 
-def _pixels(video: Tensor, scale: Sequence[float], shift: Sequence[float]) -> tuple[list[float], list[float], bool]:
+def _pixels(
+    video: Tensor, weight: Tensor, scale: Sequence[float], shift: Sequence[float]
+) -> tuple[list[float], list[float], bool]:
     """(scale, shift) still to apply to the product of what is loaded, each one number if all are equal; and whether
     floating-point pixels are normalised when they are loaded, instead."""
     if video.dtype == torch.uint8:
         shift = [o + 128 * a for a, o in zip(scale, shift, strict=True)]
+        scale = [64 * a for a in scale] if weight.dtype == torch.bfloat16 else scale
     return _short(scale), _short(shift), video.dtype != torch.uint8 and (any(shift) or set(scale) != {1.0})
 
 
@@ -97,14 +102,19 @@ def _short(values: Sequence[float]) -> list[float]:
 
 
 class Step:
-    """A launch of a plan: all arguments but the tensors, which come with the call."""
+    """A launch of a plan: all arguments but the tensors, which come with the call. early: beside the kernel before it,
+    for which it waits itself."""
 
-    def __init__(self, kernel: Any, programs: int, on_gpu: bool, num_warps: int, num_stages: int = 3, **fixed: Any):
-        self._launch = _triton.Launch(kernel, programs, on_gpu, num_warps=num_warps, num_stages=num_stages)
+    def __init__(
+        self, kernel: Any, programs: int, on_gpu: bool, num_warps: int, num_stages: int = 3, early: int = False,
+        **fixed: Any,
+    ):  # fmt: skip
+        options = {"num_warps": num_warps, "num_stages": num_stages} | ({"launch_pdl": True} if early else {})
+        self._launch = _triton.Launch(kernel, programs, on_gpu, **options)
         self._arguments = {name: fixed.get(name) for name in kernel.arg_names}  # in the kernel's order
         assert fixed.keys() <= self._arguments.keys(), fixed.keys() - self._arguments.keys()
 
-    def __call__(self, **tensors: Tensor) -> None:
+    def __call__(self, **tensors: Tensor | TensorDescriptor) -> None:
         take = self._launch.take
         self._launch(**(self._arguments | {name: take(x) for name, x in tensors.items()}))
 
@@ -135,8 +145,8 @@ def _plan(make: Any, direction: str, tensors: tuple[Tensor | None, ...], options
     key = (make, per_frame, *scale, *shift, *needs, precision, forced, _triton.compiling_for, *seen)
     plan = _PLANS.get(key)
     if plan is None:
-        arch, E, itemsize = _triton.arch_of(video.device), weight.shape[0], weight.element_size()
-        tile = tiles.current(*video.shape, tuple(weight.shape[2:]), E, direction, itemsize, arch)
+        arch, sizes = _triton.arch_of(video.device), (weight.element_size(), video.element_size())
+        tile = tiles.current(*video.shape, tuple(weight.shape[2:]), weight.shape[0], direction, *sizes, arch)
         plan = _PLANS.keep(key, make(*tensors, How(*options, tile, arch, precision), *needs))
     return plan
 
@@ -151,10 +161,12 @@ def _blocks_of(tile: Any, video: Tensor, weight: Tensor, arch: int) -> dict[str,
 
 
 class Forward(NamedTuple):
-    """shape: of the output; copied: of the prepared weight, if it is not the weight itself."""
+    """shape: of the output; copied: of the prepared weight, if it is not the weight itself; described: its rows and
+    what TMA loads at once, if it does."""
 
     shape: tuple[int, ...]
     copied: tuple[int, ...] | None
+    described: tuple[list[int], list[int]] | None
     prepare: Step | None
     product: Step
 
@@ -172,6 +184,9 @@ def launch_fwd(
             operand = weight if plan.copied is None else weight.new_empty(plan.copied)
             row = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
             plan.prepare(weight_ptr=weight, bias_ptr=row if bias is None else bias, scaled_ptr=operand, row_ptr=row)
+        if plan.described is not None:
+            (rows, taps), block = plan.described
+            operand = TensorDescriptor(operand, [rows, taps], [taps, 1], block)
         # out stands for a tensor that is not read
         plan.product(
             video_ptr=video, weight_ptr=operand, row_ptr=out if row is None else row,
@@ -185,10 +200,15 @@ def _plan_fwd(video, weight, bias, position, class_token, how: How) -> Forward:
     B, E, first = video.shape[0], weight.shape[0], int(class_token is not None)
     (T, rows, columns), tile, gathering = _grid(video, weight), how.tile, _gathering(video, weight)
     shape = (B, T, rows * columns + first, E) if how.per_frame else (B, T * rows * columns + first, E)
-    scale, shift, normalised = _pixels(video, how.scale, how.shift)
+    scale, shift, normalised = _pixels(video, weight, how.scale, how.shift)
     after = ([1.0], [0.0]) if normalised else (scale, shift)
     copied = len(after[0]) > 1 or gathering.order["FOLDED"] > 1 or gathering.phases > 1
-    prepare = _preparing(weight, bias, *after, gathering, copied) if copied or any(after[1]) else None
+    described, base = None, 0 if copied else weight.data_ptr()
+    if tile.described and how.arch == 90 and not base % 16 and not gathering.taps * weight.element_size() % 16:
+        described = ([gathering.phases * E, gathering.taps], [tile.block_e, tile.block_k])
+    # a copied weight is read from the first step on
+    early = _IN_PTX.value and described is not None and not copied and any(after[1])
+    prepare = _preparing(weight, bias, *after, gathering, copied, early) if copied or any(after[1]) else None
     counts, row_of = _counts(video, weight, gathering.phases), (rows * columns + first) * E
     product = Step(
         forward, _blocks(counts["M"], tile.block_m) * gathering.phases * _blocks(E, tile.block_e), video.is_cuda,
@@ -200,13 +220,15 @@ def _plan_fwd(video, weight, bias, position, class_token, how: How) -> Forward:
         stride_ob=math.prod(shape[1:]), stride_ot=row_of if how.per_frame else rows * columns * E, stride_os=E,
         **gathering.keywords, NORMALISED=normalised, HAS_ROW=prepare is not None or bias is not None,
         HAS_POSITION=position is not None, HAS_CLASS=bool(first), PER_FRAME=how.per_frame, HALVED=tile.halved,
-        PRECISION=how.precision, WAITS=how.arch == 90 and (normalised or video.dtype != weight.dtype),
-        **_blocks_of(tile, video, weight, how.arch),
+        PRECISION=how.precision, WAITS=how.arch == 90 and (normalised or video.dtype != weight.dtype), EARLY=early,
+        DESCRIBED=described is not None, early=early, **_blocks_of(tile, video, weight, how.arch),
     )  # fmt: skip
-    return Forward(shape, (gathering.phases, E, gathering.taps) if copied else None, prepare, product)
+    return Forward(shape, (gathering.phases, E, gathering.taps) if copied else None, described, prepare, product)
 
 
-def _preparing(weight, bias, scale: list[float], shift: list[float], gathering: Gathering, copied: bool) -> Step:
+def _preparing(
+    weight, bias, scale: list[float], shift: list[float], gathering: Gathering, copied: bool, early: bool
+) -> Step:
     """Writes weight `[PHASES, E, K]` in the order of the video's taps, if `copied`, and row `[E]`, to add to the
     products."""
     E, C = weight.shape[:2]
@@ -214,7 +236,7 @@ def _preparing(weight, bias, scale: list[float], shift: list[float], gathering: 
         prepare_weight, _blocks(E, 4), weight.is_cuda,
         scales=tuple(scale) if len(scale) > 1 else (1.0,), shifts=tuple(shift),
         stride_bias=0 if bias is None else bias.stride(0), E=E, TAPS=weight[0, 0].numel(), C=C, **gathering.order,
-        HAS_BIAS=bias is not None, WRITES_SCALED=copied, BLOCK_E=4, BLOCK_K=512, num_warps=4,
+        HAS_BIAS=bias is not None, WRITES_SCALED=copied, EARLY=early, BLOCK_E=4, BLOCK_K=512, num_warps=4,
     )  # fmt: skip
 
 
@@ -265,7 +287,7 @@ def launch_bwd(
 
 
 def _plan_bwd(dout, video, weight, bias, position, class_token, how: How, *needs: bool) -> Backward:
-    scale, shift, normalised = _pixels(video, how.scale, how.shift)
+    scale, shift, normalised = _pixels(video, weight, how.scale, how.shift)
     after = ([1.0], [0.0]) if normalised else (scale, shift)
     gathering, first = _gathering(video, weight), int(class_token is not None)
     strides = {"stride_db": dout.stride(0), "stride_ds": dout.stride(-2), "stride_de": dout.stride(-1)}
@@ -303,7 +325,8 @@ def _summing(dout: Tensor, first: int, needs: tuple[bool, ...]) -> tuple[int, St
         sum_rows, strips * _blocks(E, tile.block_e), dout.is_cuda,
         TABLE=table, OUTER=outer, INNER=inner, E=E, blocks_per_strip=tile.per_strip,
         stride_do=dout.stride(0), stride_di=dout.stride(1) if dout.dim() == 4 else 0, stride_dn=dout.stride(-2),
-        stride_de=dout.stride(-1), FIRST=first, HAS_POSITION=needs[3], HAS_CLASS=needs[4], BLOCK_G=tile.block_g,
+        stride_de=dout.stride(-1), FIRST=first, HAS_POSITION=needs[3], HAS_CLASS=needs[4],
+        WHOLE=E % tile.block_e == 0 and outer * inner % tile.block_g == 0, BLOCK_G=tile.block_g,
         BLOCK_N=tile.block_n, BLOCK_E=tile.block_e, num_warps=tile.num_warps,
     )  # fmt: skip
 
