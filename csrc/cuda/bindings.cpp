@@ -169,13 +169,16 @@ void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
 void attention_bwd(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& o,
                    const MaybeTensor& lse, const Tensor& dq, const Tensor& dk, const Tensor& dv,
                    const MaybeTensor& mask, const MaybeTensor& seed, const MaybeTensor& cos, const MaybeTensor& sin,
-                   int64_t temporal_heads, double scale, double softcap, double dropout_p) {
+                   int64_t temporal_heads, double scale, double softcap, double dropout_p, const MaybeTensor& o_again) {
     Call call = call_of(q, k, v, lse, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p);
     AttentionParams& p = call.params;
     const bool reads_output = vivit::cuda::keeps_output(p.T, p.S, p.H, p.temporal_heads);
     STD_TORCH_CHECK(!reads_output || (o.has_value() && p.lse != nullptr), kWho,
                     "the backward of sequences longer than ", vivit::cuda::kPackedTokens, " tokens needs o and lse");
+    STD_TORCH_CHECK(!reads_output || !o_again.has_value(), kWho, "the backward of sequences longer than ",
+                    vivit::cuda::kPackedTokens, " tokens does not write o again");
     if (o.has_value()) p.o = call.grid(*o, "o");
+    if (o_again.has_value()) p.o_again = call.grid(*o_again, "o_again");
     p.d_o = call.grid(d_o, "do"), p.dq = call.grid(dq, "dq");
     p.dk = call.grid(dk, "dk"), p.dv = call.grid(dv, "dv");
     const torch::stable::accelerator::DeviceGuard guard(call.device);
@@ -205,7 +208,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vivit_kernels_native, m) {
     m.def(
         "cuda_attention_bwd(Tensor d_o, Tensor q, Tensor k, Tensor v, Tensor? o, Tensor? lse, Tensor(a!) dq, "
         "Tensor(b!) dk, Tensor(c!) dv, Tensor? mask, Tensor? seed, Tensor? cos, Tensor? sin, int temporal_heads, "
-        "float scale, float softcap, float dropout_p) -> ()");
+        "float scale, float softcap, float dropout_p, Tensor(d!)? o_again=None) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vivit_kernels_native, CompositeExplicitAutograd, m) {

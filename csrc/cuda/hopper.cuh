@@ -318,9 +318,8 @@ VIVIT_DEVICE void hopper_backward(const AttentionParams& p, const Axis& axis, in
     for (int32_t row = block.thread(); row < rows; row += kHopperThreads) {
         lse[row] = row < axis.N ? load_one(p.lse + query_number(p, at, axis, row)) : kInfinity;
     }
-    copies_wait<0>();
+    copies_wait<0>();  // of do a thread reads now what it copied itself
     group_fence();
-    block_barrier();
     outputs.store_delta(block.rows(3, 0), chunks, 0, rows, delta);
     constexpr int32_t kPart = Outputs<T>::kMost * Chunks::kRows;
     for (int32_t first = kPart; first < rows; first += kPart) {
