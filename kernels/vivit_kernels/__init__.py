@@ -5,18 +5,21 @@
     spatial_attention, temporal_attention           its two ends
     joint_attention         every token to every token, in O(N) memory
     rotary_tables           cos and sin of a three-axis rotary embedding, for rotary=
+    accelerate              replaces, in any model, the modules that this package has faster ones for; with a report
     explain                 which backend a call would run, and why not another; runs nothing
 
 `python -m vivit_kernels` shows what this install can run, and why not the rest.
 """
 
 from ._attention.rotary import rotary_tables
+from .accelerate import accelerate
 from .explain import explain
 from .factorized_attention.api import factorized_attention, spatial_attention, temporal_attention
 from .joint_attention.api import joint_attention
 from .tubelet_embedding.api import tubelet_embedding
 
 __all__ = [
+    "accelerate",
     "explain",
     "factorized_attention",
     "joint_attention",

@@ -1,0 +1,5 @@
+"""Integrations, in the order in which accelerate() asks them: host package -> its files here, the special one first."""
+
+HOSTS: dict[str, tuple[str, ...]] = {
+    "torch": ("pytorch",),
+}
