@@ -6,7 +6,8 @@
 // rows that are not stored.
 #pragma once
 
-#include "resident.cuh"
+#include "resident_backward.cuh"
+#include "resident_forward.cuh"
 
 namespace vivit::cuda {
 
@@ -52,13 +53,6 @@ VIVIT_DEVICE void group_across(float (&x)[kColumns / 8][4], uint64_t a, uint64_t
     for (int s = 0; s < 4; ++s) group_across_step<T, kColumns>(x, a + s * kNextChannels, b + s * kNextChannels, s > 0);
 }
 
-// Two blocks of eight columns as an operand.
-template <class T>
-VIVIT_DEVICE void sixteen_columns(uint32_t (&a)[4], const float (&left)[4], const float (&right)[4]) {
-    a[0] = packed<T>(left[0], left[1]), a[1] = packed<T>(left[2], left[3]);
-    a[2] = packed<T>(right[0], right[1]), a[3] = packed<T>(right[2], right[3]);
-}
-
 // ---- forward ----
 
 // The next kColumns keys of 64 queries. kWhole: none of them is padding; else first_key and N say which are.
@@ -70,6 +64,7 @@ VIVIT_DEVICE void hopper_attend_step(Attended<4>& sums, uint64_t q, uint64_t key
     group_across<T, kColumns>(x, q, keys);
     group_commit();
     group_wait<0>();
+    group_settle(x);
     float highest[2] = {-kInfinity, -kInfinity};
 #pragma unroll
     for (int i = 0; i < kColumns / 2; ++i) {
@@ -94,12 +89,14 @@ VIVIT_DEVICE void hopper_attend_step(Attended<4>& sums, uint64_t q, uint64_t key
     }
     uint32_t weights[kColumns / 16][4];
 #pragma unroll
-    for (int j = 0; j < kColumns / 16; ++j) sixteen_columns<T>(weights[j], x[2 * j], x[2 * j + 1]);
+    for (int j = 0; j < kColumns / 16; ++j) as_operand<T>(weights[j], x[2 * j], x[2 * j + 1]);
+    group_settle(weights), group_settle(sums.o.of);
     group_begin();
 #pragma unroll
     for (int j = 0; j < kColumns / 16; ++j) group_along<T>(sums.o.of, weights[j], values + j * kNextRows);
     group_commit();
     group_wait<0>();
+    group_settle(weights), group_settle(sums.o.of);
 }
 
 // o and lse of 64 queries from first_row on, of one sequence.
@@ -155,6 +152,7 @@ VIVIT_DEVICE void hopper_keys_step(RowSums<4>& dk, RowSums<4>& dv, uint64_t k, u
     group_across<T, kColumns>(dp, v, d_outputs);
     group_commit();
     group_wait<0>();
+    group_settle(x), group_settle(dp);
 #pragma unroll
     for (int i = 0; i < kColumns / 2; ++i) {
         float &y = x[i / 4][i % 4], &dy = dp[i / 4][i % 4];
@@ -165,9 +163,10 @@ VIVIT_DEVICE void hopper_keys_step(RowSums<4>& dk, RowSums<4>& dv, uint64_t k, u
     uint32_t weights[kColumns / 16][4], ds[kColumns / 16][4];
 #pragma unroll
     for (int j = 0; j < kColumns / 16; ++j) {
-        sixteen_columns<T>(weights[j], x[2 * j], x[2 * j + 1]);
-        sixteen_columns<T>(ds[j], dp[2 * j], dp[2 * j + 1]);
+        as_operand<T>(weights[j], x[2 * j], x[2 * j + 1]);
+        as_operand<T>(ds[j], dp[2 * j], dp[2 * j + 1]);
     }
+    group_settle(weights), group_settle(ds), group_settle(dv.of), group_settle(dk.of);
     group_begin();
 #pragma unroll
     for (int j = 0; j < kColumns / 16; ++j) {
@@ -176,6 +175,7 @@ VIVIT_DEVICE void hopper_keys_step(RowSums<4>& dk, RowSums<4>& dv, uint64_t k, u
     }
     group_commit();
     group_wait<0>();
+    group_settle(weights), group_settle(ds), group_settle(dv.of), group_settle(dk.of);
 }
 
 // The next kColumns keys, in dq of 64 queries.
@@ -189,6 +189,7 @@ VIVIT_DEVICE void hopper_queries_step(RowSums<4>& dq, uint64_t q, uint64_t d_o, 
     group_across<T, kColumns>(dp, d_o, values);
     group_commit();
     group_wait<0>();
+    group_settle(x), group_settle(dp);
 #pragma unroll
     for (int i = 0; i < kColumns / 2; ++i) {
         float &y = x[i / 4][i % 4], &dy = dp[i / 4][i % 4];
@@ -198,12 +199,14 @@ VIVIT_DEVICE void hopper_queries_step(RowSums<4>& dq, uint64_t q, uint64_t d_o, 
     }
     uint32_t ds[kColumns / 16][4];
 #pragma unroll
-    for (int j = 0; j < kColumns / 16; ++j) sixteen_columns<T>(ds[j], dp[2 * j], dp[2 * j + 1]);
+    for (int j = 0; j < kColumns / 16; ++j) as_operand<T>(ds[j], dp[2 * j], dp[2 * j + 1]);
+    group_settle(ds), group_settle(dq.of);
     group_begin();
 #pragma unroll
     for (int j = 0; j < kColumns / 16; ++j) group_along<T>(dq.of, ds[j], keys + j * kNextRows);
     group_commit();
     group_wait<0>();
+    group_settle(ds), group_settle(dq.of);
 }
 
 // dk and dv of 64 keys.

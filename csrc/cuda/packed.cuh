@@ -99,16 +99,6 @@ VIVIT_DEVICE void along(Sums<kBlocks>& sums, const uint32_t (&a)[4], const Tile<
     }
 }
 
-// x [16, 16] as sums of a product lie, as an operand of the next.
-template <class T>
-VIVIT_DEVICE void as_operand(uint32_t (&a)[4], const float (&x)[2][4]) {
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) a[2 * n + r] = packed<T>(x[n][2 * r], x[n][2 * r + 1]);
-    }
-}
-
 // Of an operand [16, 16] its transpose.
 VIVIT_DEVICE void turn_over(uint32_t (&a)[4]) {
     const uint32_t upper_right = a[2];
@@ -219,7 +209,7 @@ VIVIT_DEVICE void packed_forward(const AttentionParams& p, const Axis& axis, int
         for (int i = 0; i < 8; ++i) x[i / 4][i % 4] *= keep[i / 4][i % 4];
     }
     uint32_t weights[4];
-    as_operand<T>(weights, x);
+    as_operand<T>(weights, x[0], x[1]);
     Sums<kBlocks> o;
     along<T>(o, weights, v);
     store_tile<T>(p, p.o, lane, axis, o, over);
@@ -264,8 +254,8 @@ VIVIT_DEVICE void packed_backward(const AttentionParams& p, const Axis& axis, in
     const float once[2] = {1.f, 1.f}, scale[2] = {p.scale, p.scale};
     const bool turn = !kPlain && p.cos != nullptr;
     uint32_t weights[4], ds[4];
-    as_operand<T>(weights, kept);
-    as_operand<T>(ds, dp);
+    as_operand<T>(weights, kept[0], kept[1]);
+    as_operand<T>(ds, dp[0], dp[1]);
     if (p.o_again.data != nullptr) {
         Sums<kBlocks> o;
         along<T>(o, weights, v);

@@ -88,6 +88,15 @@ struct Dropout {
     }
 };
 
+VIVIT_DEVICE int32_t lane_number() { return static_cast<int32_t>(threadIdx.x) % 32; }
+
+// Sixteen columns of sums, as two blocks of eight, as the left operand of a product.
+template <class T>
+VIVIT_DEVICE void as_operand(uint32_t (&a)[4], const float (&left)[4], const float (&right)[4]) {
+    a[0] = packed<T>(left[0], left[1]), a[1] = packed<T>(left[2], left[3]);
+    a[2] = packed<T>(right[0], right[1]), a[3] = packed<T>(right[2], right[3]);
+}
+
 // The largest, or the sum, of what the four lanes have that share a row.
 VIVIT_DEVICE float largest_of_row(float x) {
     x = fmaxf(x, from_lane_xor(x, 1));

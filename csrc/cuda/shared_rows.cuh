@@ -53,8 +53,6 @@ VIVIT_DEVICE void turn_rows(const AttentionParams& p, char* rows, const Sequence
     }
 }
 
-VIVIT_DEVICE int32_t lane_number() { return static_cast<int32_t>(threadIdx.x) % 32; }
-
 // 16 rows as the left operand of a product over channels: for each 16 channels four blocks.
 template <int kSteps>
 struct Operand {

@@ -187,6 +187,18 @@ VIVIT_DEVICE void group_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLater) : "memory");
 #endif
 }
+// Between these registers' last use before products and the products, and between group_wait and their next use: the
+// compiler, which does not know that products run on, moves nothing across.
+template <int kCount>
+VIVIT_DEVICE void group_settle(float (&x)[kCount][4]) {
+#pragma unroll
+    for (int i = 0; i < 4 * kCount; ++i) asm volatile("" : "+f"(x[i / 4][i % 4])::"memory");
+}
+template <int kCount>
+VIVIT_DEVICE void group_settle(uint32_t (&a)[kCount][4]) {
+#pragma unroll
+    for (int i = 0; i < 4 * kCount; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+}
 // In each thread that wrote shared memory which such products read, before the barrier between.
 VIVIT_DEVICE void group_fence() {
 #if defined(VIVIT_HOPPER)

@@ -281,6 +281,9 @@ template <int kLater>
 void group_wait(VIVIT_SIM_CALLER) {
     sim::wait_for_products({"group_wait", file, line}, kLater);
 }
+// What a compiler must not move; here everything stays where it is written.
+template <class T, int kCount>
+void group_settle(T (&)[kCount][4]) {}
 inline void group_fence(VIVIT_SIM_CALLER) { sim::fence_writes({"group_fence", file, line}); }
 
 inline uint64_t descriptor(const void* operand, VIVIT_SIM_CALLER) {

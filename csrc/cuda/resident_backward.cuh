@@ -1,0 +1,215 @@
+// The resident regime's backward. It reads o and the forward's lse, and goes over each sequence twice in one launch: by
+// keys for dk and dv (4 products), by queries for dq (3). Recomputing costs two products more than keeping dS would,
+// but every gradient is summed in registers and written once, without atomics.
+#pragma once
+
+#include "resident.cuh"
+
+namespace vivit::cuda {
+
+// delta = sum(do * o) of each row, four lanes to a row, and lse, into shared memory. do is there already.
+template <class T, int kSteps>
+VIVIT_DEVICE void load_statistics(const AttentionParams& p, const Axis& axis, const Block<kSteps, true>& block) {
+    const int32_t rows = block.layout.rows, t = block.thread() % 4;
+    for (int32_t i = block.thread() / 4; i < block.sequences * rows; i += block.threads() / 4) {
+        const int32_t s = i / rows, row = i % rows;
+        const Sequence at(block.first + s, axis);
+        const char* o = Rows(p.o, at, axis).row(row);
+        float delta = 0.f;
+        for (int32_t chunk = t; chunk < p.D / 8; chunk += 4) {
+            const uint4 x = load_16(o + 16 * chunk, row < axis.N);
+            const uint4 y = *reinterpret_cast<const uint4*>(block.rows(3, s) + Pitch<kSteps>::place(row, chunk));
+            const uint32_t ours[4] = {x.x, x.y, x.z, x.w}, theirs[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+            for (int w = 0; w < 4; ++w) {
+                const float2 a = unpacked<T>(ours[w]), b = unpacked<T>(theirs[w]);
+                delta += a.x * b.x + a.y * b.y;
+            }
+        }
+        delta = sum_of_row(delta);
+        if (t == 0) {
+            const bool there = row < axis.N;
+            block.floats(s)[row] = there ? load_one(p.lse + query_number(p, at, axis, row)) : kInfinity;
+            block.floats(s)[rows + row] = delta;
+        }
+    }
+}
+
+// Products of a pair of operands with the rows of a pair of tensors, over channels: x = a rows^T, y = b others^T.
+template <class T, int kSteps>
+VIVIT_DEVICE void across_both(Pairs<1>& x, const Operand<kSteps>& a, const char* rows, Pairs<1>& y,
+                              const Operand<kSteps>& b, const char* others, int32_t place) {
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+        across_step<T>(x, a, rows, place, s);
+        across_step<T>(y, b, others, place, s);
+    }
+}
+
+// The share of 16 keys in dq of 16 queries. kWhole: no key of them is padding.
+template <class T, int kSteps, bool kPlain, bool kWhole>
+VIVIT_DEVICE void queries_step(RowSums<kSteps>& dq, const Operand<kSteps>& q, const char* d_outputs, const char* keys,
+                               const char* values, const Places<kSteps>& places, const float (&lse)[2],
+                               const float (&delta)[2], const Rules<kPlain>& rules, const Sequence& at,
+                               int32_t first_row, int32_t first_key) {
+    const int32_t g = lane_number() / 4, t = lane_number() % 4;
+    Pairs<1> x, dp;
+    const Operand<kSteps> d_o(d_outputs);  // read once more in each step, as v by keys_step
+    across_both<T>(x, q, keys, dp, d_o, values, places.across);
+    if (rules.drops()) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int n = i / 2, r = i % 2;
+            const int64_t row = query_number(rules.p, at, rules.axis, first_row + g + 8 * r);
+            const float2 keep = rules.dropout.factors(row, first_key + 8 * n + 2 * t);
+            dp.of[0][n][2 * r] *= keep.x, dp.of[0][n][2 * r + 1] *= keep.y;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        float& y = x.of[0][i / 4][i % 4];
+        const int32_t key = first_key + 8 * (i / 4) + 2 * t + i % 2;
+        float weight = exp2_fast(rules.scores.of(y) - lse[i % 4 / 2]);
+        if (!kPlain && !may_be_attended(rules.p, at, rules.axis, key)) weight = 0.f;
+        if (kPlain && !kWhole && key >= rules.axis.N) weight = 0.f;
+        y = weight * (dp.of[0][i / 4][i % 4] - delta[i % 4 / 2]) * rules.scores.slope(y);
+    }
+    uint32_t a[4];
+    as_operand<T>(a, x.of[0][0], x.of[0][1]);
+    along_rows<T>(dq, a, keys, places.along);
+}
+
+// dq of 16 queries.
+template <class T, int kSteps, bool kPlain>
+VIVIT_DEVICE void gradient_of_queries(const Block<kSteps, true>& block, int32_t s, int32_t first_row,
+                                      const Rules<kPlain>& rules) {
+    constexpr int32_t kBytes = Pitch<kSteps>::kBytes;
+    const AttentionParams& p = rules.p;
+    const Sequence at(block.first + s, rules.axis);
+    const char *keys = block.rows(1, s), *values = block.rows(2, s);
+    const Operand<kSteps> q(block.rows(0, s) + first_row * kBytes);
+    const char* d_outputs = block.rows(3, s) + first_row * kBytes;
+    const float* floats = block.floats(s) + first_row + lane_number() / 4;
+    const float lse[2] = {floats[0], floats[8]}, delta[2] = {floats[block.layout.rows], floats[block.layout.rows + 8]};
+    const Places<kSteps> places;
+    RowSums<kSteps> dq;
+    int32_t key = 0;
+#pragma unroll 1
+    for (; key + 16 <= rules.axis.N; key += 16) {
+        queries_step<T, kSteps, kPlain, true>(dq, q, d_outputs, keys + key * kBytes, values + key * kBytes, places, lse,
+                                              delta, rules, at, first_row, key);
+    }
+    if (key < rules.axis.N) {
+        queries_step<T, kSteps, kPlain, false>(dq, q, d_outputs, keys + key * kBytes, values + key * kBytes, places,
+                                               lse, delta, rules, at, first_row, key);
+    }
+    const Rows to(p.dq, at, rules.axis);
+    if (!kPlain && p.cos != nullptr) {
+        store_turned_rows<T>(p, to, dq, at, rules.axis, first_row, block.scratch());
+    } else {
+        store_rows<T>(p, to, first_row, rules.axis.N, dq, p.scale, p.scale);
+    }
+}
+
+// The share of 16 queries in dk and dv of 16 keys, those of them that are asked for. floats: lse of the first query
+// that the lane has, delta after `rows` more; may: whether keys g and g + 8 may be attended.
+template <class T, int kSteps, bool kPlain, bool kDk, bool kDv>
+VIVIT_DEVICE void keys_step(RowSums<kSteps>& dk, RowSums<kSteps>& dv, const Operand<kSteps>& k, const char* values,
+                            const char* queries, const char* d_outputs, const float* floats, int32_t rows,
+                            const Places<kSteps>& places, const bool (&may)[2], const Rules<kPlain>& rules,
+                            const Sequence& at, int32_t first_row, int32_t first_key) {
+    const int32_t g = lane_number() / 4, t = lane_number() % 4;
+    Pairs<1> x, dp;
+    if constexpr (kDk) {
+        // v is read once more in each step: its registers are needed
+        const Operand<kSteps> v(values);
+        across_both<T>(x, k, queries, dp, v, d_outputs, places.across);
+    } else {
+#pragma unroll
+        for (int s = 0; s < kSteps; ++s) across_step<T>(x, k, queries, places.across, s);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        float &y = x.of[0][i / 4][i % 4], &dy = dp.of[0][i / 4][i % 4];
+        const int32_t place = 8 * (i / 4) + i % 2;
+        float weight = exp2_fast(rules.scores.of(y) - floats[place]), keep = 1.f;
+        if (!kPlain && !may[i % 4 / 2]) weight = 0.f;
+        if (rules.drops()) {
+            const int64_t row = query_number(rules.p, at, rules.axis, first_row + place + 2 * t);
+            keep = rules.dropout.factor(row, first_key + g + 8 * (i % 4 / 2));
+        }
+        if (kDk) dy = weight * (dy * keep - floats[rows + place]) * rules.scores.slope(y);
+        y = weight * keep;
+    }
+    uint32_t a[4];
+    if (kDv) {
+        as_operand<T>(a, x.of[0][0], x.of[0][1]);
+        along_rows<T>(dv, a, d_outputs, places.along);
+    }
+    if (kDk) {
+        as_operand<T>(a, dp.of[0][0], dp.of[0][1]);
+        along_rows<T>(dk, a, queries, places.along);
+    }
+}
+
+// dk or dv of 16 keys, or both. Scores lie keys first, so that no product has to transpose them.
+template <class T, int kSteps, bool kPlain, bool kDk, bool kDv>
+VIVIT_DEVICE void gradients_of_keys(const Block<kSteps, true>& block, int32_t s, int32_t first_key,
+                                    const Rules<kPlain>& rules) {
+    constexpr int32_t kBytes = Pitch<kSteps>::kBytes;
+    const AttentionParams& p = rules.p;
+    const Sequence at(block.first + s, rules.axis);
+    const int32_t g = lane_number() / 4, rows = block.layout.rows;
+    const Operand<kSteps> k(block.rows(1, s) + first_key * kBytes);
+    const char *values = block.rows(2, s) + first_key * kBytes, *queries = block.rows(0, s);
+    const char* d_outputs = block.rows(3, s);
+    const float* floats = block.floats(s) + 2 * (lane_number() % 4);
+    const bool may[2] = {kPlain || may_be_attended(p, at, rules.axis, first_key + g),
+                         kPlain || may_be_attended(p, at, rules.axis, first_key + g + 8)};
+    const Places<kSteps> places;
+    RowSums<kSteps> dk, dv;
+#pragma unroll 1
+    for (int32_t row = 0; row < rows; row += 16) {
+        keys_step<T, kSteps, kPlain, kDk, kDv>(dk, dv, k, values, queries + row * kBytes, d_outputs + row * kBytes,
+                                               floats + row, rows, places, may, rules, at, row, first_key);
+    }
+    if (kDv) store_rows<T>(p, Rows(p.dv, at, rules.axis), first_key, rules.axis.N, dv, 1.f, 1.f);
+    if (!kDk) return;
+    const Rows to(p.dk, at, rules.axis);
+    if (!kPlain && p.cos != nullptr) {
+        store_turned_rows<T>(p, to, dk, at, rules.axis, first_key, block.scratch());
+    } else {
+        store_rows<T>(p, to, first_key, rules.axis.N, dk, p.scale, p.scale);
+    }
+}
+
+template <class T, int kSteps, bool kPlain>
+VIVIT_DEVICE void resident_backward(const AttentionParams& p, const Axis& axis, int64_t number) {
+    const Block<kSteps, true> block(axis, p.B, number);
+    const int32_t sequences = block.sequences;
+    for (int32_t s = 0; s < sequences; ++s) {
+        block.copy(3, s, p.d_o, axis, p.D), block.copy(0, s, p.q, axis, p.D);
+        block.copy(1, s, p.k, axis, p.D), block.copy(2, s, p.v, axis, p.D);
+    }
+    copies_commit();
+    copies_wait<0>();
+    block_barrier();
+    load_statistics<T>(p, axis, block);
+    block_barrier();
+    if (!kPlain && p.cos != nullptr) block.template turn<T>(p, axis);
+    const Rules<kPlain> rules(p, axis);
+    const int32_t tiles = block.layout.rows / 16, all = sequences * tiles;
+    for (int32_t i = block.thread() / 32; i < 2 * all; i += block.threads() / 32) {  // the longer ones first
+        const int32_t s = i % all / tiles, first = i % tiles * 16;
+        if (i < all) {
+            // sums of both do not fit in registers where rows are long or options are many; then scores are made twice
+            constexpr bool kBoth = kPlain ? kSteps <= 6 : kSteps <= 2;
+            gradients_of_keys<T, kSteps, kPlain, kBoth, true>(block, s, first, rules);
+            if (!kBoth) gradients_of_keys<T, kSteps, kPlain, true, false>(block, s, first, rules);
+        } else {
+            gradient_of_queries<T>(block, s, first, rules);
+        }
+    }
+}
+
+}  // namespace vivit::cuda
