@@ -177,6 +177,8 @@ def test_ours_without_a_time_is_a_row():
         ("†", dict(source="changed since"), "† Measured before this kernel last changed"),
         ("‡", dict(dirty=True), "‡ Measured with uncommitted changes"),
         ("§", dict(clocks={"throttled": "power cap"}), "§ The GPU held its clocks back"),
+        ("¶", dict(ms={"median": 2.0, "host": 2.1}), "¶ Shorter than the host takes to launch it"),
+        ("", dict(ms={"median": 2.0, "host": 1.9}), ""),
     ],
 )
 def test_a_figure_that_needs_a_caveat_is_marked(mark, changes, sentence, monkeypatch):
