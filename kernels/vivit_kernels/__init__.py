@@ -6,6 +6,8 @@
     joint_attention         every token to every token, in O(N) memory
     rotary_tables           cos and sin of a three-axis rotary embedding, for rotary=
     accelerate              replaces, in any model, the modules that this package has faster ones for; with a report
+    TubeletEmbedding, SpatialAttention, TemporalAttention, FactorizedAttention, JointAttention, VideoMultiheadAttention
+                            modules over these, which load the weights of PyTorch, timm and transformers
     explain                 which backend a call would run, and why not another; runs nothing
 
 `python -m vivit_kernels` shows what this install can run, and why not the rest.
@@ -16,9 +18,23 @@ from .accelerate import accelerate
 from .explain import explain
 from .factorized_attention.api import factorized_attention, spatial_attention, temporal_attention
 from .joint_attention.api import joint_attention
+from .modules import (
+    FactorizedAttention,
+    JointAttention,
+    SpatialAttention,
+    TemporalAttention,
+    TubeletEmbedding,
+    VideoMultiheadAttention,
+)
 from .tubelet_embedding.api import tubelet_embedding
 
 __all__ = [
+    "FactorizedAttention",
+    "JointAttention",
+    "SpatialAttention",
+    "TemporalAttention",
+    "TubeletEmbedding",
+    "VideoMultiheadAttention",
     "accelerate",
     "explain",
     "factorized_attention",
