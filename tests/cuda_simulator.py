@@ -113,10 +113,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor | None = Non
 
 
 def backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor | None, lse: Tensor | None, dq, dk, dv, **options: Any
-) -> None:
-    """Writes dq, dk, dv: `launch_backward` of csrc/cuda; o and lse are the forward's, where it keeps them."""
-    made().attention_backward(_call(q, k, v, lse, options), maybe(o), view(do), view(dq), view(dk), view(dv))
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor | None, lse: Tensor | None, dq, dk, dv,
+    o_again: Tensor | None = None, **options: Any,
+) -> None:  # fmt: skip
+    """Writes dq, dk, dv, and of packed sequences o once more into o_again: `launch_backward` of csrc/cuda; o and lse
+    are the forward's, where it keeps them."""
+    gradients = view(dq), view(dk), view(dv)
+    made().attention_backward(_call(q, k, v, lse, options), maybe(o), view(do), *gradients, maybe(o_again))
 
 
 def expect(found: str) -> Any:

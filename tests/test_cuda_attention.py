@@ -83,7 +83,21 @@ class Simulated(torch.autograd.Function):
         return *gradients, None, None, None
 
 
-def simulated(q, k=None, v=None, *, temporal_heads, schedule=0, backend="", shared_bytes=None, arch=90, **options):
+class Again(Simulated):
+    """Its output is what a backward of packed sequences recomputes."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, packed, temporal_heads, options):
+        o = Simulated.forward(ctx, q, k, v, packed, temporal_heads, options)
+        again, gradients = poisoned(o), [poisoned(o) for _ in range(3)]
+        given = options | {"temporal_heads": temporal_heads, "o_again": again}
+        cuda_simulator.backward(torch.ones_like(o), q, k, v, None, None, *gradients, **given)
+        return again
+
+
+def simulated(
+    q, k=None, v=None, *, temporal_heads, schedule=0, backend="", shared_bytes=None, arch=90, by=Simulated, **options
+):
     """factorized_attention by the simulator."""
     packed = k is None
     q, k, v = q.unbind(3) if packed else (q, k, v)
@@ -91,7 +105,7 @@ def simulated(q, k=None, v=None, *, temporal_heads, schedule=0, backend="", shar
     given = {"scale": None, "key_mask": None, "rotary": None, "softcap": None, "dropout_p": 0.0, "seed": None} | options
     checked = check_options("factorized_attention", q, T * S, (T, S), **given)._asdict()
     launch = {"schedule_seed": schedule, "arch": arch} | ({"shared_bytes": shared_bytes} if shared_bytes else {})
-    return Simulated.apply(q, k, v, packed, temporal_heads, checked | launch)
+    return by.apply(q, k, v, packed, temporal_heads, checked | launch)
 
 
 def too_long(case: dict) -> bool:
@@ -102,11 +116,11 @@ def too_long(case: dict) -> bool:
     return any(cuda_simulator.made().regime_of(N, case["D"], True, rotary, most) == refused for N in axes)
 
 
-def check_case(case: dict, monkeypatch) -> None:
+def check_case(case: dict, monkeypatch, by=Simulated) -> None:
     (T, S), clips = case["grid"], 1 if case["mask"] != "a clip has none" else 2
 
     def run(*x, **given):
-        return simulated(*x, schedule=case["schedule"], arch=case.get("arch", 90), **given)
+        return simulated(*x, schedule=case["schedule"], arch=case.get("arch", 90), by=by, **given)
 
     monkeypatch.setattr(factorized, "factorized_attention", run)
     with expect("cudaError_t 1") if too_long(case) else contextlib.nullcontext():
@@ -121,6 +135,16 @@ def test_parity(case, monkeypatch):
 @pytest.mark.parametrize("case", grid(HOPPER_AXES, HOPPER_CROSSES, {"grid": HOPPER_GRIDS}))
 def test_parity_of_long_sequences(case, monkeypatch):
     check_case(case, monkeypatch)
+
+
+PACKED_GRIDS = [(1, 1), (2, 7), (8, 8), (9, 8), (8, 16), (13, 3), (16, 16)]
+AGAIN_AXES = AXES | {"grid": PACKED_GRIDS, "heads": [(2, 1), (2, 2), (2, 0)]}
+AGAIN_CROSSES = [["dtype", "grid"], ["dtype", "D"], ["mask", "dropout_p", "extra"]]
+
+
+@pytest.mark.parametrize("case", grid(AGAIN_AXES, AGAIN_CROSSES, {"grid": PACKED_GRIDS}))
+def test_parity_of_output_again(case, monkeypatch):
+    check_case(case, monkeypatch, Again)
 
 
 BY_LENGTH = [(1, S, 0, arch) for S in (65, 80, 100, 196, 197, 250, 256) for arch in (90, 80)]

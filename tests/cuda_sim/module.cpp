@@ -106,10 +106,11 @@ void attention_forward(const Call& call, const View& o) {
 }
 
 void attention_backward(const Call& call, const MaybeView& o, const View& d_o, const View& dq, const View& dk,
-                        const View& dv) {
+                        const View& dv, const MaybeView& o_again) {
     Run run(call.schedule_seed, call.shared_bytes, call.arch);
     AttentionParams p = params_of(call, run, false);
     if (o.has_value()) p.o = run.grid("o", *o);
+    if (o_again.has_value()) p.o_again = run.grid("o_again", *o_again, true);
     p.d_o = run.grid("do", d_o);
     p.dq = run.grid("dq", dq, true), p.dk = run.grid("dk", dk, true), p.dv = run.grid("dv", dv, true);
     run([&] { return launch_backward(p, nullptr); });

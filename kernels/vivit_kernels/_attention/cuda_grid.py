@@ -10,6 +10,7 @@ from .options import Options
 # csrc/cuda/attention.h and regime_of decide; tests/test_cuda_binding.py holds these copies to a library that has them.
 PACKED_TOKENS = 16  # longer sequences lie in shared memory, and their backward reads o and lse of the forward
 _KIB = 1 << 10
+_SHORT_BYTES = 64 * _KIB  # several sequences share a block as far as they take no more
 _MOST_WARPS = 8  # of a block
 _STEPS = (2, 2, 4, 4, 5, 6, 8, 8, 10, 10)  # of 16 channels, as kernels are compiled, for heads of 1 to 10 of them
 _ROW_ALIGNMENT = 16  # bytes
@@ -24,21 +25,16 @@ def most_shared_bytes(arch: int) -> int:
 
 
 def shared_bytes(N: int, D: int, backward: bool, rotary: bool) -> int:
-    """Of a block that holds a sequence of N > PACKED_TOKENS tokens, or several short ones: q, k and v, in a backward
-    also do, of every token a number or two, and where gradients are turned back a tile of float32 for each warp."""
+    """Of a block that holds a sequence of N > PACKED_TOKENS tokens, or several short ones as far as they fit in
+    _SHORT_BYTES: q, k and v, in a backward also do, of every token a number or two, and where gradients are turned back
+    a tile of float32 for each warp that a block may have."""
     steps = _STEPS[-(-D // 16) - 1]
     rows = -(-N // 16) * 16
-    sequences = 1 if rows > 64 else 128 // rows
     pitch = 16 * (2 * steps + (0 if steps in (2, 4, 8) else 1))
-    token = 4 * pitch + 8 if backward else 3 * pitch + 4
+    sequence = rows * (4 * pitch + 8 if backward else 3 * pitch + 4)
+    sequences = 1 if rows > 64 else max(1, min(128 // rows, _SHORT_BYTES // sequence))
     scratch = 16 * (16 * steps + 4) * 4 if backward and rotary else 0
-    return sequences * rows * token + _warps(sequences * rows // 16 * (2 if backward else 1)) * scratch
-
-
-def _warps(tiles: int) -> int:
-    """Of a block: the fewest of those that take the fewest rounds of a tile each."""
-    rounds = -(-tiles // _MOST_WARPS)
-    return -(-tiles // rounds)
+    return sequences * sequence + _MOST_WARPS * scratch
 
 
 def fits(arch: int, N: int, D: int, backward: bool, rotary: bool) -> bool:
@@ -84,9 +80,20 @@ def launch_fwd(
     return lse
 
 
-def launch_bwd(do, q, k, v, o, lse, dq, dk, dv, temporal_heads: int, options: Options) -> None:
+def launch_bwd(
+    do, q, k, v, o, lse, dq, dk, dv, temporal_heads: int, options: Options, o_again: Tensor | None = None
+) -> None:
     """Writes dq, dk, dv, each once; o and lse are the forward's, None where all sequences are packed. Copies as the
-    forward does, and do likewise."""
+    forward does, and do likewise.
+
+    o_again: of q's shape; o is recomputed into it. ValueError where some sequence is not packed: o was kept then."""
+    _, T, S, H, _ = q.shape
+    if o_again is not None and keeps_output(T, S, H, temporal_heads):
+        raise ValueError(
+            f"factorized_attention: backend 'cuda' got o_again for T={T}, S={S}, temporal_heads={temporal_heads} of "
+            f"{H}; o is written again where every head attends along {PACKED_TOKENS} tokens at most\n"
+            "  -> leave it out: such a backward reads o, which the forward's caller keeps"
+        )
     if q.numel():
         given = _rows(do), _rows(q), _rows(k), _rows(v), o, lse, dq, dk, dv, *_flat(options)
-        torch.ops.vivit_kernels_native.cuda_attention_bwd(*given, *_scalars(temporal_heads, options))
+        torch.ops.vivit_kernels_native.cuda_attention_bwd(*given, *_scalars(temporal_heads, options), o_again)

@@ -16,6 +16,9 @@ def launch_fwd(q: Tensor, k: Tensor, v: Tensor, temporal_heads: int, options: Op
     return o, cuda_grid.launch_fwd(q, k, v, o, temporal_heads, options, keep)
 
 
-def launch_bwd(do, q, k, v, o, lse, dq, dk, dv, temporal_heads: int, options: Options) -> None:
-    """Writes dq, dk, dv, each once, in one launch; copies as the forward does."""
-    cuda_grid.launch_bwd(do, q, k, v, o, lse, dq, dk, dv, temporal_heads, options)
+def launch_bwd(
+    do, q, k, v, o, lse, dq, dk, dv, temporal_heads: int, options: Options, o_again: Tensor | None = None
+) -> None:
+    """Writes dq, dk, dv, each once, in one launch; copies as the forward does. o_again: memory in which packed
+    sequences, which need no o, recompute theirs; ValueError where some are not packed."""
+    cuda_grid.launch_bwd(do, q, k, v, o, lse, dq, dk, dv, temporal_heads, options, o_again)
