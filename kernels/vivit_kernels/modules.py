@@ -84,7 +84,7 @@ class JointAttention(_Attention):
     softmax; both in training alone. softcap, backend: as for `joint_attention`. device, dtype: of the parameters.
 
     Its forward takes x `[B, N, E]`, or `[B, T, S, E]`, whose clip is one sequence; key_mask: bool `[B, N]` (or
-    `[B, T, S]`), True may be attended; rotary as for the op, or `[T, S, D/2]`. Returns x's shape; under autocast, its dtype.
+    `[B, T, S]`), True may be attended; rotary as for the op, or `[T, S, D/2]`. Returns x's shape.
     State dict: qkv.weight `[3E, E]`, qkv.bias, proj.weight, proj.bias, as timm's. It also loads those of
     torch.nn.MultiheadAttention, of transformers' attentions (query, key, value or q_proj, ..., with or without biases)
     and of diffusers (to_q, ...). Raises ValueError for sizes that do not fit, and what the op raises.
