@@ -110,7 +110,10 @@ def forbidden(entry: Import, ops: frozenset[str], public: frozenset[str]) -> str
     if inside and leaf == "reference" and target[0] not in ("torch", "vivit_kernels", *sys.stdlib_module_names):
         return "reference.py is the definition: it imports only torch"
     if target[0] != "vivit_kernels":
-        return ""
+        foreign = entry.at_import and target[0] not in ("torch", *sys.stdlib_module_names)
+        return "a host library is imported when it is asked for" if source[1:2] == ["integrations"] and foreign else ""
+    if complaint := forbidden_integration(source, target, entry.at_import):
+        return complaint
     to_op, to_leaf = (target[1], ".".join(target[2:])) if len(target) > 1 and target[1] in ops else ("", "")
     if not to_op:
         if inside and (len(target) == 1 or not target[1].startswith("_")):
@@ -123,6 +126,24 @@ def forbidden(entry: Import, ops: frozenset[str], public: frozenset[str]) -> str
     if to_leaf in ("api", "") or (source[1:] == ["__main__"] and to_leaf == "support"):
         return ""
     return "from outside an op, only its api is imported"
+
+
+def forbidden_integration(source: list[str], target: list[str], at_import: bool) -> str:
+    """vivit_kernels -> accelerate -> (when called) integrations -> {accelerate's dataclasses, modules, apis of ops}."""
+    within = source[:2] == ["vivit_kernels", "integrations"]
+    if within:
+        private = len(target) > 1 and target[1].startswith("_")
+        return "an integration uses what users have, no private module of vivit_kernels" if private else ""
+    above = source == ["vivit_kernels"] or source == ["vivit_kernels", "accelerate"]
+    if target[1:2] != ["integrations"]:
+        top = target[1:2] in (["accelerate"], ["modules"])
+        shared = len(source) > 1 and source[1].startswith("_") and source[1] != "__main__"
+        return "private modules know nothing of those above them" if top and shared else ""
+    if not above:
+        return "only vivit_kernels and accelerate know of integrations"
+    if len(target) > 2 and target[2] != "pytorch" and at_import:
+        return "the integration of another library is imported where its host is, when accelerate() is called"
+    return ""
 
 
 def forbidden_neighbour(leaf: str, to_leaf: str, at_import: bool) -> str:
@@ -176,6 +197,19 @@ JOINT = "vivit_kernels.joint_attention"
         (f"{JOINT}.reference", "vivit_kernels._attention.rotary", "rotate", True, True),
         (f"{JOINT}.reference", "numpy", "", True, False),
         ("vivit_kernels._dispatch", f"{JOINT}.support", "", False, False),
+        ("vivit_kernels", "vivit_kernels.integrations.pytorch", "sdpa_override", True, True),
+        ("vivit_kernels", "vivit_kernels.integrations.transformers", "replacements", True, False),
+        ("vivit_kernels.accelerate", "vivit_kernels.integrations", "HOSTS", True, True),
+        ("vivit_kernels.modules", "vivit_kernels.integrations", "HOSTS", False, False),
+        ("vivit_kernels.integrations.transformers", "vivit_kernels.accelerate", "Left", True, True),
+        ("vivit_kernels.integrations.transformers", "vivit_kernels.integrations.pytorch", "", True, True),
+        ("vivit_kernels.integrations.transformers", f"{JOINT}.api", "joint_attention", True, True),
+        ("vivit_kernels.integrations.transformers", f"{JOINT}.support", "", True, False),
+        ("vivit_kernels.integrations.transformers", "vivit_kernels._native", "", True, False),
+        ("vivit_kernels.integrations.transformers", "transformers", "AttentionInterface", False, True),
+        ("vivit_kernels.integrations.transformers", "transformers", "AttentionInterface", True, False),
+        (f"{JOINT}.api", "vivit_kernels.accelerate", "accelerate", False, False),
+        ("vivit_kernels._layouts", "vivit_kernels.modules", "", False, False),
         ("tests.test_joint", f"{JOINT}.reference", "joint_attention", True, True),
         ("bench.ops", "tests.grid", "", True, False),
     ],

@@ -8,6 +8,7 @@
     accelerate              replaces, in any model, the modules that this package has faster ones for; with a report
     TubeletEmbedding, SpatialAttention, TemporalAttention, FactorizedAttention, JointAttention, VideoMultiheadAttention
                             modules over these, which load the weights of PyTorch, timm and transformers
+    sdpa_override           context in which F.scaled_dot_product_attention is joint_attention, for any caller
     explain                 which backend a call would run, and why not another; runs nothing
 
 `python -m vivit_kernels` shows what this install can run, and why not the rest.
@@ -17,6 +18,7 @@ from ._attention.rotary import rotary_tables
 from .accelerate import accelerate
 from .explain import explain
 from .factorized_attention.api import factorized_attention, spatial_attention, temporal_attention
+from .integrations.pytorch import sdpa_override
 from .joint_attention.api import joint_attention
 from .modules import (
     FactorizedAttention,
@@ -40,6 +42,7 @@ __all__ = [
     "factorized_attention",
     "joint_attention",
     "rotary_tables",
+    "sdpa_override",
     "spatial_attention",
     "temporal_attention",
     "tubelet_embedding",

@@ -1,0 +1,313 @@
+"""F.scaled_dot_product_attention as joint_attention within a context: what is taken and what is not, forward and
+backward within the error budget, and no trace of it before, after or by an import."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, current_flash_attention_impl, sdpa_kernel
+
+import vivit_kernels
+from vivit_kernels import _native, sdpa_override
+from vivit_kernels.integrations import pytorch
+from vivit_kernels.numerics import judge
+
+B, H, N, D = 2, 3, 37, 32
+
+
+@pytest.fixture
+def has_kernels(device):
+    if device.type == "cpu" and not _native.AVAILABLE:
+        pytest.skip(f"without kernels it stays PyTorch's: {_native.WHY}")
+    return device
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Calls that went to joint_attention."""
+    calls: list[tuple] = []
+
+    def spy(q, *rest, **options):
+        calls.append(tuple(q.shape))
+        return vivit_kernels.joint_attention(q, *rest, **options)
+
+    monkeypatch.setattr(pytorch, "joint_attention", spy)
+    # explain() knows the function itself; which backends there are was asked with it
+    monkeypatch.setattr(pytorch, "_chosen", lambda *args, _real=pytorch._chosen, **kw: _undisturbed(_real, *args, **kw))
+    return calls
+
+
+def _undisturbed(real, *args, **kw):
+    spy, pytorch.joint_attention = pytorch.joint_attention, vivit_kernels.joint_attention
+    try:
+        return real(*args, **kw)
+    finally:
+        pytorch.joint_attention = spy
+
+
+def qkv(device, dtype=torch.float32, keys: int = N, size: int = D, requires_grad: bool = False) -> list[Tensor]:
+    """`[B, H, N, D]` as models have it, a view of `[B, N, H, D]`."""
+    drawn = [torch.randn(B, n, H, size, dtype=torch.float64).to(device, dtype) for n in (N, keys, keys)]
+    return [x.transpose(1, 2).detach().requires_grad_(requires_grad) for x in drawn]
+
+
+def results(function, tensors: list[Tensor], **options) -> dict[str, Tensor]:
+    tensors = [x.detach().requires_grad_() for x in tensors]
+    out = function(*tensors, **options)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    gradients = torch.autograd.grad(out, tensors, weights.to(out))
+    return dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *gradients), strict=True))
+
+
+def assert_within_budget(actual, exact, eager) -> None:
+    for name in exact:
+        verdict = judge(actual[name].cpu(), exact[name].cpu(), eager[name].cpu(), gradient=name != "out", row=D)
+        assert verdict.ok, f"{name}: {verdict}"
+
+
+def textbook(q, k, v, attn_mask=None, scale=None):
+    s = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if attn_mask is not None:
+        s = s.masked_fill(~attn_mask, float("-inf"))
+    return s.softmax(-1) @ v
+
+
+def key_mask(device) -> Tensor:
+    mask = torch.rand(B, 1, 1, N) < 0.7
+    mask[..., 0] = True
+    return mask.to(device)
+
+
+OPTIONS = {
+    "plain": lambda device: {},
+    "scale": lambda device: {"scale": 0.3},
+    "key mask": lambda device: {"attn_mask": key_mask(device)},
+    "expanded mask": lambda device: {"attn_mask": key_mask(device)[:1].expand(B, H, N, N)},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_forward_and_backward_are_within_the_budget(options, dtype, has_kernels, taken):
+    tensors, given = qkv(has_kernels, dtype), options(has_kernels)
+    with sdpa_override():
+        actual = results(F.scaled_dot_product_attention, tensors, **given)
+    assert taken == [(B, N, H, D)]
+    exact = results(textbook, [x.double() for x in tensors], **given)
+    assert_within_budget(actual, exact, results(textbook, tensors, **given))
+
+
+def test_queries_and_keys_may_differ_in_number(has_kernels, taken):
+    tensors = qkv(has_kernels, keys=11)
+    with sdpa_override():
+        actual = results(F.scaled_dot_product_attention, tensors)
+    assert taken
+    assert_within_budget(actual, results(textbook, [x.double() for x in tensors]), results(textbook, tensors))
+
+
+def test_dropout_is_joint_attentions(has_kernels, taken):
+    q, k, v = qkv(has_kernels)
+    torch.manual_seed(1)
+    with sdpa_override():
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
+    torch.manual_seed(1)
+    assert torch.equal(out, vivit_kernels.joint_attention(*tokens_first(q, k, v), dropout_p=0.5).transpose(1, 2))
+    assert taken and not torch.equal(out, F.scaled_dot_product_attention(q, k, v))
+
+
+def tokens_first(*tensors: Tensor) -> list[Tensor]:
+    return [x.transpose(1, 2) for x in tensors]
+
+
+# What PyTorch must keep: the call as PyTorch answers it, or its error.
+KEPT = {
+    "is_causal": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+    "pair mask": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, torch.ones(N, N, dtype=torch.bool).tril()),
+    "mask per head": lambda q, k, v: F.scaled_dot_product_attention(
+        q, k, v, torch.ones(B, H, 1, N, dtype=torch.bool).index_fill(1, torch.tensor([1]), False)
+    ),
+    "bias": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, torch.linspace(-1, 1, N).expand(B, 1, 1, N)),
+    "float64": lambda q, k, v: F.scaled_dot_product_attention(q.double(), k.double(), v.double()),
+    "head size 20": lambda q, k, v: F.scaled_dot_product_attention(*(x[..., :20].contiguous() for x in (q, k, v))),
+    "values of another size": lambda q, k, v: F.scaled_dot_product_attention(q, k, v[..., :16]),
+    "three dimensions": lambda q, k, v: F.scaled_dot_product_attention(q[0], k[0], v[0]),
+    "one head for all": lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :1], v[:, :1]),
+    "enable_gqa": lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], enable_gqa=True),
+    "channels apart": lambda q, k, v: F.scaled_dot_product_attention(*(x.mT.contiguous().mT for x in (q, k, v))),
+    "no queries": lambda q, k, v: F.scaled_dot_product_attention(q[:, :, :0], k, v),
+    "no clips": lambda q, k, v: F.scaled_dot_product_attention(q[:0], k[:0], v[:0]),
+    "vmap": lambda q, k, v: torch.vmap(lambda a, b, c: F.scaled_dot_product_attention(a[None], b[None], c[None]))(
+        q, k, v
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("call", KEPT.values(), ids=KEPT)
+def test_other_calls_stay_pytorchs(call, taken):
+    tensors = qkv("cpu")
+    plain = call(*tensors)
+    with sdpa_override():
+        found = call(*tensors)
+    assert not taken
+    assert torch.equal(found, plain) and found.stride() == plain.stride()
+
+
+def test_wrong_calls_are_told_by_pytorch(taken):
+    q, k, v = qkv("cpu")
+    with pytest.raises(RuntimeError) as plain:
+        F.scaled_dot_product_attention(q, k.double(), v)
+    with sdpa_override(), pytest.raises(RuntimeError) as within:
+        F.scaled_dot_product_attention(q, k.double(), v)
+    assert str(within.value) == str(plain.value) and not taken
+
+
+def test_pytorchs_switches_are_heeded(taken):
+    q, k, v = qkv("cpu")
+    with sdpa_override(), sdpa_kernel(SDPBackend.MATH):
+        F.scaled_dot_product_attention(q, k, v)
+    assert not taken
+
+
+def test_the_output_lies_as_pytorchs_does(taken):
+    for tensors in (qkv("cpu"), [x.contiguous() for x in qkv("cpu")]):
+        plain = F.scaled_dot_product_attention(*tensors)
+        with sdpa_override():
+            assert F.scaled_dot_product_attention(*tensors).stride() == plain.stride()
+
+
+def test_a_backward_after_the_context_is_that_of_its_forward(has_kernels, taken):
+    tensors = qkv(has_kernels, torch.bfloat16, requires_grad=True)
+    with sdpa_override():
+        within = torch.autograd.grad(F.scaled_dot_product_attention(*tensors).sum(), tensors)
+        out = F.scaled_dot_product_attention(*tensors)
+    after = torch.autograd.grad(out.sum(), tensors)
+    assert len(taken) == 2 and all(torch.equal(a, b) for a, b in zip(after, within, strict=True))
+    plain = F.scaled_dot_product_attention(*tensors)
+    backward = torch.autograd.grad(plain.sum(), tensors)
+    with sdpa_override():
+        again = torch.autograd.grad(F.scaled_dot_product_attention(*tensors).sum(), tensors)
+    assert len(taken) == 3
+    assert not all(torch.equal(a, b) for a, b in zip(backward, again, strict=True)), "two kernels, two roundings"
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(mode, has_kernels, taken):
+    with mode(), sdpa_override():
+        tensors = qkv(has_kernels)
+        out = F.scaled_dot_product_attention(*tensors)
+    assert len(taken) == 1 and not out.requires_grad
+    assert judge(out.cpu(), textbook(*[x.double().cpu() for x in tensors]), textbook(*tensors).cpu()).ok
+
+
+def test_autocast(has_kernels, taken):
+    with torch.autocast(has_kernels.type, torch.bfloat16), sdpa_override():
+        assert F.scaled_dot_product_attention(*qkv(has_kernels)).dtype == torch.bfloat16
+    assert taken
+
+
+def test_modules_of_others_are_reached(has_kernels, taken):
+    module = nn.MultiheadAttention(H * D, H, batch_first=True, device=has_kernels)
+    x = torch.randn(B, N, H * D, device=has_kernels)
+    plain = module(x, x, x, need_weights=False)[0]
+    with sdpa_override():
+        out = module(x, x, x, need_weights=False)[0]
+    assert len(taken) == 1
+    exact = module.double()(*[x.double()] * 3, need_weights=False)[0]
+    assert judge(out, exact, plain).ok
+
+
+def test_what_is_compiled_within_keeps_it(has_kernels):
+    def function(q, k, v):
+        return F.scaled_dot_product_attention(q * 2, k, v)
+
+    tensors = qkv(has_kernels)
+    with sdpa_override():
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        actual = results(compiled, tensors)
+    by_hand = lambda q, k, v: textbook(q * 2, k, v)  # noqa: E731
+    assert_within_budget(actual, results(by_hand, [x.double() for x in tensors]), results(by_hand, tensors))
+
+
+def test_the_context_leaves_no_trace(taken):
+    tensors = qkv("cpu")
+    before = F.scaled_dot_product_attention(*tensors)
+    for _ in range(2):
+        with pytest.raises(KeyError), sdpa_override():
+            assert current_flash_attention_impl() == "vivit_kernels"
+            raise KeyError
+        assert current_flash_attention_impl() is None
+    assert torch.equal(F.scaled_dot_product_attention(*tensors), before) and not taken
+    table = torch._C._dispatch_dump("aten::scaled_dot_product_attention")
+    assert "AutogradCPU" not in table
+
+
+def test_contexts_nest_and_give_back_what_was_active(monkeypatch):
+    removed = []
+
+    class Other:
+        def remove(self):
+            removed.append(True)
+
+    torch.nn.attention.register_flash_attention_impl("other", register_fn=Other)
+    try:
+        torch.nn.attention.activate_flash_attention_impl("other")
+        with sdpa_override():
+            assert removed == [True]
+            with sdpa_override():
+                pass
+            assert current_flash_attention_impl() == "vivit_kernels"
+        assert current_flash_attention_impl() == "other"
+    finally:
+        torch.nn.attention.restore_flash_attention_impl(_raise_warn=False)
+        torch.nn.attention._registry._FLASH_ATTENTION_IMPLS.pop("other")
+
+
+def test_other_threads_run_it_too(has_kernels, taken):
+    tensors = qkv(has_kernels)
+    with sdpa_override():
+        thread = threading.Thread(target=lambda: F.scaled_dot_product_attention(*tensors))
+        thread.start()
+        thread.join()
+    assert len(taken) == 1
+
+
+def test_where_there_are_no_kernels_it_stays_pytorchs(monkeypatch, taken):
+    monkeypatch.setattr(pytorch, "_chosen", lambda *_, **__: "torch")
+    with sdpa_override():
+        F.scaled_dot_product_attention(*qkv("cpu"))
+    assert not taken
+
+
+def test_pytorchs_attention_within_ours_is_not_ours(has_kernels, monkeypatch, taken):
+    """Backend `torch` calls scaled_dot_product_attention itself."""
+    real = vivit_kernels.joint_attention
+    monkeypatch.setattr(vivit_kernels, "joint_attention", lambda *args, **kw: real(*args, **kw, backend="torch"))
+    monkeypatch.setattr(pytorch, "_chosen", lambda *_, **__: "cpu")
+    tensors = [torch.randn(1, 1, 2048, D, device=has_kernels) for _ in range(3)]
+    with sdpa_override():
+        out = F.scaled_dot_product_attention(*tensors)
+    assert len(taken) == 1
+    assert judge(out.cpu(), textbook(*[x.double() for x in tensors]).cpu(), textbook(*tensors).cpu()).ok
+
+
+def test_an_import_changes_nothing():
+    code = """if True:
+        import torch
+        def state():
+            known, table = torch.nn.attention, torch._C._dispatch_dump("aten::scaled_dot_product_attention")
+            return table, known.list_flash_attention_impls(), known.current_flash_attention_impl()
+        before = state()
+        import vivit_kernels, vivit_kernels.integrations.pytorch
+        assert state() == before
+    """
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
