@@ -1,5 +1,6 @@
 """Integrations, in the order in which accelerate() asks them: host package -> its files here, the special one first."""
 
 HOSTS: dict[str, tuple[str, ...]] = {
+    "transformers": ("transformers",),
     "torch": ("pytorch",),
 }
