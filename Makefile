@@ -38,7 +38,7 @@ NONE_IS_FINE = || [ $$? -eq 5 ]
 CPP = $(shell git ls-files '*.cu' '*.cuh' '*.cpp' '*.h')
 
 .PHONY: help venv build demo test test-full test-kernels test-newest-triton test-oldest-torch sanitize test-gpu bench \
-	check clean for-build for-demo for-test for-check
+	cuda-gate check clean for-build for-demo for-test for-check
 
 help:
 	@echo "make demo       create $(VENV), install, run the main job on real video, print where the results are"
@@ -48,6 +48,7 @@ help:
 	@echo "make test-gpu   the tests that need an NVIDIA GPU"
 	@echo "make build      the native library (csrc/), again only what has changed"
 	@echo "make sanitize   the native library's tests with ASan and UBSan"
+	@echo "make cuda-gate  what the library's CUDA kernels were compiled to: registers, opcodes; no GPU is needed"
 	@echo "make bench      the operations beside what others run, in two minutes (more: python -m bench --help)"
 	@echo "make check      ruff, pyright, clang-format, clang-tidy"
 	@echo "make venv       only create $(VENV) and install what all of these need"
@@ -128,6 +129,11 @@ test-newest-triton:
 bench: for-test
 	@$(BUILD)
 	$(PY) -m bench --quick
+
+# tests/test_cuda_gate.py judges the same in `make test-full`, without the table.
+cuda-gate: for-test
+	@$(BUILD)
+	$(PY) -m bench cuda_gate
 
 test-gpu: for-test
 	@$(BUILD)

@@ -94,7 +94,7 @@ class Kernel:
 # An address, a predicate if any, an opcode with its modifiers: `/*01a0*/   @!P0 LDG.E.128 R4, ...`
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)((?:\.\w+)*)", re.MULTILINE)
 _MEMORY = ("LDG", "STG", "LDS", "STS", "LDGSTS")
-_WIDTHS = {"128": "128", "256": "128", "U16": "16", "S16": "16", "U8": "8", "S8": "8"}  # 32 and 64 bits go uncounted
+_WIDTHS = {"128": "128", "256": "128", "64": "64", "U16": "16", "S16": "16", "U8": "8", "S8": "8"}  # not 32 bits
 # The instructions worth a look; `MUFU` and those with a width stand beside the sum they are part of.
 NOTABLE = (
     *("HGMMA", "HMMA", "UTCHMMA", "MUFU", "MUFU.EX2", "FFMA", "FADD", "FMUL", "HFMA2", "LDG", "LDG.128", "STG"),
@@ -105,7 +105,7 @@ NOTABLE = (
 
 def instructions(sass: str) -> Counter[str]:
     """Counts by opcode, as written: the body of a loop once. Of them again `MUFU.EX2` and its like, `LDG.128` (or
-    more bits), `LDG.16`, `LDG.8`, ..."""
+    more bits), `LDG.64`, `LDG.16`, `LDG.8`, ..."""
     mix: Counter[str] = Counter()
     for opcode, modifiers in _INSTRUCTION.findall(sass):
         mix[opcode] += 1
@@ -115,6 +115,34 @@ def instructions(sass: str) -> Counter[str]:
             widths = [_WIDTHS[word] for word in modifiers.split(".") if word in _WIDTHS]
             mix.update(f"{opcode}.{width}" for width in widths[:1])
     return mix
+
+
+_ADDRESS = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/", re.MULTILINE)
+_BRANCH = re.compile(rf"{_ADDRESS.pattern}\s+(?:@!?U?P\w+\s+)?BRA\b[^;]*?\b0x([0-9a-f]+)\s*;", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """From the instruction that a branch goes back to, up to the branch: addresses, and `instructions` of it all."""
+
+    first: int
+    last: int
+    mix: Counter[str]
+
+    def holds(self, other: Loop) -> bool:
+        return self is not other and self.first <= other.first and other.last <= self.last
+
+
+def loops(sass: str) -> list[Loop]:
+    """Of each branch back to an earlier instruction. Not all repeat what they span: rare code that the compiler moved
+    to the end returns by such a branch, too, over all that lies between."""
+    starts = {int(found[1], 16): found.start() for found in _ADDRESS.finditer(sass)}
+    found = []
+    for branch in _BRANCH.finditer(sass):
+        last, first = int(branch[1], 16), int(branch[2], 16)
+        if first < last and first in starts:  # a kernel's last instruction goes to itself, and is never reached
+            found.append(Loop(first, last, instructions(sass[starts[first] : branch.end()])))
+    return found
 
 
 # ---- registers that a product still reads ----

@@ -1,10 +1,11 @@
 """`python -m bench cuda_gate`: whether the CUDA C++ kernels in the native library are what they were written to be.
 
 No GPU is needed: what is read is the library itself, every kernel that ships in it, for each architecture that it has
-machine code for. Each must keep its values in registers (no spills, no local memory), fit a multiprocessor, and use the
-instructions that it is written for: products by tensor cores, memory 128 bits at a time. What these are follows from
-the words of the kernel's name. Shared memory that only a launch names is not in the binary: warps on a multiprocessor
-are those that registers and the block's size allow.
+machine code for. Each must keep its values in registers (no local memory in a loop that multiplies, next to none
+elsewhere), fit a multiprocessor, and use the instructions that it is written for: products by tensor cores, memory 128
+bits at a time, or 64 where a pair of lanes stores. What these are follows from the words of the kernel's name. Shared
+memory that only a launch names is not in the binary: warps on a multiprocessor are those that registers and the block's
+size allow.
 """
 
 from __future__ import annotations
@@ -25,16 +26,22 @@ from .launches import Compiled
 from .static import table
 
 # Opcodes that a kernel is written for, by the first word of its name. packed: all in registers, blocks transposed
-# between lanes where a product wants them so; resident: rows copied to shared memory, from where products take them,
-# and for the heads of the other axis what packed has; hopper: products of a warp group, on sm_90 alone.
+# between lanes where a product wants them so; resident: rows copied to shared memory, from where products take them;
+# hopper: products of a warp group, on sm_90 alone. The last two store sums as products leave them, 64 bits a lane once
+# pairs of lanes have traded, a sector of 32 bytes for two pairs; and they have what packed has, for the other axis.
 _PACKED = ("HMMA", "MOVM", "LDG.128", "STG.128")
 WANTED = {
     "packed": _PACKED,
-    "resident": (*_PACKED, "LDGSTS.128", "LDSM"),
-    "hopper": ("HGMMA", "LDGSTS.128", "STG.128"),
+    "resident": (*_PACKED, "LDGSTS.128", "LDSM", "STG.64"),
+    "hopper": (*_PACKED, "HGMMA", "LDGSTS.128", "STG.64"),
 }
 ONLY_ON = {"hopper": 90}  # elsewhere a kernel of that name is empty
 NARROW = ("LDG.16", "STG.16", "STG.8", "LDGSTS.16", "LDGSTS.8")  # LDG.8 reads a mask
+PRODUCTS = ("HMMA", "HGMMA")
+# Where every register is taken, a few kernels keep one to four values in local memory for a while, outside of the loops
+# that multiply. That stays in the first-level cache and costs some cycles of a tile's thousands; in such a loop it would
+# cost them at each step. More bytes would be an array that is indexed or a loop's sums, which must not be there.
+MOST_STACK = 16  # bytes
 HEADER = (
     "kernel", "arch", "registers", "shared", "threads", "warps", "HGMMA", "HMMA", "MOVM", "LDSM", "loads", "copies",
     "stores", "exp2",
@@ -58,12 +65,30 @@ def short(name: str) -> str:
     return name[: name.rindex(">(") + 1] if ">(" in name else name.partition("(")[0]
 
 
+def loops_with_products(kernel: cubin.Kernel) -> list[cubin.Loop]:
+    """The inner ones, those that hold no other such loop."""
+    found = [loop for loop in cubin.loops(kernel.sass) if any(loop.mix[opcode] for opcode in PRODUCTS)]
+    return [loop for loop in found if not any(loop.holds(other) for other in found)]
+
+
+def local_memory(kernel: cubin.Kernel) -> list[str]:
+    """What is wrong with its use of it."""
+    taken = kernel.stack + kernel.local
+    found = [f"local memory: {taken} bytes a thread, {MOST_STACK} at most"] if taken > MOST_STACK else []
+    for loop in loops_with_products(kernel) if kernel.spills else []:
+        if count := loop.mix["LDL"] + loop.mix["STL"]:
+            found.append(f"spills: {count} loads and stores of local memory in the loop at {loop.first:#06x}")
+    return found
+
+
 def complaints(name: str, kernel: cubin.Kernel) -> list[str]:
-    """What is wrong with a kernel: what Triton's gate says of any, and what its name promises."""
+    """What is wrong with a kernel: what Triton's gate says of any but for local memory, and what its name promises."""
     mix, found = kernel.mix, []
     if kernel.threads is None:
         found.append("launch bounds: none, so nobody knows how many blocks fit")
-    found += Compiled(kernel, (), kernel.threads or cubin.MOST_THREADS, kernel.shared).complaints
+    found += local_memory(kernel)
+    judged = Compiled(kernel, (), kernel.threads or cubin.MOST_THREADS, kernel.shared).complaints
+    found += [x for x in judged if not x.startswith(("spills: ", "local memory: "))]  # stricter there than here
     word = name.partition("_")[0]
     wanted = WANTED.get(word)
     if ONLY_ON.get(word, kernel.arch) != kernel.arch:
@@ -77,7 +102,8 @@ def complaints(name: str, kernel: cubin.Kernel) -> list[str]:
 def row(name: str, kernel: cubin.Kernel) -> tuple[str, ...]:
     mix, threads = kernel.mix, kernel.threads or 0
     warps = cubin.occupancy(kernel.arch, kernel.registers, kernel.shared, threads).warps if threads else 0
-    wide = [f"{mix[f'{opcode}.128']}/{mix[opcode]}" for opcode in ("LDG", "LDGSTS", "STG")]
+    wide = [f"{mix[f'{opcode}.128']}/{mix[opcode]}" for opcode in ("LDG", "LDGSTS")]
+    wide.append(f"{mix['STG.128']}+{mix['STG.64']}/{mix['STG']}")
     return (
         name, f"sm_{kernel.arch}", str(kernel.registers), f"{kernel.shared:,}", str(threads), str(warps),
         *(str(mix[opcode]) for opcode in ("HGMMA", "HMMA", "MOVM", "LDSM")), *wide, str(mix["MUFU.EX2"]),
@@ -122,7 +148,9 @@ def main(argv: list[str]) -> int:
     ]
     failed = [f"sm_{kernel.arch} {name}: {why}" for name, kernel in kernels for why in complaints(name, kernel)]
     print(table(HEADER, [row(*pair) for pair in kernels], 1))
-    print("\nloads, copies (to shared memory), stores: those of 128 bits of all; loop bodies once")
+    print(
+        "\nloads, copies (to shared memory), stores: those of 128 bits, of stores + 64 bits, of all; loop bodies once"
+    )
     print("\n".join(f"! {line}" for line in failed or ["no kernel is called so"] * (not kernels)))
     return 1 if failed or not kernels else 0
 
