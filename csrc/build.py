@@ -110,8 +110,11 @@ def host_flags(chosen: Plan, source: Path, sanitize: bool) -> list[str]:
 
 
 def device_flags(chosen: Plan) -> list[str]:
+    """-compress-all: machine code, too, where nvcc compresses PTX alone; a third of the size (measured: 3.6 to 1.2 MB
+    of the forward in one dtype, nvcc 13.0) for a tenth of a second, unpacked when the GPU loads it."""
     codes = [f"arch=compute_{re.sub(r'^[a-z]+_', '', arch)},code={arch}" for arch in chosen.arches]
-    return ["-std=c++17", "-O3", "-ccbin", chosen.cxx[-1], "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"] + [
+    host = ["-ccbin", chosen.cxx[-1], "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
+    return ["-std=c++17", "-O3", "-Xfatbin=-compress-all", *host] + [
         flag for code in codes for flag in ("-gencode", code)
     ]
 

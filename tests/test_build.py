@@ -241,7 +241,7 @@ case "$1" in
     --list-gpu-code) printf 'sm_80\\nsm_90\\n'; exit;;
 esac
 for word; do
-    case "$word" in -gencode|arch=*|-ccbin|g++|-Xcompiler|-fPIC,*|-Xlinker=*) ;; *) set -- "$@" "$word";; esac
+    case "$word" in -gencode|arch=*|-ccbin|g++|-Xcompiler|-fPIC,*|-X*=*) ;; *) set -- "$@" "$word";; esac
     shift
 done
 case "$*" in *-shared*) exec g++ "$@";; *) exec g++ -fPIC -x c++ "$@";; esac
