@@ -24,6 +24,7 @@ from torch import Tensor
 
 FOLDER = ROOT / "build" / "cuda_sim"
 MODULE = FOLDER / f"cuda_sim{sysconfig.get_config_var('EXT_SUFFIX')}"
+DTYPES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # DType of csrc/cuda/attention.h
 MOST_SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10}  # bytes that a block may have
 # -ffp-contract=off: a product and a sum are rounded as they are written, on every processor
 FLAGS = [*toolchain.FLAGS, "-O2", "-ffp-contract=off", "-Wno-unknown-pragmas", "-DVIVIT_SIM"]
@@ -96,15 +97,13 @@ def _call(q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None, options: dict) ->
     given |= {"arch": 90} | options
     given.setdefault("shared_bytes", MOST_SHARED[f"sm_{given['arch']}"])
     tensors = {name: maybe(given.pop(name, None)) for name in ("mask", "cos", "sin", "seed")}
-    return made().Call(
-        q=view(q), k=view(k), v=view(v), lse=maybe(lse), half=q.dtype == torch.float16, **tensors, **given
-    )
+    return made().Call(q=view(q), k=view(k), v=view(v), lse=maybe(lse), dtype=DTYPES[q.dtype], **tensors, **given)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor | None = None, **options: Any) -> None:
     """Writes o and, if given, lse: `launch_forward` of csrc/cuda on the simulator.
 
-    q, k, v, o: `[B, T, S, H, D]`, bfloat16 or float16, any strides but a unit last one. lse: float32 `[B, H, T * S]`.
+    q, k, v, o: `[B, T, S, H, D]`, one of DTYPES, any strides but a unit last one. lse: float32 `[B, H, T * S]`.
     options: temporal_heads; mask bool `[B, T * S]`; cos, sin float32 `[T * S, D / 2]`; seed int64 `[2]`; scale,
     softcap, dropout_p; schedule_seed (0: in order), arch (of the GPU, 80 or 90), shared_bytes (what a block may have).
     Raises RuntimeError for what hardware leaves undefined, and for a launch that it would refuse.
@@ -116,10 +115,19 @@ def backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor | None, lse: Tensor | None, dq, dk, dv,
     o_again: Tensor | None = None, **options: Any,
 ) -> None:  # fmt: skip
-    """Writes dq, dk, dv, and of packed sequences o once more into o_again: `launch_backward` of csrc/cuda; o and lse
+    """Writes dq, dk, dv, and where o is not read o once more into o_again: `launch_backward` of csrc/cuda; o and lse
     are the forward's, where it keeps them."""
     gradients = view(dq), view(dk), view(dv)
     made().attention_backward(_call(q, k, v, lse, options), maybe(o), view(do), *gradients, maybe(o_again))
+
+
+def regime_of(N: int, D: int, dtype: torch.dtype, backward: bool, rotary: bool, shared_bytes: int) -> int:
+    """`regime_of` of csrc/cuda/attention.h."""
+    return made().regime_of(N, D, DTYPES[dtype], backward, rotary, shared_bytes)
+
+
+def keeps_output(T: int, S: int, H: int, temporal_heads: int, dtype: torch.dtype) -> bool:
+    return made().keeps_output(T, S, H, temporal_heads, DTYPES[dtype])
 
 
 def expect(found: str) -> Any:

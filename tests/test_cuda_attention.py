@@ -5,6 +5,8 @@ writes anything but rows of this call's tensors, or writes one twice.
 """
 
 import contextlib
+import itertools
+import math
 
 import cuda_simulator
 import pytest
@@ -13,13 +15,16 @@ import torch
 from cuda_simulator import expect
 from parity_grid import grid
 
+from vivit_kernels._attention import cuda_grid
 from vivit_kernels._attention.options import check_options
+from vivit_kernels.numerics import judge
 
 DTYPES = [torch.bfloat16, torch.float16]
 SIZES = [16, 24, 40, 64, 72, 80, 96, 128, 160]  # of heads
 # Packed in registers up to 16 tokens, two sequences to a tile up to 8; longer ones in shared memory, in sixteens.
 GRIDS = [(1, 1), (1, 9), (2, 17), (4, 33), (7, 9), (8, 17), (13, 3), (14, 33), (16, 9), (16, 49), (8, 1), (9, 16)]
 GRIDS += [(17, 3), (33, 2), (49, 1), (2, 65), (1, 81), (1, 130)]
+FLOAT32_GRIDS = [(1, 1), (1, 9), (2, 17), (4, 33), (7, 9), (13, 3), (16, 5), (16, 49), (33, 2), (2, 65), (1, 81)]
 EVERY_GRID = sorted({*GRIDS, *((T, S) for T in (1, 2, 4, 7, 8, 13, 14, 16) for S in (9, 17, 33, 49))})
 AXES = {name: axis for name, axis in factorized.AXES.items() if name not in "TS"} | {
     "dtype": DTYPES,
@@ -50,6 +55,9 @@ HOPPER_AXES = AXES | {
     ],
     "arch": [90, 80],
 }
+# Of float32: several short sequences to a block, and rows in fours, eight to a warp.
+FLOAT32_AXES = AXES | {"dtype": [torch.float32]}
+FLOAT32_CROSSES = [["grid", "heads"], ["D", "layout"], ["mask", "dropout_p", "extra", "heads"], ["grid", "schedule"]]
 HOPPER_CROSSES = [["arch", "dtype", "grid"], ["arch", "layout", "inputs", "heads"]]
 
 
@@ -65,7 +73,7 @@ class Simulated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, packed, temporal_heads, options):
         _, T, S, H, _ = q.shape
-        keeps = cuda_simulator.made().keeps_output(T, S, H, temporal_heads)
+        keeps = cuda_simulator.keeps_output(T, S, H, temporal_heads, q.dtype)
         o = poisoned(q)
         lse = torch.full((q.shape[0], H, T * S), float("nan")) if keeps else None
         cuda_simulator.forward(q, k, v, o, lse, temporal_heads=temporal_heads, **options)
@@ -84,7 +92,7 @@ class Simulated(torch.autograd.Function):
 
 
 class Again(Simulated):
-    """Its output is what a backward of packed sequences recomputes."""
+    """Its output is what a backward that does not read o recomputes."""
 
     @staticmethod
     def forward(ctx, q, k, v, packed, temporal_heads, options):
@@ -113,7 +121,7 @@ def too_long(case: dict) -> bool:
     (T, S), (H, temporal_heads), rotary = case["grid"], case["heads"], case["extra"] == "rotary"
     axes = [T] * (temporal_heads > 0) + [S] * (temporal_heads < H)
     most, refused = cuda_simulator.MOST_SHARED[f"sm_{case.get('arch', 90)}"], 2
-    return any(cuda_simulator.made().regime_of(N, case["D"], True, rotary, most) == refused for N in axes)
+    return any(cuda_simulator.regime_of(N, case["D"], case["dtype"], True, rotary, most) == refused for N in axes)
 
 
 def check_case(case: dict, monkeypatch, by=Simulated) -> None:
@@ -137,8 +145,21 @@ def test_parity_of_long_sequences(case, monkeypatch):
     check_case(case, monkeypatch)
 
 
+@pytest.mark.parametrize("case", grid(FLOAT32_AXES, FLOAT32_CROSSES, {"grid": FLOAT32_GRIDS, "schedule": [0, 3]}))
+def test_parity_of_float32(case, monkeypatch):
+    check_case(case, monkeypatch)
+
+
+@pytest.mark.parametrize("T, S, temporal_heads", [(1, 197, 0), (16, 66, 1)])
+def test_parity_of_long_sequences_of_float32(T, S, temporal_heads, monkeypatch):
+    case = {"grid": (T, S), "heads": (1 + temporal_heads, temporal_heads), "D": 64, "inputs": "normal", "schedule": 2}
+    case |= {"layout": "packed", "mask": None, "extra": "rotary", "dropout_p": 0.0, "dtype": torch.float32}
+    check_case(case, monkeypatch)
+
+
 PACKED_GRIDS = [(1, 1), (2, 7), (8, 8), (9, 8), (8, 16), (13, 3), (16, 16)]
 AGAIN_AXES = AXES | {"grid": PACKED_GRIDS, "heads": [(2, 1), (2, 2), (2, 0)]}
+AGAIN_AXES["dtype"] = [*DTYPES, torch.float32]
 AGAIN_CROSSES = [["dtype", "grid"], ["dtype", "D"], ["mask", "dropout_p", "extra"]]
 
 
@@ -156,6 +177,12 @@ def test_parity_of_long_sequences_by_length(T, S, temporal_heads, arch, monkeypa
     case = {"grid": (T, S), "heads": (1 + temporal_heads, temporal_heads), "D": 64, "inputs": "normal", "schedule": 2}
     case |= {"layout": "packed", "mask": None, "extra": None, "dropout_p": 0.0, "arch": arch, "dtype": torch.bfloat16}
     check_case(case, monkeypatch)
+
+
+def least_shared(N: int, D: int, dtype: torch.dtype) -> int:
+    """Bytes of a block from which on the backward of a sequence is run in shared memory."""
+    resident = 1
+    return next(n for n in range(0, 1 << 18, 16) if cuda_simulator.regime_of(N, D, dtype, True, False, n) == resident)
 
 
 def products(options: dict, T=1, S=65, H=2, D=64, temporal_heads=0) -> tuple[int, int]:
@@ -187,7 +214,7 @@ def test_which_calls_take_products_of_a_warpgroup():
 
 def test_products_of_a_warpgroup_need_room_beyond_the_last_rows():
     """Where a block may have just what a warp's products take, those run."""
-    least = next(n for n in range(0, 1 << 18, 16) if cuda_simulator.made().regime_of(197, 64, True, False, n) == 1)
+    least = least_shared(197, 64, torch.bfloat16)
     runs = [products({"shared_bytes": least + more}, S=197, H=1) for more in (0, 48 * 128 - 16, 48 * 128)]
     assert [backward > 0 for _, backward in runs] == [False, False, True]
 
@@ -195,12 +222,13 @@ def test_products_of_a_warpgroup_need_room_beyond_the_last_rows():
 @pytest.mark.parametrize("scale", [0.0, -0.2, 3.0])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("tokens", [(8, 3), (16, 1), (1, 33), (2, 70)])
-def test_scores_may_fall_with_their_products(scale, softcap, tokens, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_scores_may_fall_with_their_products(scale, softcap, tokens, dtype, monkeypatch):
     options = {"scale": scale, "softcap": softcap, "dropout_p": 0.0, "seed": None}
     monkeypatch.setattr(factorized, "make_options", lambda *_: options)
     case = {"grid": tokens, "heads": (2, 1), "D": 40, "inputs": "normal", "layout": "packed", "mask": None}
     case["extra"] = None
-    check_case(case | {"dtype": torch.bfloat16, "schedule": 1}, monkeypatch)
+    check_case(case | {"dtype": dtype, "schedule": 1}, monkeypatch)
 
 
 def step(qkv, do, **options):
@@ -210,7 +238,7 @@ def step(qkv, do, **options):
 
 
 @pytest.mark.parametrize("T, S, temporal_heads", [(16, 5, 2), (7, 3, 2), (4, 33, 1), (2, 70, 0), (33, 2, 2)])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
 def test_the_same_bits_in_every_order_of_threads(T, S, temporal_heads, dtype):
     qkv, do = torch.randn(2, T, S, 3, 2, 40, dtype=dtype), torch.randn(2, T, S, 2, 40, dtype=dtype)
     options = {"temporal_heads": temporal_heads, "dropout_p": 0.2, "seed": torch.tensor([1, 2])}
@@ -231,24 +259,50 @@ def test_the_same_bits_of_long_sequences_in_every_order(T, S, temporal_heads, dt
 
 @pytest.mark.parametrize("dropped", [0.0, 1.0])
 @pytest.mark.parametrize("T, S, temporal_heads", [(16, 2, 1), (5, 3, 1), (1, 33, 0)])
-def test_rows_without_a_key_are_zeros(T, S, temporal_heads, dropped):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_without_a_key_are_zeros(T, S, temporal_heads, dropped, dtype):
     """No key may be attended, or every pair is dropped."""
-    qkv, do = torch.randn(1, T, S, 3, 1, 32).bfloat16(), torch.randn(1, T, S, 1, 32).bfloat16()
+    qkv, do = torch.randn(1, T, S, 3, 1, 32, dtype=dtype), torch.randn(1, T, S, 1, 32, dtype=dtype)
     none = None if dropped else torch.zeros(1, T, S, dtype=torch.bool)
     options = {"key_mask": none, "dropout_p": dropped, "seed": torch.tensor([3, 4])}
     for result in step(qkv, do, temporal_heads=temporal_heads, **options):
         assert (result == 0).all()
 
 
-@pytest.mark.parametrize("S", [17, 197])
-def test_what_a_block_may_have_bounds_the_length(S):
+@pytest.mark.parametrize(
+    "dtype, S", [(torch.bfloat16, 17), (torch.bfloat16, 197), (torch.float32, 3), (torch.float32, 70)]
+)
+def test_what_a_block_may_have_bounds_the_length(dtype, S):
     """A launch asks for what regime_of counts, and is refused where a block has less."""
-    qkv, do = torch.randn(1, 1, S, 3, 1, 64).bfloat16(), torch.randn(1, 1, S, 1, 64).bfloat16()
-    module, resident = cuda_simulator.made(), 1
-    least = next(n for n in range(0, 1 << 18, 16) if module.regime_of(S, 64, True, False, n) == resident)
+    qkv, do = torch.randn(1, 1, S, 3, 1, 64, dtype=dtype), torch.randn(1, 1, S, 1, 64, dtype=dtype)
+    least = least_shared(S, 64, dtype)
     step(qkv, do, temporal_heads=0, shared_bytes=least)
     with expect("cudaError_t 1"):
         step(qkv, do, temporal_heads=0, shared_bytes=least - 16)
+
+
+def test_bounds_of_float32_are_those_of_the_predicate():
+    """To the byte; of 16 bits and of the library tests/test_cuda_binding.py says the same."""
+    resident, too_long = 1, 2
+    for N, D, backward in itertools.product([*range(1, 70), 196, 197, 256, 577], (16, 64, 72, 160), (False, True)):
+        least = cuda_grid.shared_bytes(N, D, 4, backward, False)
+        found = [cuda_simulator.regime_of(N, D, torch.float32, backward, False, n) for n in (least - 1, least)]
+        assert found == [too_long, resident], (N, D, backward)
+
+
+def lse_of(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+    """`[B, H, S]` within frames of one, to base 2."""
+    scores = torch.einsum("btshd,btzhd->bhsz", q, k) * scale
+    return torch.logsumexp(scores, -1) / math.log(2)
+
+
+@pytest.mark.parametrize("S", [5, 70])
+def test_float32_writes_lse_where_it_is_wanted(S):
+    q, k, v, o = torch.randn(4, 2, 1, S, 3, 24).unbind()
+    lse = torch.full((2, 3, S), float("nan"))
+    cuda_simulator.forward(q, k, v, o, lse, temporal_heads=0)
+    exact, eager = lse_of(q.double(), k.double(), 24**-0.5), lse_of(q, k, 24**-0.5)
+    assert judge(lse, exact, eager).ok
 
 
 def test_a_row_at_half_of_16_bytes_is_found():

@@ -52,6 +52,8 @@ def shaped(T: int, S: int, D: int = 64) -> tuple:
     [
         {},
         {"dtype": torch.float16},
+        {"dtype": torch.float32},
+        {"dtype": torch.float32, "arch": 80, "uses": ("key_mask", "dropout", "rotary", "softcap")},
         {"arch": 80},
         {"arch": 100},
         {"uses": ("key_mask", "dropout", "rotary", "softcap")},
@@ -70,12 +72,7 @@ def test_what_it_runs(changes, with_kernels):
     [
         ({"device": "cpu", "arch": 0}, "the tensors are on cpu", "move them to a CUDA device"),
         ({"arch": 75}, "this GPU is sm_75", "use one of sm_80 or later, or backend='torch'"),
-        (
-            {"dtype": torch.float32},
-            "float32 runs in triton",
-            "use backend='triton', or cast to bfloat16 or float16",
-        ),
-        ({"dtype": torch.float64}, "float64 is not one of float16, bfloat16", "cast, or use backend='torch'"),
+        ({"dtype": torch.float64}, "float64 is not one of float16, bfloat16, float32", "cast, or use backend='torch'"),
         (
             {"shape": shaped(16, 16, 8)},
             "head size 8 is not one of 16, 24, ..., 160",
@@ -91,10 +88,16 @@ def test_what_it_runs(changes, with_kernels):
             "T=1000 tokens take {taken} KiB of shared memory in the forward at head size 64, a block on sm_89 has 99",
             "use backend='triton', or leave backend out",
         ),
+        (
+            {"shape": shaped(16, 1000), "dtype": torch.float32},
+            "S=1000 tokens take {taken} KiB of shared memory in the backward at head size 64, a block on sm_90 has 227",
+            "use backend='triton', or leave backend out",
+        ),
     ],
 )
 def test_what_it_refuses_and_says(changes, reason, remedy, with_kernels):
-    taken = -(-cuda_grid.shared_bytes(1000, 64, changes.get("needs_grad", True), False) // 1024)
+    itemsize = changes.get("dtype", CALL.dtype).itemsize
+    taken = -(-cuda_grid.shared_bytes(1000, 64, itemsize, changes.get("needs_grad", True), False) // 1024)
     assert refused(**{"temporal_heads": 1} | changes) == [Refusal(reason.format(taken=taken), remedy)]
 
 
@@ -114,23 +117,29 @@ def test_other_ops_have_none():
     assert "cuda" not in JOINT and "cuda" not in TUBELET
 
 
+BOTH = False, True
+
+
 def test_shared_memory_holds_every_tensor_of_a_sequence_and_more_of_a_longer_one():
-    for D, backward, rotary in itertools.product(range(16, 161, 8), (False, True), (False, True)):
-        taken = [cuda_grid.shared_bytes(N, D, backward, rotary) for N in range(65, 700, 16)]
-        assert taken[0] >= 65 * D * 2 * (4 if backward else 3)
+    """Of float32, which goes over the rows of two tensors with those of others, these two."""
+    for D, itemsize, backward, rotary in itertools.product(range(16, 161, 8), (2, 4), BOTH, BOTH):
+        taken = [cuda_grid.shared_bytes(N, D, itemsize, backward, rotary) for N in range(65, 700, 16)]
+        assert taken[0] >= 65 * D * itemsize * (2 if itemsize == 4 else 4 if backward else 3)
         assert taken == sorted(taken)
-        assert taken[0] <= cuda_grid.shared_bytes(65, D, True, rotary) <= cuda_grid.shared_bytes(65, D, True, True)
+        longer = [cuda_grid.shared_bytes(65, D, itemsize, True, x) for x in (rotary, True)]
+        assert taken[0] <= longer[0] <= longer[1]
     # what it is for: frames of ViT-B/16, with a class token
-    assert all(cuda_grid.fits(arch, 197, 64, True, rotary) for arch, rotary in ((90, True), (80, True), (100, True)))
+    for arch, itemsize, rotary in itertools.product((80, 90, 100), (2, 4), BOTH):
+        assert cuda_grid.fits(arch, 197, 64, itemsize, True, rotary)
 
 
 # Two sequences of 17 to 32 tokens and the tiles of eight warps do not fit in 99 KiB, one of 33 to 48 does.
-GAPS = {(86, D, True, True): [*range(17, 33)] for D in (88, 96)}
+GAPS = {(86, D, 2, True, True): [*range(17, 33)] for D in (88, 96)}
 
 
 def test_whoever_runs_a_sequence_runs_every_shorter_one():
     found, archs = {}, (80, 86, 90, 100)
-    for arch, D, *way in itertools.product(archs, range(16, 161, 8), (False, True), (False, True)):
+    for arch, D, *way in itertools.product(archs, range(16, 161, 8), (2, 4), BOTH, BOTH):
         fits = [N for N in range(1, 4097) if cuda_grid.fits(arch, N, D, *way)]
         if gaps := sorted(set(range(1, fits[-1])) - set(fits)):
             found[(arch, D, *way)] = gaps
@@ -145,9 +154,10 @@ def test_an_axis_that_no_head_attends_along_may_be_of_any_length(with_kernels):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_code_can_ask_for_it(dynamic, with_kernels):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_compiled_code_can_ask_for_it(dynamic, dtype, with_kernels):
     def asked(x):
-        call = replace(CALL, shape=(x.shape[0], x.shape[1], x.shape[2], 2, 64), temporal_heads=1)
+        call = replace(CALL, dtype=dtype, shape=(x.shape[0], x.shape[1], x.shape[2], 2, 64), temporal_heads=1)
         return x + len(SUPPORT["cuda"](call))
 
     torch._dynamo.reset()
@@ -174,9 +184,11 @@ def test_explain_names_the_length(with_kernels, monkeypatch):
     [(16, 16, 1, False), (17, 16, 2, True), (17, 16, 0, False), (16, 17, 2, False), (1, 17, 1, True)],
 )
 def test_what_a_backward_reads(T, S, heads, kept):
-    assert cuda_grid.keeps_output(T, S, 2, heads) == kept
-    if _native.CUDA:
-        assert ops.cuda_keeps_output(T, S, 2, heads) == kept
+    """float32 recomputes everything."""
+    for itemsize, expected in ((2, kept), (4, False)):
+        assert cuda_grid.keeps_output(T, S, 2, heads, itemsize) == expected
+        if _native.CUDA:
+            assert ops.cuda_keeps_output(T, S, 2, heads, itemsize) == expected
 
 
 # ---- what the library says and checks ----
@@ -186,13 +198,13 @@ def test_what_a_backward_reads(T, S, heads, kept):
 def test_bounds_are_those_of_the_library():
     heads = [16, 24, 40, 64, 72, 80, 88, 96, 104, 128, 136, 160]
     lengths = [1, 16, 17, 32, 33, 48, 49, 64, 65, 80, 81, 128, 196, 197, 257, 416, 417, 433, 577, 593, 1024, 5000]
-    for D, N, backward, rotary in itertools.product(heads, lengths, (False, True), (False, True)):
-        if N > cuda_grid.PACKED_TOKENS:  # to the byte
-            bytes_ = cuda_grid.shared_bytes(N, D, backward, rotary)
-            found = [ops.cuda_regime(N, D, backward, rotary, limit) for limit in (bytes_ - 1, bytes_)]
-            assert found == [TOO_LONG, RESIDENT if N < 4096 else TOO_LONG], (N, D, backward, rotary)
+    for D, N, itemsize, backward, rotary in itertools.product(heads, lengths, (2, 4), BOTH, BOTH):
+        if itemsize == 4 or N > cuda_grid.PACKED_TOKENS:  # to the byte
+            bytes_ = cuda_grid.shared_bytes(N, D, itemsize, backward, rotary)
+            found = [ops.cuda_regime(N, D, itemsize, backward, rotary, limit) for limit in (bytes_ - 1, bytes_)]
+            assert found == [TOO_LONG, RESIDENT if N < 4096 else TOO_LONG], (N, D, itemsize, backward, rotary)
         else:
-            assert ops.cuda_regime(N, D, backward, rotary, 0) == PACKED
+            assert ops.cuda_regime(N, D, itemsize, backward, rotary, 0) == PACKED
 
 
 def test_constants_are_those_of_the_sources():
@@ -269,7 +281,7 @@ def test_output_is_written_again_where_every_sequence_is_packed(given, T, S, hea
     def launch():
         cuda_kernels.launch_bwd(q, q, q, q, q, None, *gradients, heads, options(), o_again=again)
 
-    if cuda_grid.keeps_output(T, S, 2, heads):
+    if cuda_grid.keeps_output(T, S, 2, heads, q.element_size()):
         got = f"factorized_attention: backend 'cuda' got o_again for T={T}, S={S}, temporal_heads={heads} of 2; "
         with pytest.raises(ValueError, match=f"^{re.escape(got)}.* 16 tokens at most\n  -> leave it out"):
             launch()
@@ -327,11 +339,12 @@ def step(qkv, do, temporal_heads, **options):
 @gpu
 @in_library
 @pytest.mark.parametrize("T, S, temporal_heads", CASES)
-def test_what_is_allocated(T, S, temporal_heads):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_allocated(T, S, temporal_heads, dtype):
     """o and one packed gradient; lse, four bytes a query and head, where the backward reads it. Nothing else."""
-    qkv, do = on_gpu(T=T, S=S)
+    qkv, do = on_gpu(T=T, S=S, dtype=dtype)
     _, found = allocations(lambda: step(qkv, do, temporal_heads))
-    kept = cuda_grid.keeps_output(T, S, 2, temporal_heads)
+    kept = cuda_grid.keeps_output(T, S, 2, temporal_heads, dtype.itemsize)
     expected = [(do.shape, do.dtype)] + [((2, 2, T * S), torch.float32)] * kept + [(qkv.shape, qkv.dtype)]
     assert [(x.shape, x.dtype) for x in found] == expected
 
@@ -384,8 +397,9 @@ def test_another_device_than_the_current_one():
 @gpu
 @in_library
 @pytest.mark.parametrize("T, S, temporal_heads", CASES)
-def test_the_same_bits_every_time(T, S, temporal_heads):
-    qkv, do = on_gpu(T=T, S=S)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_same_bits_every_time(T, S, temporal_heads, dtype):
+    qkv, do = on_gpu(T=T, S=S, dtype=dtype)
     seed = torch.tensor([3, 4], device="cuda")
     runs = [step(qkv, do, temporal_heads, dropout_p=0.3, seed=seed) for _ in range(3)]
     assert all(torch.equal(x, y) for run in runs[1:] for x, y in zip(run, runs[0], strict=True))
@@ -415,11 +429,12 @@ def test_gradient_of_the_output_may_lie_anyhow(T, S, temporal_heads, shape):
 @gpu
 @in_library
 @pytest.mark.parametrize("T, S, temporal_heads", CASES)
-def test_what_is_kept_for_the_backward(T, S, temporal_heads):
-    saved, (qkv, do) = [], on_gpu(T=T, S=S)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_kept_for_the_backward(T, S, temporal_heads, dtype):
+    saved, (qkv, do) = [], on_gpu(T=T, S=S, dtype=dtype)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x), x)[1], lambda x: x):
         factorized_attention(qkv, temporal_heads=temporal_heads, backend="cuda")
-    kept = [do.shape, (2, 2, T * S)] * cuda_grid.keeps_output(T, S, 2, temporal_heads)
+    kept = [do.shape, (2, 2, T * S)] * cuda_grid.keeps_output(T, S, 2, temporal_heads, dtype.itemsize)
     assert [tuple(x.shape) for x in saved] == [tuple(qkv.shape), *map(tuple, kept)]
 
 

@@ -12,6 +12,7 @@ import torch
 from cuda_simulator import expect, view
 
 VERBS = ["multiply_add", "transposed", "load_blocks", "load_blocks_transposed", "packed", "unpacked", "exp2", "lane"]
+VERBS += ["fours", "fours at once", "fours too early"]
 FAULTS = ["none", "no barrier", "no wait", "waits too little", "wrong lane", "barrier in a branch", "verb in a branch"]
 FAULTS += ["returns early", "reads beyond", "misaligned", "shared beyond", "copy beyond", "writes input"]
 FAULTS += ["writes twice", "no warp barrier"]
@@ -84,6 +85,16 @@ def test_from_lane_xor(mask):
     words = random_bits(32, 2)
     found = one_verb("lane", words, mask=mask)
     assert np.array_equal(found[:, :2], words[LANES ^ mask])
+
+
+@pytest.mark.parametrize("mask", [0, 1, 31])
+def test_fours_pass_through_shared_memory(mask):
+    words = random_bits(32, 4)
+    assert np.array_equal(one_verb("fours", words, mask=mask), words[LANES ^ mask])
+    with expect("(written|read) by thread .* at (write|read)_four .*no barrier"):
+        one_verb("fours at once", words, mask=mask ^ 2)
+    with expect("write_four .*: byte 0 .* read by thread 31 at read_four .*no barrier"):  # and by all lanes before
+        one_verb("fours too early", words)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

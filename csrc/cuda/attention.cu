@@ -1,6 +1,7 @@
 // What bindings.cpp calls. The kernels are compiled elsewhere, by dtype and direction, so that it can be done side by
 // side.
 #include "attention.cuh"
+#include "float32.cuh"
 
 namespace vivit::cuda {
 
@@ -8,6 +9,8 @@ extern template int launch_attention<BFloat16, false>(const AttentionParams&, vo
 extern template int launch_attention<BFloat16, true>(const AttentionParams&, void*);
 extern template int launch_attention<Float16, false>(const AttentionParams&, void*);
 extern template int launch_attention<Float16, true>(const AttentionParams&, void*);
+extern template int launch_float32<false>(const AttentionParams&, void*);
+extern template int launch_float32<true>(const AttentionParams&, void*);
 
 namespace {
 
@@ -35,24 +38,43 @@ int32_t resident_bytes(int32_t N, int32_t D, bool backward, bool rotary) {
 
 }  // namespace
 
-Regime regime_of(int32_t N, int32_t D, bool backward, bool rotary, int32_t shared_bytes) {
-    if (is_packed(N)) return Regime::kPacked;
-    const bool fits = N <= 4096 && resident_bytes(N, D, backward, rotary) <= shared_bytes;
-    return fits ? Regime::kResident : Regime::kTooLong;
+Regime regime_of(int32_t N, int32_t D, DType dtype, bool backward, bool rotary, int32_t shared_bytes) {
+    int32_t bytes = shared_bytes + 1;
+    if (dtype == DType::kFloat32) {
+        if (N <= 4096)
+            bytes = backward ? FloatLayout<true>(N, D).least_bytes() : FloatLayout<false>(N, D).least_bytes();
+    } else {
+        if (is_packed(N)) return Regime::kPacked;
+        if (N <= 4096) bytes = resident_bytes(N, D, backward, rotary);
+    }
+    return bytes <= shared_bytes ? Regime::kResident : Regime::kTooLong;
 }
 
-bool keeps_output(int32_t T, int32_t S, int32_t H, int32_t temporal_heads) {
+bool keeps_output(int32_t T, int32_t S, int32_t H, int32_t temporal_heads, DType dtype) {
+    if (dtype == DType::kFloat32) return false;
     return (temporal_heads > 0 && !is_packed(T)) || (temporal_heads < H && !is_packed(S));
 }
 
 int launch_forward(const AttentionParams& params, void* stream) {
-    return params.dtype == DType::kBFloat16 ? launch_attention<BFloat16, false>(params, stream)
-                                            : launch_attention<Float16, false>(params, stream);
+    switch (params.dtype) {
+        case DType::kBFloat16:
+            return launch_attention<BFloat16, false>(params, stream);
+        case DType::kFloat16:
+            return launch_attention<Float16, false>(params, stream);
+        default:
+            return launch_float32<false>(params, stream);
+    }
 }
 
 int launch_backward(const AttentionParams& params, void* stream) {
-    return params.dtype == DType::kBFloat16 ? launch_attention<BFloat16, true>(params, stream)
-                                            : launch_attention<Float16, true>(params, stream);
+    switch (params.dtype) {
+        case DType::kBFloat16:
+            return launch_attention<BFloat16, true>(params, stream);
+        case DType::kFloat16:
+            return launch_attention<Float16, true>(params, stream);
+        default:
+            return launch_float32<true>(params, stream);
+    }
 }
 
 }  // namespace vivit::cuda

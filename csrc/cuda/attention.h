@@ -5,7 +5,7 @@
 
 namespace vivit::cuda {
 
-enum class DType : int32_t { kBFloat16 = 1, kFloat16 = 2 };
+enum class DType : int32_t { kBFloat16 = 1, kFloat16 = 2, kFloat32 = 3 };
 
 // A tensor [B, T, S, H, D] of any strides (in elements) but a unit last one, each row at a multiple of 16 bytes.
 struct Grid {
@@ -19,9 +19,9 @@ struct AttentionParams {
     int32_t temporal_heads = 0;
     DType dtype = DType::kBFloat16;
     Grid q, k, v;
-    Grid o;                      // written by a forward, read by the backward of resident sequences
+    Grid o;                      // written by a forward, read by a backward where keeps_output says so
     Grid d_o, dq, dk, dv;        // backward only
-    Grid o_again;                // backward of packed sequences: o once more, or none
+    Grid o_again;                // backward that does not read o: o once more, or none
     float* lse = nullptr;        // [B, H, T * S] or none: log2 of the sum of 2^score, +inf where no key may be attended
     const bool* mask = nullptr;  // [B, T * S] or none, true may be attended
     const float* cos = nullptr;  // [T * S, D / 2] or none
@@ -33,17 +33,17 @@ struct AttentionParams {
     uint32_t keep_from = 0;         // a pair is kept iff its 32 bits are at least this
 };
 
-// How a sequence of N tokens is run. kPacked: in registers, a warp for one or two sequences. kResident: in shared
-// memory, a warp for 16 rows of it. kTooLong: by another backend.
+// How a sequence of N tokens is run. kPacked: in registers, a warp for one or two sequences of 16 bits. kResident: in
+// shared memory, a warp for 16 rows of it, of float32 for 8. kTooLong: by another backend.
 enum class Regime : int32_t { kPacked = 0, kResident = 1, kTooLong = 2 };
 
 constexpr int kPackedTokens = 16;
 
-// shared_bytes: what a block may have. A backward with a rotary embedding needs some more.
-Regime regime_of(int32_t N, int32_t D, bool backward, bool rotary, int32_t shared_bytes);
+// shared_bytes: what a block may have. A backward of 16 bits with a rotary embedding needs some more.
+Regime regime_of(int32_t N, int32_t D, DType dtype, bool backward, bool rotary, int32_t shared_bytes);
 
 // Whether the backward of such a call reads o and lse, which the forward then writes.
-bool keeps_output(int32_t T, int32_t S, int32_t H, int32_t temporal_heads);
+bool keeps_output(int32_t T, int32_t S, int32_t H, int32_t temporal_heads, DType dtype);
 
 // One launch each, on `stream` (a cudaStream_t) of the current device; sequences that are too long are not looked for.
 // Returns a cudaError_t, 0 for success.

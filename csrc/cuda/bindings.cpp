@@ -33,8 +33,14 @@ constexpr int64_t kRowAlignment = 16;  // bytes; a row is read and written 16 at
 
 DType dtype_of(const Tensor& x) {
     const ScalarType type = x.scalar_type();
-    STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half, kWho, "bfloat16 or float16 expected");
-    return type == ScalarType::BFloat16 ? DType::kBFloat16 : DType::kFloat16;
+    if (type == ScalarType::BFloat16) return DType::kBFloat16;
+    if (type == ScalarType::Half) return DType::kFloat16;
+    STD_TORCH_CHECK(type == ScalarType::Float, kWho, "bfloat16, float16 or float32 expected");
+    return DType::kFloat32;
+}
+
+const char* name_of(DType dtype) {
+    return dtype == DType::kBFloat16 ? "bfloat16" : dtype == DType::kFloat16 ? "float16" : "float32";
 }
 
 int32_t size_of(const Tensor& x, int dim) {
@@ -58,8 +64,9 @@ struct Call {
         const bool fits = x.dim() == 5 && x.size(0) == p.B && x.size(1) == p.T && x.size(2) == p.S &&
                           x.size(3) == p.H && x.size(4) == p.D && x.stride(4) == 1 && dtype_of(x) == p.dtype;
         STD_TORCH_CHECK(fits, kWho, name, " is not a grid [B, T, S, H, D] of this call with unit stride along D");
+        const int64_t bytes = p.dtype == DType::kFloat32 ? 4 : 2;
         bool aligned = reinterpret_cast<uintptr_t>(x.data_ptr()) % kRowAlignment == 0;
-        for (int i = 0; i < 4; ++i) aligned = aligned && (x.size(i) == 1 || x.stride(i) * 2 % kRowAlignment == 0);
+        for (int i = 0; i < 4; ++i) aligned = aligned && (x.size(i) == 1 || x.stride(i) * bytes % kRowAlignment == 0);
         STD_TORCH_CHECK(aligned, kWho, "rows of ", name, " do not begin at multiples of 16 bytes");
         return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
     }
@@ -152,9 +159,8 @@ std::string why_not(int error) {
 
 void check_launch(int error, const AttentionParams& p, const char* direction) {
     STD_TORCH_CHECK(error == 0, "factorized_attention: the ", direction, " of backend 'cuda' did not start for q [",
-                    p.B, ", ", p.T, ", ", p.S, ", ", p.H, ", ", p.D, "], ",
-                    p.dtype == DType::kBFloat16 ? "bfloat16" : "float16", ", temporal_heads=", p.temporal_heads, ": ",
-                    why_not(error), "\n  (CUDA error ", error, ")");
+                    p.B, ", ", p.T, ", ", p.S, ", ", p.H, ", ", p.D, "], ", name_of(p.dtype),
+                    ", temporal_heads=", p.temporal_heads, ": ", why_not(error), "\n  (CUDA error ", error, ")");
 }
 
 void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o, const MaybeTensor& lse,
@@ -172,7 +178,7 @@ void attention_bwd(const Tensor& d_o, const Tensor& q, const Tensor& k, const Te
                    int64_t temporal_heads, double scale, double softcap, double dropout_p, const MaybeTensor& o_again) {
     Call call = call_of(q, k, v, lse, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p);
     AttentionParams& p = call.params;
-    const bool reads_output = vivit::cuda::keeps_output(p.T, p.S, p.H, p.temporal_heads);
+    const bool reads_output = vivit::cuda::keeps_output(p.T, p.S, p.H, p.temporal_heads, p.dtype);
     STD_TORCH_CHECK(!reads_output || (o.has_value() && p.lse != nullptr), kWho,
                     "the backward of sequences longer than ", vivit::cuda::kPackedTokens, " tokens needs o and lse");
     STD_TORCH_CHECK(!reads_output || !o_again.has_value(), kWho, "the backward of sequences longer than ",
@@ -185,14 +191,19 @@ void attention_bwd(const Tensor& d_o, const Tensor& q, const Tensor& k, const Te
     check_launch(vivit::cuda::launch_backward(p, current_stream(call.device)), p, "backward");
 }
 
-int64_t regime(int64_t tokens, int64_t head_size, bool backward, bool rotary, int64_t shared_bytes) {
+// element_bytes: 4 of float32, else 2.
+DType dtype_of(int64_t element_bytes) { return element_bytes == 4 ? DType::kFloat32 : DType::kBFloat16; }
+
+int64_t regime(int64_t tokens, int64_t head_size, int64_t element_bytes, bool backward, bool rotary,
+               int64_t shared_bytes) {
     return static_cast<int64_t>(vivit::cuda::regime_of(static_cast<int32_t>(tokens), static_cast<int32_t>(head_size),
-                                                       backward, rotary, static_cast<int32_t>(shared_bytes)));
+                                                       dtype_of(element_bytes), backward, rotary,
+                                                       static_cast<int32_t>(shared_bytes)));
 }
 
-bool keeps_output(int64_t T, int64_t S, int64_t H, int64_t temporal_heads) {
+bool keeps_output(int64_t T, int64_t S, int64_t H, int64_t temporal_heads, int64_t element_bytes) {
     return vivit::cuda::keeps_output(static_cast<int32_t>(T), static_cast<int32_t>(S), static_cast<int32_t>(H),
-                                     static_cast<int32_t>(temporal_heads));
+                                     static_cast<int32_t>(temporal_heads), dtype_of(element_bytes));
 }
 
 }  // namespace
@@ -200,8 +211,10 @@ bool keeps_output(int64_t T, int64_t S, int64_t H, int64_t temporal_heads) {
 // A name of their own: who has no CUDA library has no such op. Of every device, so that a tensor of another one is
 // answered above and not by the dispatcher.
 STABLE_TORCH_LIBRARY_FRAGMENT(vivit_kernels_native, m) {
-    m.def("cuda_regime(int tokens, int head_size, bool backward, bool rotary, int shared_bytes) -> int");
-    m.def("cuda_keeps_output(int T, int S, int H, int temporal_heads) -> bool");
+    m.def(
+        "cuda_regime(int tokens, int head_size, int element_bytes, bool backward, bool rotary, int shared_bytes) -> "
+        "int");
+    m.def("cuda_keeps_output(int T, int S, int H, int temporal_heads, int element_bytes) -> bool");
     m.def(
         "cuda_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor(a!) o, Tensor(b!)? lse, Tensor? mask, Tensor? seed, "
         "Tensor? cos, Tensor? sin, int temporal_heads, float scale, float softcap, float dropout_p) -> ()");

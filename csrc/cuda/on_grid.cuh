@@ -1,4 +1,4 @@
-// Where a sequence lies on the token grid, and its rows of 16-bit numbers.
+// Where a sequence lies on the token grid, and its rows in memory.
 #pragma once
 
 #include "attention.h"
@@ -42,10 +42,10 @@ struct Rows {
     char* first;
     int64_t step;  // bytes from token to token
 
-    VIVIT_DEVICE Rows(const Grid& x, const Sequence& at, const Axis& axis) {
+    VIVIT_DEVICE Rows(const Grid& x, const Sequence& at, const Axis& axis, int32_t element_bytes = 2) {
         const int64_t of_group = axis.over_time ? x.stride_s : x.stride_t;
-        first = static_cast<char*>(x.data) + 2 * (at.b * x.stride_b + at.g * of_group + at.h * x.stride_h);
-        step = 2 * (axis.over_time ? x.stride_t : x.stride_s);
+        first = static_cast<char*>(x.data) + element_bytes * (at.b * x.stride_b + at.g * of_group + at.h * x.stride_h);
+        step = element_bytes * (axis.over_time ? x.stride_t : x.stride_s);
     }
 
     VIVIT_DEVICE char* row(int32_t i) const { return first + i * step; }

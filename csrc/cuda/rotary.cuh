@@ -44,14 +44,24 @@ VIVIT_DEVICE uint4 turned_chunk(const AttentionParams& p, int64_t token, const c
     return {word[0], word[1], word[2], word[3]};
 }
 
-// The gradient of 16 rows that were turned, turned back, times `scale`, into memory. They lie in a warp's scratch, [16]
-// rows of `pitch` floats, whose lanes have to meet before. place(row) tells `there`, `token` (of the clip) and `to` of
-// it.
-template <class T, class Place>
+// Four neighbouring numbers of a row into memory.
+template <class T>
+VIVIT_DEVICE void store_numbers(char* to, const float (&x)[4]) {
+    store_8(to, {packed<T>(x[0], x[1]), packed<T>(x[2], x[3])});
+}
+template <>
+VIVIT_DEVICE void store_numbers<float>(char* to, const float (&x)[4]) {
+    store_16(to, {__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])});
+}
+
+// The gradient of kRows rows that were turned, turned back, times `scale`, into memory. They lie in a warp's scratch,
+// at a pitch of `pitch` floats, whose lanes have to meet before. place(row) tells `there`, `token` (of the clip) and
+// `to` of it.
+template <class T, int kRows = 16, class Place>
 VIVIT_DEVICE void store_turned_back(const AttentionParams& p, const float* scratch, int32_t pitch, float scale,
                                     const Place& place) {
     const int32_t half = p.D / 2, fours = half / 4;
-    for (int32_t i = static_cast<int32_t>(threadIdx.x) % 32; i < 16 * fours; i += 32) {
+    for (int32_t i = static_cast<int32_t>(threadIdx.x) % 32; i < kRows * fours; i += 32) {
         const int32_t row = i / fours, e = i % fours * 4;
         const auto at = place(row);
         if (!at.there) continue;
@@ -63,8 +73,9 @@ VIVIT_DEVICE void store_turned_back(const AttentionParams& p, const float* scrat
             const float c = load_one(p.cos + angle), s = load_one(p.sin + angle);
             first[j] = x * c + y * s, second[j] = y * c - x * s;
         }
-        store_8(at.to + 2 * e, {packed<T>(first[0], first[1]), packed<T>(first[2], first[3])});
-        store_8(at.to + 2 * (half + e), {packed<T>(second[0], second[1]), packed<T>(second[2], second[3])});
+        constexpr int32_t kBytes = sizeof(T);
+        store_numbers<T>(at.to + kBytes * e, first);
+        store_numbers<T>(at.to + kBytes * (half + e), second);
     }
 }
 

@@ -142,6 +142,15 @@ VIVIT_DEVICE int64_t load_one<int64_t>(const int64_t* from) {
 VIVIT_DEVICE void store_8(void* to, uint2 x) { *static_cast<uint2*>(to) = x; }
 VIVIT_DEVICE void store_one(float* to, float x) { *to = x; }
 
+// Four neighbours, 16 bytes, in shared memory.
+VIVIT_DEVICE void read_four(float (&x)[4], const float* from) {
+    const float4 all = *reinterpret_cast<const float4*>(from);
+    x[0] = all.x, x[1] = all.y, x[2] = all.z, x[3] = all.w;
+}
+VIVIT_DEVICE void write_four(float* to, const float (&x)[4]) {
+    *reinterpret_cast<float4*>(to) = {x[0], x[1], x[2], x[3]};
+}
+
 // 16 bytes from global to shared memory without waiting, zeros where not valid: there after copies_wait<n>, n the
 // number of later groups that may be on their way, and then a barrier for other threads.
 VIVIT_DEVICE void copy_16(void* to_shared, const void* from, bool valid) {

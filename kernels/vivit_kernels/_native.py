@@ -102,14 +102,18 @@ def refusals(call: Call) -> list[Refusal]:
         found.append(Refusal(WHY, REMEDY))
     if call.device != "cpu":
         found.append(Refusal(f"the tensors are on {call.device}", "move them to the CPU, or leave backend out"))
-    if call.dtype not in _DTYPES:
-        dtype = str(call.dtype).removeprefix("torch.")
-        found.append(Refusal(f"{dtype} is not one of float16, bfloat16, float32", "cast, or use backend='torch'"))
-    return found
+    return found + _dtype_refusals(call)
+
+
+def _dtype_refusals(call: Call) -> list[Refusal]:
+    if call.dtype in _DTYPES:
+        return []
+    dtype = str(call.dtype).removeprefix("torch.")
+    return [Refusal(f"{dtype} is not one of float16, bfloat16, float32", "cast, or use backend='torch'")]
 
 
 def cuda_refusals(call: Call) -> list[Refusal]:
-    """The CUDA kernels: tensors of 16 bits, on a GPU from sm_80 on, in a library that nvcc took part in."""
+    """The CUDA kernels: tensors of 16 or 32 bits, on a GPU from sm_80 on, in a library that nvcc took part in."""
     found = []
     if not AVAILABLE:
         found.append(Refusal(WHY, REMEDY))
@@ -120,9 +124,4 @@ def cuda_refusals(call: Call) -> list[Refusal]:
     if 0 < call.arch < _OLDEST_ARCH:
         remedy = f"use one of sm_{_OLDEST_ARCH} or later, or backend='torch'"
         found.append(Refusal(f"this GPU is sm_{call.arch}", remedy))
-    if call.dtype == torch.float32:
-        found.append(Refusal("float32 runs in triton", "use backend='triton', or cast to bfloat16 or float16"))
-    elif call.dtype not in (torch.float16, torch.bfloat16):
-        dtype = str(call.dtype).removeprefix("torch.")
-        found.append(Refusal(f"{dtype} is not one of float16, bfloat16", "cast, or use backend='torch'"))
-    return found
+    return found + _dtype_refusals(call)

@@ -16,7 +16,10 @@ enum class Verb : int32_t {
     kPacked,
     kUnpacked,
     kExp2,
-    kFromLane
+    kFromLane,
+    kFours,         // written, a barrier, read from lane xor mask, a barrier, written again
+    kFoursAtOnce,   // the same without the first barrier
+    kFoursTooEarly  // without the second, and all lanes read those of lane 0, which the last lane overwrites
 };
 
 struct VerbParams {
@@ -54,6 +57,17 @@ __global__ void one_verb(VerbParams p) {
     } else if (p.verb == Verb::kFromLane) {
         result[0] = __float_as_uint(from_lane_xor(__uint_as_float(word[0]), p.mask));
         result[1] = from_lane_xor(word[1], p.mask);
+    }
+    if (p.verb >= Verb::kFours) {
+        float* memory = reinterpret_cast<float*>(shared_memory());
+        float x[4], y[4];
+        for (int i = 0; i < 4; ++i) x[i] = __uint_as_float(word[i]);
+        write_four(memory + 4 * lane, x);
+        if (p.verb != Verb::kFoursAtOnce) warp_barrier();
+        read_four(y, memory + 4 * (p.verb == Verb::kFoursTooEarly ? 0 : lane ^ p.mask));
+        if (p.verb != Verb::kFoursTooEarly) warp_barrier();
+        if (lane == 31) write_four(memory, x);
+        for (int i = 0; i < 4; ++i) result[i] = __float_as_uint(y[i]);
     }
     store_16(p.out + 4 * lane, {result[0], result[1], result[2], result[3]});
 }

@@ -144,6 +144,8 @@ void set_written(const Site& site, Cell& cell) {
 void set_read(const Site& site, Cell& cell, int lanes) {
     const bool another_warp = cell.read.block == block_epoch() && cell.read.thread / kLanes != thread_index() / kLanes;
     if (another_warp) cell.read_by_another_warp = cell.read;
+    const bool by_others = cell.read.thread != thread_index() || cell.read.lanes > 1;  // of this warp
+    if (by_others && !another_warp && !ordered(cell.read, kLanes)) lanes = std::max(lanes, kLanes);
     cell.read = now(site, lanes);
 }
 
@@ -233,13 +235,13 @@ void check_around_shared_memory() {
 
 char* shared_memory() { return base; }
 
-void read_shared(const Site& site, const void* at) {
+void read_shared(const Site& site, const void* at, int lanes) {
     check_shared(site, at);
     Cell& cell = cell_of(at);
     const size_t index = &cell - cells.data();
     expect_no_copy(site, cell, index);
-    expect_ordered(site, cell.written, "written", index, kLanes);
-    set_read(site, cell, kLanes);
+    expect_ordered(site, cell.written, "written", index, lanes);
+    set_read(site, cell, lanes);
 }
 
 void write_shared(const Site& site, const void* at) {

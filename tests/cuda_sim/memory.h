@@ -41,8 +41,8 @@ void start_shared_memory(int bytes);
 void check_around_shared_memory();
 char* shared_memory();
 
-// 16 bytes, for all lanes of the warp.
-void read_shared(const Site& site, const void* at);
+// 16 bytes, for all lanes of the warp, or (lanes = 1) for the running thread alone.
+void read_shared(const Site& site, const void* at, int lanes = kLanes);
 void write_shared(const Site& site, const void* at);
 
 // As products of a warpgroup know it (groups.h): by an address of the block's memory, not of the process's.

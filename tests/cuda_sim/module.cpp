@@ -70,8 +70,7 @@ std::mutex Run::machine_;
 struct Call {
     View q, k, v;
     MaybeView lse, mask, cos, sin, seed;
-    bool half;
-    int temporal_heads;
+    int dtype, temporal_heads;
     double scale, softcap, dropout_p;
     uint64_t schedule_seed;
     int shared_bytes, arch;
@@ -83,7 +82,7 @@ AttentionParams params_of(const Call& call, Run& run, bool writes_lse) {
     const auto size = [&](int i) { return static_cast<int32_t>(sizes.at(i)); };
     p.B = size(0), p.T = size(1), p.S = size(2), p.H = size(3), p.D = size(4);
     p.temporal_heads = call.temporal_heads;
-    p.dtype = call.half ? DType::kFloat16 : DType::kBFloat16;
+    p.dtype = static_cast<DType>(call.dtype);
     p.q = run.grid("q", call.q), p.k = run.grid("k", call.k), p.v = run.grid("v", call.v);
     p.lse = run.add<float>("lse", call.lse, writes_lse);
     p.mask = run.add<const bool>("mask", call.mask);
@@ -181,34 +180,24 @@ void softmax(int fault, const View& x, const View& y, uint64_t seed, int shared_
 PYBIND11_MODULE(cuda_sim, m) {
     py::class_<Call>(m, "Call").def(
         py::init([](View q, View k, View v, MaybeView lse, MaybeView mask, MaybeView cos, MaybeView sin, MaybeView seed,
-                    bool half, int temporal_heads, double scale, double softcap, double dropout_p,
+                    int dtype, int temporal_heads, double scale, double softcap, double dropout_p,
                     uint64_t schedule_seed, int shared_bytes, int arch) {
-            return Call{std::move(q),
-                        std::move(k),
-                        std::move(v),
-                        std::move(lse),
-                        std::move(mask),
-                        std::move(cos),
-                        std::move(sin),
-                        std::move(seed),
-                        half,
-                        temporal_heads,
-                        scale,
-                        softcap,
-                        dropout_p,
-                        schedule_seed,
-                        shared_bytes,
-                        arch};
+            return Call{std::move(q),    std::move(k),   std::move(v),   std::move(lse),
+                        std::move(mask), std::move(cos), std::move(sin), std::move(seed),
+                        dtype,           temporal_heads, scale,          softcap,
+                        dropout_p,       schedule_seed,  shared_bytes,   arch};
         }),
         py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("lse"), py::arg("mask"), py::arg("cos"),
-        py::arg("sin"), py::arg("seed"), py::arg("half"), py::arg("temporal_heads"), py::arg("scale"),
+        py::arg("sin"), py::arg("seed"), py::arg("dtype"), py::arg("temporal_heads"), py::arg("scale"),
         py::arg("softcap"), py::arg("dropout_p"), py::arg("schedule_seed"), py::arg("shared_bytes"), py::arg("arch"));
     m.def("attention_forward", attention_forward);
     m.def("attention_backward", attention_backward);
-    m.def("regime_of", [](int N, int D, bool backward, bool rotary, int shared_bytes) {
-        return static_cast<int>(regime_of(N, D, backward, rotary, shared_bytes));
+    m.def("regime_of", [](int N, int D, int dtype, bool backward, bool rotary, int shared_bytes) {
+        return static_cast<int>(regime_of(N, D, static_cast<DType>(dtype), backward, rotary, shared_bytes));
     });
-    m.def("keeps_output", keeps_output);
+    m.def("keeps_output", [](int T, int S, int H, int temporal_heads, int dtype) {
+        return keeps_output(T, S, H, temporal_heads, static_cast<DType>(dtype));
+    });
     m.def("products_of_launch", [] { return sim::products_of_launch; });
     m.def("one_verb", one_verb);
     m.def("product", product);

@@ -262,6 +262,15 @@ inline void store_one(float* to, float x, VIVIT_SIM_CALLER) {
     *to = x;
 }
 
+inline void read_four(float (&x)[4], const float* from, VIVIT_SIM_CALLER) {
+    sim::read_shared({"read_four", file, line}, from, 1);
+    std::memcpy(x, from, 16);
+}
+inline void write_four(float* to, const float (&x)[4], VIVIT_SIM_CALLER) {
+    sim::write_shared({"write_four", file, line}, to);
+    std::memcpy(to, x, 16);
+}
+
 inline void copy_16(void* to_shared, const void* from, bool valid, VIVIT_SIM_CALLER) {
     sim::start_copy({"copy_16", file, line}, to_shared, from, valid);
 }

@@ -24,10 +24,15 @@ def most_shared_bytes(arch: int) -> int:
     return _SHARED.get(arch, _LEAST_SHARED)
 
 
-def shared_bytes(N: int, D: int, backward: bool, rotary: bool) -> int:
-    """Of a block that holds a sequence of N > PACKED_TOKENS tokens, or several short ones as far as they fit in
-    _SHORT_BYTES: q, k and v, in a backward also do, of every token a number or two, and where gradients are turned back
-    a tile of float32 for each warp that a block may have."""
+def shared_bytes(N: int, D: int, itemsize: int, backward: bool, rotary: bool) -> int:
+    """What a block needs at least that holds a sequence of N tokens, of 16 bits N > PACKED_TOKENS, or several short
+    ones as far as they fit in _SHORT_BYTES."""
+    return _float32_bytes(N, D, backward) if itemsize == 4 else _half_bytes(N, D, backward, rotary)
+
+
+def _half_bytes(N: int, D: int, backward: bool, rotary: bool) -> int:
+    """Of 16 bits: q, k and v, in a backward also do, of every token a number or two, and where gradients are turned
+    back a tile of float32 for each warp that a block may have."""
     steps = _STEPS[-(-D // 16) - 1]
     rows = -(-N // 16) * 16
     pitch = 16 * (2 * steps + (0 if steps in (2, 4, 8) else 1))
@@ -37,14 +42,29 @@ def shared_bytes(N: int, D: int, backward: bool, rotary: bool) -> int:
     return sequences * sequence + _MOST_WARPS * scratch
 
 
-def fits(arch: int, N: int, D: int, backward: bool, rotary: bool) -> bool:
-    """Whether a sequence is run in one direction: any packed one, and what shared memory holds."""
-    return N <= PACKED_TOKENS or shared_bytes(N, D, backward, rotary) <= most_shared_bytes(arch)
+def _float32_bytes(N: int, D: int, backward: bool) -> int:
+    """Of float32: two tensors and of every token two numbers or four; and for one warp 8 rows and their scores, in a
+    backward twice. A block has more warps where they fit."""
+    rows, tiles = -(-N // 4) * 4, -(-N // 8)
+    sequence = 4 * rows * (2 * (D + 4) + (4 if backward else 2))
+    warp = (64 if backward else 32) * (D + 4 + (rows // 4 | 1) * 4)
+    sequences = max(1, _MOST_WARPS // tiles)
+    while sequences > 1 and sequences * (sequence + tiles * warp) > _SHORT_BYTES:
+        sequences -= 1
+    return sequences * sequence + warp
 
 
-def keeps_output(T: int, S: int, H: int, temporal_heads: int) -> bool:
-    """Whether the backward reads o and lse of the forward: some head attends along an axis that is not packed."""
-    return (temporal_heads > 0 and T > PACKED_TOKENS) or (temporal_heads < H and S > PACKED_TOKENS)
+def fits(arch: int, N: int, D: int, itemsize: int, backward: bool, rotary: bool) -> bool:
+    """Whether a sequence is run in one direction: of 16 bits any packed one, and what shared memory holds."""
+    packed = itemsize < 4 and N <= PACKED_TOKENS
+    return packed or shared_bytes(N, D, itemsize, backward, rotary) <= most_shared_bytes(arch)
+
+
+def keeps_output(T: int, S: int, H: int, temporal_heads: int, itemsize: int) -> bool:
+    """Whether the backward reads o and lse of the forward: not of float32, which recomputes everything; of 16 bits
+    where some head attends along an axis that is not packed."""
+    long = (temporal_heads > 0 and T > PACKED_TOKENS) or (temporal_heads < H and S > PACKED_TOKENS)
+    return itemsize < 4 and long
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -72,7 +92,7 @@ def launch_fwd(
     """Writes o, of q's shape `[B, T, S, H, D]`; returns, if `keep`, the lse `[B, H, T * S]` that a backward will ask
     for, if any. Of q, k and v those are copied whose rows do not begin at multiples of 16 bytes."""
     B, T, S, H, _ = q.shape
-    kept = keep and keeps_output(T, S, H, temporal_heads)
+    kept = keep and keeps_output(T, S, H, temporal_heads, q.element_size())
     lse = q.new_empty((B, H, T * S), dtype=torch.float32) if kept else None
     if q.numel():
         given = _rows(q), _rows(k), _rows(v), o, lse, *_flat(options)
@@ -83,15 +103,16 @@ def launch_fwd(
 def launch_bwd(
     do, q, k, v, o, lse, dq, dk, dv, temporal_heads: int, options: Options, o_again: Tensor | None = None
 ) -> None:
-    """Writes dq, dk, dv, each once; o and lse are the forward's, None where all sequences are packed. Copies as the
+    """Writes dq, dk, dv, each once; o and lse are the forward's, None where it keeps none. Copies as the
     forward does, and do likewise.
 
-    o_again: of q's shape; o is recomputed into it. ValueError where some sequence is not packed: o was kept then."""
+    o_again: of q's shape; o is recomputed into it. ValueError where o was kept: of 16 bits, of which some sequence is
+    not packed."""
     _, T, S, H, _ = q.shape
-    if o_again is not None and keeps_output(T, S, H, temporal_heads):
+    if o_again is not None and keeps_output(T, S, H, temporal_heads, q.element_size()):
         raise ValueError(
             f"factorized_attention: backend 'cuda' got o_again for T={T}, S={S}, temporal_heads={temporal_heads} of "
-            f"{H}; o is written again where every head attends along {PACKED_TOKENS} tokens at most\n"
+            f"{H}; o is written again in float32, or where every head attends along {PACKED_TOKENS} tokens at most\n"
             "  -> leave it out: such a backward reads o, which the forward's caller keeps"
         )
     if q.numel():

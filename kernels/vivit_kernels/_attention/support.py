@@ -24,8 +24,8 @@ def cpu_attention_refusals(call: Call) -> list[Refusal]:
 
 
 def cuda_attention_refusals(call: Call) -> list[Refusal]:
-    """The native library's CUDA kernels: 16 bits, head sizes 16 to 160 in steps of 8, every option, and sequences as
-    long as shared memory holds: those of the backward where one follows."""
+    """The native library's CUDA kernels: 16 bits, and float32 without tf32; head sizes 16 to 160 in steps of 8, every
+    option, and sequences as long as shared memory holds: those of the backward where one follows."""
     found = _native.cuda_refusals(call) + _head_size_refusals(call)
     return found or _length_refusals(call)
 
@@ -34,11 +34,12 @@ def _length_refusals(call: Call) -> list[Refusal]:
     """Of a call on the token grid that is otherwise fine. A backward takes more memory than its forward."""
     _, T, S, H, D = call.shape
     heads, direction = call.temporal_heads or 0, "backward" if call.needs_grad else "forward"
-    rotary, limit = "rotary" in call.uses, cuda_grid.most_shared_bytes(call.arch)
+    way = D, call.dtype.itemsize, call.needs_grad, "rotary" in call.uses
+    limit = cuda_grid.most_shared_bytes(call.arch)
     found = []
     for name, length, used in (("T", T, heads > 0), ("S", S, heads < H)):
-        if used and not cuda_grid.fits(call.arch, length, D, call.needs_grad, rotary):
-            taken = cuda_grid.shared_bytes(length, D, call.needs_grad, rotary)
+        if used and not cuda_grid.fits(call.arch, length, *way):
+            taken = cuda_grid.shared_bytes(length, *way)
             reason = (
                 f"{name}={length} tokens take {-(-taken // 1024)} KiB of shared memory in the {direction} at head size "
                 f"{D}, a block on sm_{call.arch} has {limit // 1024}"

@@ -1,4 +1,5 @@
-"""Backend `cuda` of factorized_attention: the launchers; the kernels are those of the token grid (csrc/cuda)."""
+"""Backend `cuda` of factorized_attention: the launchers; the kernels are those of the token grid (csrc/cuda). bfloat16
+and float16 by tensor cores, float32 by plain multiply-adds: tf32 is never used, whatever PyTorch allows."""
 
 from __future__ import annotations
 
@@ -19,6 +20,6 @@ def launch_fwd(q: Tensor, k: Tensor, v: Tensor, temporal_heads: int, options: Op
 def launch_bwd(
     do, q, k, v, o, lse, dq, dk, dv, temporal_heads: int, options: Options, o_again: Tensor | None = None
 ) -> None:
-    """Writes dq, dk, dv, each once, in one launch; copies as the forward does. o_again: memory in which packed
-    sequences, which need no o, recompute theirs; ValueError where some are not packed."""
+    """Writes dq, dk, dv, each once, in one launch; copies as the forward does. o_again: memory in which a backward that
+    reads no o, of packed sequences or of float32, recomputes it; ValueError of others."""
     cuda_grid.launch_bwd(do, q, k, v, o, lse, dq, dk, dv, temporal_heads, options, o_again)

@@ -27,7 +27,7 @@ def _cpu_saves(q: tuple, _: tuple, dtype: torch.dtype, temporal_heads: int) -> t
 
 def _cuda_saves(q: tuple, _: tuple, dtype: torch.dtype, temporal_heads: int) -> tuple[int, ...] | None:
     B, T, S, H, _ = q
-    return (B, H, T * S) if cuda_grid.keeps_output(T, S, H, temporal_heads) else None
+    return (B, H, T * S) if cuda_grid.keeps_output(T, S, H, temporal_heads, dtype.itemsize) else None
 
 
 _SAVES = {"cuda": _cuda_saves, "triton": _triton_saves, "cpu": _cpu_saves}
