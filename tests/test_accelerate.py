@@ -31,6 +31,12 @@ def kernels():
         pytest.skip(f"without kernels nothing is replaced: {_native.WHY}")
 
 
+@pytest.fixture(autouse=True)
+def small_calls_count(monkeypatch):
+    monkeypatch.setattr(pytorch, "_LEAST_ELEMENTS", 0)
+    monkeypatch.setattr(pytorch, "_LEAST_KEYS", 0)
+
+
 @pytest.fixture
 def taken(monkeypatch):
     """Calls that went to our ops."""
@@ -307,6 +313,18 @@ def test_errors_are_pytorchs(call, kernels, taken):
     assert messages[0] == messages[1] and not taken
 
 
+@pytest.mark.parametrize("name, least", [("_LEAST_ELEMENTS", B * N * E + 1), ("_LEAST_KEYS", N + 1)])
+def test_small_calls_are_as_before(name, least, kernels, monkeypatch, taken):
+    model, x = Model(), tokens()
+    plain = model(x)
+    accelerate(model)
+    monkeypatch.setattr(pytorch, name, least)
+    assert torch.equal(model(x), plain) and not taken
+    monkeypatch.setattr(pytorch, name, least - 1)
+    model(x)
+    assert len(taken) == 3
+
+
 def test_cross_attention(kernels, taken):
     module, x, keys = nn.MultiheadAttention(E, H, batch_first=True), tokens(), torch.randn(B, 7, E)
     exact = copy.deepcopy(module).double()(x.double(), keys.double(), keys.double(), need_weights=False)[0]
@@ -378,8 +396,9 @@ def test_without_kernels_nothing_is_replaced(monkeypatch):
 def test_the_report_is_a_table(kernels):
     model = Model()
     model.other = nn.MultiheadAttention(E, H)
+    model.half = nn.MultiheadAttention(E, H, batch_first=True, dtype=torch.float16)
     text = str(accelerate(model))
-    assert text.startswith("Model: 3 replaced, 1 left")
+    assert text.startswith("Model: 4 replaced, 1 left")
     assert "blocks.*.attention (3 times)" in text and NO_RECORD in text and "left: its tokens" in text
     assert all(len(line) <= 160 and line == line.rstrip() for line in text.splitlines())
 

@@ -29,6 +29,12 @@ def has_kernels(device):
     return device
 
 
+@pytest.fixture(autouse=True)
+def small_calls_count(monkeypatch):
+    monkeypatch.setattr(pytorch, "_LEAST_ELEMENTS", 0)
+    monkeypatch.setattr(pytorch, "_LEAST_KEYS", 0)
+
+
 @pytest.fixture
 def taken(monkeypatch):
     """Calls that went to joint_attention."""
@@ -158,6 +164,14 @@ def test_other_calls_stay_pytorchs(call, taken):
         found = call(*tensors)
     assert not taken
     assert torch.equal(found, plain) and found.stride() == plain.stride()
+
+
+@pytest.mark.parametrize("name, least", [("_LEAST_ELEMENTS", B * H * N * D + 1), ("_LEAST_KEYS", N + 1)])
+def test_small_calls_stay_pytorchs(name, least, monkeypatch, taken):
+    monkeypatch.setattr(pytorch, name, least)
+    with sdpa_override():
+        F.scaled_dot_product_attention(*qkv("cpu"))
+    assert not taken
 
 
 def test_wrong_calls_are_told_by_pytorch(taken):
