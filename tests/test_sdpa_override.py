@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn.attention import SDPBackend, current_flash_attention_impl, sdpa_kernel
 
 import vivit_kernels
@@ -238,16 +239,40 @@ def test_modules_of_others_are_reached(has_kernels, taken):
     assert judge(out, exact, plain).ok
 
 
-def test_what_is_compiled_within_keeps_it(has_kernels):
-    def function(q, k, v):
-        return F.scaled_dot_product_attention(q * 2, k, v)
+@pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd:UserWarning")
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_what_is_compiled_within_keeps_it(mode, has_kernels):
+    def by(attention):
+        return lambda q, k, v: attention(q * 2, k, v)
 
-    tensors = qkv(has_kernels)
+    called: list[str] = []
+
+    def compiler(graph, _):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler, inference_compiler=compiler)
+    tensors = qkv(has_kernels, requires_grad=mode is torch.enable_grad)
+    torch._dynamo.reset()
+    with mode(), sdpa_override():
+        out = torch.compile(by(F.scaled_dot_product_attention), fullgraph=True, backend=backend)(*tensors)
+    exact, eager = (by(textbook)(*(x.detach().to(t) for x in tensors)) for t in (torch.float64, torch.float32))
+    assert judge(out.detach().cpu(), exact.cpu(), eager.cpu(), row=D).ok
+    if out.requires_grad:
+        out.sum().backward()
+    wanted = ["joint_attention_fwd", *(["joint_attention_bwd"] if out.requires_grad else [])]
+    assert [sum(name in target for target in called) for name in wanted] == [1] * len(wanted), called
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_query_without_keys_gives_zero_as_pytorchs_does(dtype, has_kernels, taken):
+    tensors, mask = qkv(has_kernels, dtype), key_mask(has_kernels)
+    mask[0] = False
+    plain = results(F.scaled_dot_product_attention, tensors, attn_mask=mask)
     with sdpa_override():
-        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-        actual = results(compiled, tensors)
-    by_hand = lambda q, k, v: textbook(q * 2, k, v)  # noqa: E731
-    assert_within_budget(actual, results(by_hand, [x.double() for x in tensors]), results(by_hand, tensors))
+        found = results(F.scaled_dot_product_attention, tensors, attn_mask=mask)
+    assert taken and not plain["out"][0].any()
+    assert not any(x[0].any() for x in found.values()) and all(x[1].any() for x in found.values())
 
 
 def test_the_context_leaves_no_trace(taken):

@@ -26,14 +26,14 @@ NAME = "vivit_kernels"  # in PyTorch's registry of attention implementations
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # On a CPU smaller calls stay PyTorch's, which spends in C++ what costs ours 0.1 ms in Python. One core of an AMD EPYC
-# (Zen 5), 2026-11-26, stock / ours: nn.MultiheadAttention without gradients 0.6 at 1 x 64 tokens of 64 channels, 0.9 at
+# (Zen 4), 2026-11-26, stock / ours: nn.MultiheadAttention without gradients 0.6 at 1 x 64 tokens of 64 channels, 0.9 at
 # 4 x 16 of 256, in float32 0.96 at 196 x 4 of 768 and 1.1 at 196 x 16.
 _LEAST_ELEMENTS, _LEAST_KEYS = 2**16, 16
 _GAINS = {
     torch.float32: "1.0 to 1.1 times forward (1.6 at 1568 tokens), 1.0 to 1.2 forward + backward",
     torch.bfloat16: "1.1 to 1.3 times forward, 1.3 to 1.8 forward + backward",
 }
-_RECORD = "one core of an AMD EPYC (Zen 5), 2026-11-26, 12 heads of 64, 16 to 1568 tokens, linears included"
+_RECORD = "one core of an AMD EPYC (Zen 4), 2026-11-26, 12 heads of 64, 16 to 1568 tokens, linears included"
 
 
 def _has_kernels(dtype: torch.dtype, head_size: int) -> bool:
@@ -252,9 +252,9 @@ def sdpa_override() -> Iterator[None]:
 
     It holds for all threads of the process, since PyTorch's registry of flash attention implementations has one switch:
     another implementation, such as FlashAttention 4, is inactive within it and active again after it. What is compiled
-    within it keeps joint_attention; what was compiled before keeps PyTorch's. Not within torch.inference_mode and
-    torch.compile together, where PyTorch's stays. The name in `torch.nn.attention.list_flash_attention_impls()` is
-    "vivit_kernels", from the first use on; importing this package changes nothing.
+    within it keeps joint_attention; what was compiled before keeps PyTorch's. Its name in PyTorch's
+    `torch.nn.attention.list_flash_attention_impls()` is "vivit_kernels", from the first use on; importing this package
+    changes nothing.
 
         with vivit_kernels.sdpa_override():
             logits = model(clip)
