@@ -2,8 +2,7 @@
 
 No GPU is needed: what is read is the library itself, every kernel that ships in it, for each architecture that it has
 machine code for. Each must keep its values in registers (no local memory in a loop that multiplies, next to none
-elsewhere), fit a multiprocessor, and use the instructions that it is written for: products by tensor cores, memory 128
-bits at a time, or 64 where a pair of lanes stores. What these are follows from the words of the kernel's name. Shared
+elsewhere), fit a multiprocessor, and use the instructions that it is written for: products by tensor cores where a pair of lanes stores. What these are follows from the words of the kernel's name. Shared
 memory that only a launch names is not in the binary: warps on a multiprocessor are those that registers and the block's
 size allow.
 """
@@ -29,22 +28,24 @@ from .static import table
 # between lanes where a product wants them so; resident: rows copied to shared memory, from where products take them;
 # hopper: products of a warp group, on sm_90 alone. The last two store sums as products leave them, 64 bits a lane once
 # pairs of lanes have traded, a sector of 32 bytes for two pairs; and they have what packed has, for the other axis.
+# float32: multiply-adds of what lies in shared memory, and no tensor cores: they would round operands to tf32.
 _PACKED = ("HMMA", "MOVM", "LDG.128", "STG.128")
 WANTED = {
     "packed": _PACKED,
     "resident": (*_PACKED, "LDGSTS.128", "LDSM", "STG.64"),
     "hopper": (*_PACKED, "HGMMA", "LDGSTS.128", "STG.64"),
+    "float32": ("FFMA", "LDGSTS.128", "LDS.128", "STG.128"),
 }
 ONLY_ON = {"hopper": 90}  # elsewhere a kernel of that name is empty
 NARROW = ("LDG.16", "STG.16", "STG.8", "LDGSTS.16", "LDGSTS.8")  # LDG.8 reads a mask
-PRODUCTS = ("HMMA", "HGMMA")
+PRODUCTS = ("HMMA", "HGMMA")  # by tensor cores
 # Where every register is taken, a few kernels keep one to four values in local memory for a while, outside of the loops
-# that multiply. That stays in the first-level cache and costs some cycles of a tile's thousands; in such a loop it would
-# cost them at each step. More bytes would be an array that is indexed or a loop's sums, which must not be there.
+# that multiply. That stays in the first-level cache and costs some cycles of a tile's thousands; in such a loop each
+# step would pay. More bytes would be an array that is indexed or a loop's sums, which must not be there.
 MOST_STACK = 16  # bytes
 HEADER = (
-    "kernel", "arch", "registers", "shared", "threads", "warps", "HGMMA", "HMMA", "MOVM", "LDSM", "loads", "copies",
-    "stores", "exp2",
+    "kernel", "arch", "registers", "shared", "threads", "warps", "HGMMA", "HMMA", "MOVM", "LDSM", "FFMA", "loads",
+    "copies", "stores", "exp2",
 )  # fmt: skip
 
 
@@ -66,8 +67,9 @@ def short(name: str) -> str:
 
 
 def loops_with_products(kernel: cubin.Kernel) -> list[cubin.Loop]:
-    """The inner ones, those that hold no other such loop."""
-    found = [loop for loop in cubin.loops(kernel.sass) if any(loop.mix[opcode] for opcode in PRODUCTS)]
+    """The inner ones, those that hold no other such loop; of a kernel without tensor cores those with multiply-adds."""
+    opcodes = PRODUCTS if any(kernel.mix[opcode] for opcode in PRODUCTS) else ("FFMA",)
+    found = [loop for loop in cubin.loops(kernel.sass) if any(loop.mix[opcode] for opcode in opcodes)]
     return [loop for loop in found if not any(loop.holds(other) for other in found)]
 
 
@@ -96,6 +98,8 @@ def complaints(name: str, kernel: cubin.Kernel) -> list[str]:
     if wanted is None:
         found.append(f"name: begins with neither {' nor '.join(WANTED)}, so no opcode is asked of it")
     found += [f"opcode: no {opcode}" for opcode in wanted or () if not mix[opcode]]
+    if word == "float32":
+        found += [f"opcode: {mix[opcode]} {opcode}, which is not float32" for opcode in PRODUCTS if mix[opcode]]
     return found + [f"memory: {mix[opcode]} {opcode}" for opcode in NARROW if mix[opcode]]
 
 
@@ -106,7 +110,7 @@ def row(name: str, kernel: cubin.Kernel) -> tuple[str, ...]:
     wide.append(f"{mix['STG.128']}+{mix['STG.64']}/{mix['STG']}")
     return (
         name, f"sm_{kernel.arch}", str(kernel.registers), f"{kernel.shared:,}", str(threads), str(warps),
-        *(str(mix[opcode]) for opcode in ("HGMMA", "HMMA", "MOVM", "LDSM")), *wide, str(mix["MUFU.EX2"]),
+        *(str(mix[opcode]) for opcode in ("HGMMA", "HMMA", "MOVM", "LDSM", "FFMA")), *wide, str(mix["MUFU.EX2"]),
     )  # fmt: skip
 
 

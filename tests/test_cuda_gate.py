@@ -91,6 +91,15 @@ def test_what_is_planted_is_noticed(planted):
 
 
 @compiles
+def test_tensor_cores_are_not_for_float32(planted):
+    (good, _), (products, _) = planted["packed_good<float4, true>"], planted["packed_products<false>"]
+    missing = [f"opcode: no {opcode}" for opcode in ("FFMA", "LDGSTS.128", "LDS.128")]
+    assert cuda_gate.complaints("float32_attention<true>", good) == missing
+    count = products.mix["HMMA"]
+    assert f"opcode: {count} HMMA, which is not float32" in cuda_gate.complaints("float32_attention<true>", products)
+
+
+@compiles
 def test_a_kernel_that_does_not_fit_is_noticed(planted):
     kernel, _ = planted["packed_good<float4, true>"]
     greedy = dataclasses.replace(kernel, registers=255, threads=512)
@@ -157,7 +166,7 @@ def test_kernels_are_what_they_were_written_to_be():
     kernels = cuda_gate.read(_library.library_path())
     found = [f"sm_{x.arch} {name}: {why}" for name, x in kernels for why in cuda_gate.complaints(name, x)]
     assert not found, "\n".join(found)
-    assert {"packed", "resident"} <= {name.partition("_")[0] for name, _ in kernels}
+    assert {"packed", "resident", "float32"} <= {name.partition("_")[0] for name, _ in kernels}
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         assert {80, 90} <= {x.arch for _, x in kernels}
     for arch in {x.arch for _, x in kernels}:  # the same kernels for each
