@@ -2,9 +2,10 @@
 
 No GPU is needed: what is read is the library itself, every kernel that ships in it, for each architecture that it has
 machine code for. Each must keep its values in registers (no local memory in a loop that multiplies, next to none
-elsewhere), fit a multiprocessor, and use the instructions that it is written for: products by tensor cores where a pair of lanes stores. What these are follows from the words of the kernel's name. Shared
-memory that only a launch names is not in the binary: warps on a multiprocessor are those that registers and the block's
-size allow.
+elsewhere), fit a multiprocessor, and use the instructions that it is written for: products by tensor cores, of float32
+by multiply-adds alone; memory 128 bits at a time, or 64 where a pair of lanes stores. What these are follows from the
+words of the kernel's name. Shared memory that only a launch names is not in the binary: warps on a multiprocessor are
+those that registers and the block's size allow.
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ WANTED = {
 ONLY_ON = {"hopper": 90}  # elsewhere a kernel of that name is empty
 NARROW = ("LDG.16", "STG.16", "STG.8", "LDGSTS.16", "LDGSTS.8")  # LDG.8 reads a mask
 PRODUCTS = ("HMMA", "HGMMA")  # by tensor cores
-# Where every register is taken, a few kernels keep one to four values in local memory for a while, outside of the loops
-# that multiply. That stays in the first-level cache and costs some cycles of a tile's thousands; in such a loop each
-# step would pay. More bytes would be an array that is indexed or a loop's sums, which must not be there.
+# Where every register is taken, a few kernels keep one to four values in local memory for a while, outside of the
+# loops that multiply. That stays in the first-level cache and costs some cycles of a tile's thousands; in such a loop
+# it would cost them at each step. More bytes would be an array that is indexed or a loop's sums, which must not be
+# there.
 MOST_STACK = 16  # bytes
 HEADER = (
     "kernel", "arch", "registers", "shared", "threads", "warps", "HGMMA", "HMMA", "MOVM", "LDSM", "FFMA", "loads",
