@@ -147,19 +147,18 @@ def first_layer(model, family):
 @EVERY
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 def test_gradient_checkpointing(family, rate):
-    model, pixels = make(family, attention_probs_dropout_prob=rate), clip()
+    """In float64: where a gradient that checkpointing puts together is added up, is its own affair."""
+    model, pixels = make(family, attention_probs_dropout_prob=rate).double(), clip().double()
     accelerate(model)
     found = []
     for checkpointed in (False, True):
         if checkpointed:
             model.gradient_checkpointing_enable()
         model.train()
-        for module in modules_of(model, nn.Dropout):
-            module.p = module.p if rate else 0.0
         torch.manual_seed(3)
         found.append(results(model, pixels))
-    assert all(torch.equal(x, found[1][name]) for name, x in found[0].items())
     assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    hold(found[1], found[0], found[0])
 
 
 def test_stochastic_depth_drops_what_the_host_drops():

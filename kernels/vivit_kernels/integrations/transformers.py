@@ -19,7 +19,7 @@ from ..accelerate import NO_RECORD, Left, Replacement, Undo, swap_class
 from . import transformers_embeddings as embeddings
 from . import transformers_timesformer as timesformer
 from ._mixin import Mixin
-from .transformers_attention import OurAttention, attention, mask, register_attention
+from .transformers_attention import OurAttention, attention, attention_mixin, mask, register_attention
 
 HOST, SUPPORTED = "transformers", ">=4.57,<6"
 __all__ = ["HOST", "SUPPORTED", "attention", "mask", "patch_mapping", "register_attention", "replacements"]
@@ -196,9 +196,11 @@ def _ours(host: type) -> type:
     """Our class in the place of a class of the host. With the first for attention, its function is registered."""
     known = _ACTIVATIONS.get(host.__name__) or FAMILIES[_family(host) or ""][host.__name__]
     mixin = known.mixin or embeddings.Projected
+    names = {"__module__": __name__, "__qualname__": host.__name__, "__doc__": mixin.__doc__}
     if mixin is OurAttention:
         register_attention()
-    names = {"__module__": __name__, "__qualname__": host.__name__, "__doc__": mixin.__doc__}
+        mixin, more = attention_mixin(host)
+        names |= more
     return type(host.__name__, (mixin, host), names)
 
 

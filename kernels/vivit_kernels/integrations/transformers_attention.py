@@ -9,6 +9,8 @@ parameters and state dict. Source: transformers 5.23, `AttentionInterface`, `Viv
 
 from __future__ import annotations
 
+import copy
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -112,7 +114,33 @@ class OurAttention(Mixin):
         self.__dict__["config"] = value
 
 
-def _chosen(module: nn.Module) -> str:
+class OurAskedAttention(OurAttention):
+    """The same for classes of transformers 4.57 that take output_attentions and do not tell the attention function.
+
+    host, asked_at: the class of the host, and the place of output_attentions among the arguments of its forward.
+    """
+
+    host: type
+    asked_at: int
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        asked = args[self.asked_at] if len(args) > self.asked_at else kwargs.get("output_attentions")
+        if not asked or _chosen(self) != "eager":
+            return super().forward(*args, **kwargs)
+        plain = copy.copy(self)  # shares parameters and settings
+        plain.__class__ = self.host
+        return plain.forward(*args, **kwargs)
+
+
+def attention_mixin(host: Any) -> tuple[type, dict[str, Any]]:
+    """What goes before an attention class of the host, and what the class of ours says about it."""
+    arguments = list(inspect.signature(host.forward).parameters)[1:]
+    if "output_attentions" not in arguments:
+        return OurAttention, {}
+    return OurAskedAttention, {"host": host, "asked_at": arguments.index("output_attentions")}
+
+
+def _chosen(module: Any) -> str:
     """The name that the user's config has, None or "eager" being the host's textbook."""
     return getattr(module.__dict__.get("config"), "_attn_implementation", None) or "eager"
 
