@@ -194,7 +194,7 @@ VIVIT_DEVICE void float32_block(const AttentionParams& p, const Axis& axis, int6
 
 // Space comes first, as with the kernels of 16 bits.
 template <bool kBackward>
-__global__ void __launch_bounds__(32 * kFloat32Warps, 2) float32_attention(const AttentionParams p) {
+__global__ void __launch_bounds__(32 * kFloat32Warps) float32_attention(const AttentionParams p) {
     int64_t block = blockIdx.x;
     Axis axis = space_axis(p);
     const int64_t over_space = axis.heads > 0 ? FloatLayout<kBackward>(axis.N, p.D).blocks(axis.sequences(p.B)) : 0;

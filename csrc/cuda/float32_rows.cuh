@@ -10,8 +10,9 @@
 namespace vivit::cuda {
 
 constexpr int kTileRows = 8;             // of a warp at a time
-constexpr int kFloat32Warps = 8;         // of a block, at most
-constexpr int kSharingBytes = 64 << 10;  // several sequences share a block as far as they take no more
+constexpr int kFloat32Warps = 16;        // of a block, at most: 128 registers a thread
+constexpr int kSharingWarps = 8;         // of one that several sequences share, of which two fit a multiprocessor,
+constexpr int kSharingBytes = 80 << 10;  // also by what they take
 
 // What a block has in shared memory, in floats. Of each of `per` sequences, padded to `rows` rows, two tensors (k and
 // v; then, for the gradients of keys, q and do) and kStatistics numbers of each token. Of each warp 8 rows (of q and
@@ -24,7 +25,7 @@ struct FloatLayout {
 
     VIVIT_BOTH FloatLayout(int32_t N, int32_t D)
         : rows((N + 3) / 4 * 4), pitch(D + 4), score_pitch(4 * (rows / 4 | 1)), per(1) {
-        if (tiles() < kFloat32Warps) per = kFloat32Warps / tiles();
+        if (tiles() < kSharingWarps) per = kSharingWarps / tiles();
         while (per > 1 && bytes(warps()) > kSharingBytes) --per;
     }
 
@@ -99,12 +100,13 @@ struct FloatBlock {
     // Rows of q or k turned where they lie, once they are there.
     VIVIT_DEVICE void turn(float* rows, int32_t s, int32_t from, int32_t count, int32_t thread, int32_t threads) const {
         const int32_t half = p.D / 2, fours = half / 4;
+        const Sequence sequence = at(s);
         for (int32_t i = thread; i < count * fours; i += threads) {
             const int32_t row = i / fours, e = i % fours * 4;
             if (from + row >= axis.N) continue;
             float *place = rows + row * layout.pitch + e, x[4], y[4];
             read_four(x, place), read_four(y, place + half);
-            const int64_t angle = angles_of(p, at(s).token(from + row, axis, p.S)) + e;
+            const int64_t angle = angles_of(p, sequence.token(from + row, axis, p.S)) + e;
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const float partner = y[j];

@@ -10,8 +10,8 @@ from .options import Options
 # csrc/cuda/attention.h and regime_of decide; tests/test_cuda_binding.py holds these copies to a library that has them.
 PACKED_TOKENS = 16  # longer sequences lie in shared memory, and their backward reads o and lse of the forward
 _KIB = 1 << 10
-_SHORT_BYTES = 64 * _KIB  # several sequences share a block as far as they take no more
-_MOST_WARPS = 8  # of a block
+_SHORT_BYTES = {2: 64 * _KIB, 4: 80 * _KIB}  # several sequences share a block as far as they take no more
+_MOST_WARPS = 8  # of a block, of float32 of one that sequences share
 _STEPS = (2, 2, 4, 4, 5, 6, 8, 8, 10, 10)  # of 16 channels, as kernels are compiled, for heads of 1 to 10 of them
 _ROW_ALIGNMENT = 16  # bytes
 # Bytes that a block may have (CUDA programming guide, compute capabilities), by architecture.
@@ -37,7 +37,7 @@ def _half_bytes(N: int, D: int, backward: bool, rotary: bool) -> int:
     rows = -(-N // 16) * 16
     pitch = 16 * (2 * steps + (0 if steps in (2, 4, 8) else 1))
     sequence = rows * (4 * pitch + 8 if backward else 3 * pitch + 4)
-    sequences = 1 if rows > 64 else max(1, min(128 // rows, _SHORT_BYTES // sequence))
+    sequences = 1 if rows > 64 else max(1, min(128 // rows, _SHORT_BYTES[2] // sequence))
     scratch = 16 * (16 * steps + 4) * 4 if backward and rotary else 0
     return sequences * sequence + _MOST_WARPS * scratch
 
@@ -49,7 +49,7 @@ def _float32_bytes(N: int, D: int, backward: bool) -> int:
     sequence = 4 * rows * (2 * (D + 4) + (4 if backward else 2))
     warp = (64 if backward else 32) * (D + 4 + (rows // 4 | 1) * 4)
     sequences = max(1, _MOST_WARPS // tiles)
-    while sequences > 1 and sequences * (sequence + tiles * warp) > _SHORT_BYTES:
+    while sequences > 1 and sequences * (sequence + tiles * warp) > _SHORT_BYTES[4]:
         sequences -= 1
     return sequences * sequence + warp
 
