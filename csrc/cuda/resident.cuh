@@ -7,7 +7,7 @@
 namespace vivit::cuda {
 
 constexpr int kResidentWarps = 8;      // at most
-constexpr int kShortBytes = 64 << 10;  // several sequences share a block as far as they take no more
+constexpr int kShortBytes = 48 << 10;  // several sequences share a block as far as they take no more
 
 // What a block of the resident regime has in shared memory: of `per` sequences, each padded to `rows` rows, q, k and v
 // and for a backward do; then floats of each row: of a forward what is added to the scores of a key, of a backward lse

@@ -10,7 +10,7 @@ from .options import Options
 # csrc/cuda/attention.h and regime_of decide; tests/test_cuda_binding.py holds these copies to a library that has them.
 PACKED_TOKENS = 16  # longer sequences lie in shared memory, and their backward reads o and lse of the forward
 _KIB = 1 << 10
-_SHORT_BYTES = {2: 64 * _KIB, 4: 80 * _KIB}  # several sequences share a block as far as they take no more
+_SHORT_BYTES = {2: 48 * _KIB, 4: 80 * _KIB}  # several sequences share a block as far as they take no more
 _MOST_WARPS = 8  # of a block, of float32 of one that sequences share
 _STEPS = (2, 2, 4, 4, 5, 6, 8, 8, 10, 10)  # of 16 channels, as kernels are compiled, for heads of 1 to 10 of them
 _ROW_ALIGNMENT = 16  # bytes
