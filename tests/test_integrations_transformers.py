@@ -20,6 +20,7 @@ from transformers_models import FAMILIES, clip, exact_of, hold, make, results  #
 
 from vivit_kernels.accelerate import accelerate  # noqa: E402
 from vivit_kernels.integrations import transformers as ours  # noqa: E402
+from vivit_kernels.integrations import transformers_attention  # noqa: E402
 from vivit_kernels.integrations.transformers_embeddings import PatchConv2d, TubeletConv3d  # noqa: E402
 from vivit_kernels.numerics import judge  # noqa: E402
 
@@ -101,6 +102,41 @@ def test_restore_is_exact(family):
     assert [type(module) for module in model.modules()] == classes
     assert [set(vars(module)) for module in model.modules()] == attributes
     assert torch.equal(model(pixels).logits, before)
+
+
+@EVERY
+def test_long_sequences_are_clips(family, monkeypatch):
+    monkeypatch.setattr(transformers_attention, "_SHORT", 4)
+    test_outputs_and_gradients(family, torch.float32)
+
+
+@pytest.mark.skipif("vjepa2" not in FAMILIES, reason="no V-JEPA 2 in this version")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_predictor_of_vjepa2(dtype):
+    """Its tokens come in any order, with their places: the rotary embedding has a table for each clip."""
+    places = torch.stack([torch.randperm(64) for _ in range(2)])
+    masks = dict(context_mask=[places[:, :40]], target_mask=[places[:, 30:]])
+    pixels, found = clip().to(dtype), []
+    for one in (torch.float64, dtype, None):
+        model = make("vjepa2", "eager").vjepa2.to(dtype).to(one or dtype)
+        if one is None:
+            assert any("rotary" in entry.why for entry in accelerate(model).replaced)
+        output = model(pixels.to(one or dtype), **masks)
+        found.append((output.last_hidden_state, output.predictor_output.last_hidden_state))
+    for exact, eager, actual in zip(*found, strict=True):
+        assert judge(actual, exact, eager, row=64).ok
+
+
+@pytest.mark.skipif("videoprism" not in FAMILIES, reason="no VideoPrism in this version")
+def test_the_text_of_videoprism_stays_causal():
+    sizes = dict(hidden_size=32, intermediate_size=48, num_attention_heads=2, num_hidden_layers=2, vocab_size=50)
+    model = transformers.VideoPrismTextModel(transformers.VideoPrismTextConfig(**sizes)).eval()
+    tokens, mask = torch.randint(0, 50, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[0, 6:] = 0
+    eager = model(tokens, attention_mask=mask).last_hidden_state
+    exact = copy.deepcopy(model).double()(tokens, attention_mask=mask).last_hidden_state
+    accelerate(model)
+    assert judge(model(tokens, attention_mask=mask).last_hidden_state, exact, eager).ok
 
 
 # ---- training ----

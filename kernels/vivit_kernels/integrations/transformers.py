@@ -19,7 +19,14 @@ from ..accelerate import NO_RECORD, Left, Replacement, Undo, swap_class
 from . import transformers_embeddings as embeddings
 from . import transformers_timesformer as timesformer
 from ._mixin import Mixin
-from .transformers_attention import OurAttention, attention, attention_mixin, mask, register_attention
+from .transformers_attention import (
+    OurAttention,
+    OurRopeAttention,
+    attention,
+    attention_mixins,
+    mask,
+    register_attention,
+)
 
 HOST, SUPPORTED = "transformers", ">=4.57,<6"
 __all__ = ["HOST", "SUPPORTED", "attention", "mask", "patch_mapping", "register_attention", "replacements"]
@@ -32,6 +39,11 @@ class Known(NamedTuple):
     why: str
     whole: bool = False  # nothing within it is replaced on its own
     refusal: Callable[[nn.Module], str] = lambda module: ""  # why a module of this class is left
+
+    @property
+    def is_attention(self) -> bool:
+        """It goes through the registry of the host."""
+        return self.mixin is not None and issubclass(self.mixin, OurAttention)
 
 
 _ATTENTION = (
@@ -77,7 +89,7 @@ FAMILIES: dict[str, dict[str, Known]] = {
     },
     "vjepa2": {
         "VJEPA2PatchEmbeddings3D": _PATCHES,
-        "VJEPA2RopeAttention": _SELF,
+        "VJEPA2RopeAttention": Known(OurRopeAttention, _ATTENTION + "; rotary embedding in three passes, not twenty"),
         "VJEPA2PoolerSelfAttention": _SELF,
         "VJEPA2PoolerCrossAttention": _SELF,
     },
@@ -142,7 +154,7 @@ def _known(model: nn.Module, path: str, module: nn.Module) -> tuple[Known, type]
             known = _activation(model, path, module, cls.__name__)
         if known is not None:
             # 4.57 has wrappers of the names that are attention itself in 5
-            return None if known.mixin is OurAttention and "config" not in module.__dict__ else (known, cls)
+            return None if known.is_attention and "config" not in module.__dict__ else (known, cls)
     return None
 
 
@@ -196,12 +208,12 @@ def _ours(host: type) -> type:
     """Our class in the place of a class of the host. With the first for attention, its function is registered."""
     known = _ACTIVATIONS.get(host.__name__) or FAMILIES[_family(host) or ""][host.__name__]
     mixin = known.mixin or embeddings.Projected
-    names = {"__module__": __name__, "__qualname__": host.__name__, "__doc__": mixin.__doc__}
-    if mixin is OurAttention:
+    names, mixins = {"__module__": __name__, "__qualname__": host.__name__, "__doc__": mixin.__doc__}, (mixin,)
+    if known.is_attention:
         register_attention()
-        mixin, more = attention_mixin(host)
+        mixins, more = attention_mixins(host, mixin)
         names |= more
-    return type(host.__name__, (mixin, host), names)
+    return type(host.__name__, (*mixins, host), names)
 
 
 def __getattr__(name: str) -> type:
@@ -237,7 +249,7 @@ def patch_mapping(*families: str) -> dict[str, type[nn.Module]]:
             if families:
                 raise
             continue
-        names = [name for name, known in FAMILIES[family].items() if known.mixin is not OurAttention]
+        names = [name for name, known in FAMILIES[family].items() if not known.is_attention]
         # a name alone is searched for in every name: VJEPA2PoolerSelfAttention would be found in ...AttentionLayer
         found |= {f"^{name}$": _ours(getattr(file, name)) for name in names if hasattr(file, name)}
     return found
