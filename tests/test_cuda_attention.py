@@ -180,9 +180,12 @@ def test_parity_of_long_sequences_by_length(T, S, temporal_heads, arch, monkeypa
 
 
 def least_shared(N: int, D: int, dtype: torch.dtype) -> int:
-    """Bytes of a block from which on the backward of a sequence is run in shared memory."""
-    resident = 1
-    return next(n for n in range(0, 1 << 18, 16) if cuda_simulator.regime_of(N, D, dtype, True, False, n) == resident)
+    """Bytes of a block from which on a sequence is run in shared memory, forward (more of them share one) and back."""
+
+    def runs(limit: int, backward: bool) -> bool:
+        return cuda_simulator.regime_of(N, D, dtype, backward, False, limit) == 1
+
+    return max(next(n for n in range(0, 1 << 18, 16) if runs(n, backward)) for backward in (False, True))
 
 
 def products(options: dict, T=1, S=65, H=2, D=64, temporal_heads=0) -> tuple[int, int]:
