@@ -35,6 +35,10 @@ IS_LOADED = "import torch; from vivit_kernels import _native; assert _native.AVA
 SANITIZED = build/native/sanitized
 # pytest answers 5 when it finds no test of the kind asked for; that is not a failure
 NONE_IS_FINE = || [ $$? -eq 5 ]
+# Kernels as the host simulator compiles them. Left out: linkage, as a kernel's header is all of its source; products of
+# two 32-bit numbers as offsets, which are in bounds and cheap.
+CUDA_SOURCES = $(addprefix csrc/cuda/,attention.cu forward_bf16.cu backward_bf16.cu forward_f32.cu backward_f32.cu)
+TIDY_OFF = --checks=-misc-use-internal-linkage,-bugprone-implicit-widening-of-multiplication-result
 CPP = $(shell git ls-files '*.cu' '*.cuh' '*.cpp' '*.h')
 
 .PHONY: help venv build demo test test-full test-kernels test-newest-triton test-oldest-torch sanitize test-gpu bench \
@@ -44,7 +48,7 @@ help:
 	@echo "make demo       create $(VENV), install, run the main job on real video, print where the results are"
 	@echo "make test       create $(VENV) if needed, install, run the tests (at most 10 minutes on 2 cores)"
 	@echo "make test-full  every test but interpreted grids and GPU tests, and ratios of times (at most 40 minutes on 2 cores)"
-	@echo "make test-kernels every interpreted test of Triton kernels (hours), and with the newest Triton"
+	@echo "make test-kernels every interpreted test of Triton kernels (20 minutes), and with the newest Triton"
 	@echo "make test-gpu   the tests that need an NVIDIA GPU"
 	@echo "make build      the native library (csrc/), again only what has changed"
 	@echo "make sanitize   the native library's tests with ASan and UBSan"
@@ -109,8 +113,8 @@ sanitize: for-test
 	for finding in $(SANITIZED)/finding.*; do [ ! -f $$finding ] || { failed=1; head -n 12 $$finding; }; done; \
 	exit $$failed
 
-# Every interpreted test of Triton kernels (an hour or two: a case takes seconds), and those of `make test` once more with
-# the newest Triton.
+# Every interpreted test of Triton kernels (20 minutes or more: a case takes seconds), and those of `make test` once
+# more with the newest Triton.
 test-kernels: for-test
 	$(INTERPRETING) -m "not gpu" $(NONE_IS_FINE)
 	@if [ -n "$(strip $(VENV))" ] && $(PYTHON) .ci/install.py newest-triton --venv $(VENV); then \
@@ -145,6 +149,8 @@ check: for-check
 	$(PY) -m pyright --pythonpath "$$($(PY) -c 'import sys; print(sys.executable)')"
 	$(if $(CPP),$(if $(VENV),$(VENV)/bin/)clang-format --dry-run -Werror $(CPP))
 	$(BUILD) --tidy
+	$(if $(CPP),$(if $(VENV),$(VENV)/bin/)clang-tidy --quiet $(TIDY_OFF) $(CUDA_SOURCES) -- -x c++ -std=c++17 -Wall -Wextra \
+		-Wno-unknown-pragmas -DVIVIT_SIM -Itests -Icsrc -Icsrc/cuda)
 
 clean:
 	rm -rf build dist kernels/vivit_kernels/_C.* *.egg-info kernels/*.egg-info .pytest_cache .ruff_cache .benchmarks

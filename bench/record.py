@@ -33,7 +33,8 @@ class Record:
     backend: ours ("torch", "triton", "cuda", "cpu", or "<name>@<git ref>") or a peer's name.
     ours: a backend of this project. ideal: a peer given its inputs in the layout it likes, so without its copies.
     status, reason: "ok", or why there is no time.
-    ms: median, p20, p80 and n of one call; on a GPU the device's time, and `host` what the host took to launch it. rounds: the median of each round, taken in turns with the other backends.
+    ms: median, p20, p80 and n of one call; on a GPU the device's time, and `host` what the host took to launch it.
+    rounds: the median of each round, taken in turns with the other backends.
     flops, bytes, exps: the work, computed from the case. share: of each ceiling, and `bound` the one it is nearest to.
     ceilings: copy_gbps, matmul_tflops (of this dtype), exp_gops, measured in the same run.
     error: share of the budget used (<= 1), max, rms, and `checked`, the share of the output that was compared.
