@@ -142,17 +142,24 @@ VIVIT_DEVICE void hopper_forward(const AttentionParams& p, const Axis& axis, int
 
 // ---- backward ----
 
+// x = a rows^T and y = b others^T, done.
+template <class T, int kColumns>
+VIVIT_DEVICE void group_across_both(float (&x)[kColumns / 8][4], uint64_t a, uint64_t rows, float (&y)[kColumns / 8][4],
+                                    uint64_t b, uint64_t others) {
+    group_begin();
+    group_across<T, kColumns>(x, a, rows);
+    group_across<T, kColumns>(y, b, others);
+    group_commit();
+    group_wait<0>();
+    group_settle(x), group_settle(y);
+}
+
 // The next kColumns queries, in dk and dv of 64 keys. floats: lse of the first of them, delta after `rows` more.
 template <class T, int kColumns>
 VIVIT_DEVICE void hopper_keys_step(RowSums<4>& dk, RowSums<4>& dv, uint64_t k, uint64_t v, uint64_t queries,
                                    uint64_t d_outputs, const float* floats, int32_t rows, float unit) {
     float x[kColumns / 8][4], dp[kColumns / 8][4];
-    group_begin();
-    group_across<T, kColumns>(x, k, queries);
-    group_across<T, kColumns>(dp, v, d_outputs);
-    group_commit();
-    group_wait<0>();
-    group_settle(x), group_settle(dp);
+    group_across_both<T, kColumns>(x, k, queries, dp, v, d_outputs);
 #pragma unroll
     for (int i = 0; i < kColumns / 2; ++i) {
         float &y = x[i / 4][i % 4], &dy = dp[i / 4][i % 4];
@@ -184,12 +191,7 @@ VIVIT_DEVICE void hopper_queries_step(RowSums<4>& dq, uint64_t q, uint64_t d_o, 
                                       const float (&lse)[2], const float (&delta)[2], float unit, int32_t first_key,
                                       int32_t N) {
     float x[kColumns / 8][4], dp[kColumns / 8][4];
-    group_begin();
-    group_across<T, kColumns>(x, q, keys);
-    group_across<T, kColumns>(dp, d_o, values);
-    group_commit();
-    group_wait<0>();
-    group_settle(x), group_settle(dp);
+    group_across_both<T, kColumns>(x, q, keys, dp, d_o, values);
 #pragma unroll
     for (int i = 0; i < kColumns / 2; ++i) {
         float &y = x[i / 4][i % 4], &dy = dp[i / 4][i % 4];
