@@ -177,7 +177,7 @@ def test_explain_names_the_length(with_kernels, monkeypatch):
 
 @pytest.mark.parametrize(
     "T, S, heads, kept",
-    [(16, 16, 1, False), (17, 16, 2, True), (17, 16, 0, False), (16, 17, 2, False), (1, 17, 1, True)],
+    [(64, 64, 1, False), (65, 64, 2, True), (65, 64, 0, False), (64, 65, 2, False), (1, 65, 1, True)],
 )
 def test_what_a_backward_reads(T, S, heads, kept):
     """float32 recomputes everything."""
@@ -205,8 +205,8 @@ def test_bounds_are_those_of_the_library():
 
 def test_constants_are_those_of_the_sources():
     text = (CSRC / "cuda" / "attention.h").read_text()
-    found = re.search(r"constexpr int kPackedTokens = (\d+);", text)
-    assert found and int(found[1]) == cuda_grid.PACKED_TOKENS
+    found = dict(re.findall(r"constexpr int k(\w+)Tokens = (\d+);", text))
+    assert found == {"Packed": str(cuda_grid.PACKED_TOKENS), "Short": str(cuda_grid.SHORT_TOKENS)}
     numbered = dict(re.findall(r"k(\w+) = (\d)", text[text.index("enum class Regime") :].partition("}")[0]))
     assert numbered == {"Packed": str(PACKED), "Resident": str(RESIDENT), "TooLong": str(TOO_LONG)}
 
@@ -268,8 +268,8 @@ def test_the_gradient_of_the_output_is_copied_where_it_lies_otherwise(given):
         assert all(x is y for x, y in zip(rest[5:8], outputs, strict=True)) and rest[-1] is None
 
 
-@pytest.mark.parametrize("T, S, heads", [(16, 4, 1), (16, 17, 2), (17, 16, 0), (17, 4, 1), (16, 17, 1), (17, 17, 2)])
-def test_output_is_written_again_where_every_sequence_is_packed(given, T, S, heads):
+@pytest.mark.parametrize("T, S, heads", [(64, 4, 1), (64, 65, 2), (65, 64, 0), (65, 4, 1), (64, 65, 1), (65, 65, 2)])
+def test_output_is_written_again_where_every_sequence_is_short(given, T, S, heads):
     """And refused, with nothing launched, where a sequence of some head is not."""
     q = torch.randn(1, T, S, 2, 16, dtype=torch.bfloat16)
     again, *gradients = (torch.empty_like(q) for _ in range(4))
@@ -279,7 +279,7 @@ def test_output_is_written_again_where_every_sequence_is_packed(given, T, S, hea
 
     if cuda_grid.keeps_output(T, S, 2, heads, q.element_size()):
         got = f"factorized_attention: backend 'cuda' got o_again for T={T}, S={S}, temporal_heads={heads} of 2; "
-        with pytest.raises(ValueError, match=f"^{re.escape(got)}.* 16 tokens at most\n  -> leave it out"):
+        with pytest.raises(ValueError, match=f"^{re.escape(got)}.* 64 tokens at most\n  -> leave it out"):
             launch()
         assert not given
     else:
@@ -287,7 +287,7 @@ def test_output_is_written_again_where_every_sequence_is_packed(given, T, S, hea
         assert given.pop()[-1] is again
 
 
-@pytest.mark.parametrize("T, S, heads, kept", [(16, 4, 2, False), (16, 17, 1, True), (17, 4, 2, True)])
+@pytest.mark.parametrize("T, S, heads, kept", [(64, 4, 2, False), (16, 65, 1, True), (65, 4, 2, True)])
 @pytest.mark.parametrize("keep", [True, False])
 def test_the_forward_leaves_what_the_backward_reads(given, T, S, heads, kept, keep):
     q = torch.randn(2, T, S, 2, 16, dtype=torch.bfloat16)

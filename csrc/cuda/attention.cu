@@ -52,7 +52,7 @@ Regime regime_of(int32_t N, int32_t D, DType dtype, bool backward, bool rotary, 
 
 bool keeps_output(int32_t T, int32_t S, int32_t H, int32_t temporal_heads, DType dtype) {
     if (dtype == DType::kFloat32) return false;
-    return (temporal_heads > 0 && !is_packed(T)) || (temporal_heads < H && !is_packed(S));
+    return (temporal_heads > 0 && T > kShortTokens) || (temporal_heads < H && S > kShortTokens);
 }
 
 int launch_forward(const AttentionParams& params, void* stream) {

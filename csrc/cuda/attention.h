@@ -38,6 +38,8 @@ struct AttentionParams {
 enum class Regime : int32_t { kPacked = 0, kResident = 1, kTooLong = 2 };
 
 constexpr int kPackedTokens = 16;
+// Of 16 bits; the backward of longer sequences reads o and lse.
+constexpr int kShortTokens = 64;
 
 // shared_bytes: what a block may have. A backward of 16 bits with a rotary embedding needs some more.
 Regime regime_of(int32_t N, int32_t D, DType dtype, bool backward, bool rotary, int32_t shared_bytes);

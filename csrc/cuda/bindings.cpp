@@ -180,9 +180,9 @@ void attention_bwd(const Tensor& d_o, const Tensor& q, const Tensor& k, const Te
     AttentionParams& p = call.params;
     const bool reads_output = vivit::cuda::keeps_output(p.T, p.S, p.H, p.temporal_heads, p.dtype);
     STD_TORCH_CHECK(!reads_output || (o.has_value() && p.lse != nullptr), kWho,
-                    "the backward of sequences longer than ", vivit::cuda::kPackedTokens, " tokens needs o and lse");
+                    "the backward of sequences longer than ", vivit::cuda::kShortTokens, " tokens needs o and lse");
     STD_TORCH_CHECK(!reads_output || !o_again.has_value(), kWho, "the backward of sequences longer than ",
-                    vivit::cuda::kPackedTokens, " tokens does not write o again");
+                    vivit::cuda::kShortTokens, " tokens does not write o again");
     if (o.has_value()) p.o = call.grid(*o, "o");
     if (o_again.has_value()) p.o_again = call.grid(*o_again, "o_again");
     p.d_o = call.grid(d_o, "do"), p.dq = call.grid(dq, "dq");

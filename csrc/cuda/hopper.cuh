@@ -6,8 +6,8 @@
 // rows that are not stored.
 #pragma once
 
-#include "resident_backward.cuh"
 #include "resident_forward.cuh"
+#include "resident_short.cuh"
 
 namespace vivit::cuda {
 

@@ -46,6 +46,19 @@ VIVIT_DEVICE void across_both(Pairs<1>& x, const Operand<kSteps>& a, const char*
     }
 }
 
+// The gradient of 16 rows of q or k, that of the rows as they were before they were turned.
+template <class T, int kSteps, bool kPlain>
+VIVIT_DEVICE void store_gradient(const Block<kSteps, true>& block, const Rules<kPlain>& rules, const Grid& x,
+                                 const Sequence& at, int32_t first, const RowSums<kSteps>& sums) {
+    const AttentionParams& p = rules.p;
+    const Rows to(x, at, rules.axis);
+    if (!kPlain && p.cos != nullptr) {
+        store_turned_rows<T>(p, to, sums, at, rules.axis, first, block.scratch());
+    } else {
+        store_rows<T>(p, to, first, rules.axis.N, sums, p.scale, p.scale);
+    }
+}
+
 // The share of 16 keys in dq of 16 queries. kWhole: no key of them is padding.
 template <class T, int kSteps, bool kPlain, bool kWhole>
 VIVIT_DEVICE void queries_step(RowSums<kSteps>& dq, const Operand<kSteps>& q, const char* d_outputs, const char* keys,
@@ -103,12 +116,7 @@ VIVIT_DEVICE void gradient_of_queries(const Block<kSteps, true>& block, int32_t 
         queries_step<T, kSteps, kPlain, false>(dq, q, d_outputs, keys + key * kBytes, values + key * kBytes, places,
                                                lse, delta, rules, at, first_row, key);
     }
-    const Rows to(p.dq, at, rules.axis);
-    if (!kPlain && p.cos != nullptr) {
-        store_turned_rows<T>(p, to, dq, at, rules.axis, first_row, block.scratch());
-    } else {
-        store_rows<T>(p, to, first_row, rules.axis.N, dq, p.scale, p.scale);
-    }
+    store_gradient<T>(block, rules, p.dq, at, first_row, dq);
 }
 
 // The share of 16 queries in dk and dv of 16 keys, those of them that are asked for. floats: lse of the first query
@@ -174,42 +182,7 @@ VIVIT_DEVICE void gradients_of_keys(const Block<kSteps, true>& block, int32_t s,
                                                floats + row, rows, places, may, rules, at, row, first_key);
     }
     if (kDv) store_rows<T>(p, Rows(p.dv, at, rules.axis), first_key, rules.axis.N, dv, 1.f, 1.f);
-    if (!kDk) return;
-    const Rows to(p.dk, at, rules.axis);
-    if (!kPlain && p.cos != nullptr) {
-        store_turned_rows<T>(p, to, dk, at, rules.axis, first_key, block.scratch());
-    } else {
-        store_rows<T>(p, to, first_key, rules.axis.N, dk, p.scale, p.scale);
-    }
-}
-
-template <class T, int kSteps, bool kPlain>
-VIVIT_DEVICE void resident_backward(const AttentionParams& p, const Axis& axis, int64_t number) {
-    const Block<kSteps, true> block(axis, p.B, number);
-    const int32_t sequences = block.sequences;
-    for (int32_t s = 0; s < sequences; ++s) {
-        block.copy(3, s, p.d_o, axis, p.D), block.copy(0, s, p.q, axis, p.D);
-        block.copy(1, s, p.k, axis, p.D), block.copy(2, s, p.v, axis, p.D);
-    }
-    copies_commit();
-    copies_wait<0>();
-    block_barrier();
-    load_statistics<T>(p, axis, block);
-    block_barrier();
-    if (!kPlain && p.cos != nullptr) block.template turn<T>(p, axis);
-    const Rules<kPlain> rules(p, axis);
-    const int32_t tiles = block.layout.rows / 16, all = sequences * tiles;
-    for (int32_t i = block.thread() / 32; i < 2 * all; i += block.threads() / 32) {  // the longer ones first
-        const int32_t s = i % all / tiles, first = i % tiles * 16;
-        if (i < all) {
-            // sums of both do not fit in registers where rows are long or options are many; then scores are made twice
-            constexpr bool kBoth = kPlain ? kSteps <= 6 : kSteps <= 2;
-            gradients_of_keys<T, kSteps, kPlain, kBoth, true>(block, s, first, rules);
-            if (!kBoth) gradients_of_keys<T, kSteps, kPlain, true, false>(block, s, first, rules);
-        } else {
-            gradient_of_queries<T>(block, s, first, rules);
-        }
-    }
+    if (kDk) store_gradient<T>(block, rules, p.dk, at, first_key, dk);
 }
 
 }  // namespace vivit::cuda

@@ -8,7 +8,8 @@ from torch import Tensor
 from .options import Options
 
 # csrc/cuda/attention.h and regime_of decide; tests/test_cuda_binding.py holds these copies to a library that has them.
-PACKED_TOKENS = 16  # longer sequences lie in shared memory, and their backward reads o and lse of the forward
+PACKED_TOKENS = 16  # longer sequences lie in shared memory
+SHORT_TOKENS = 64  # the backward of longer sequences of 16 bits reads o and lse of the forward
 _KIB = 1 << 10
 _SHORT_BYTES = {2: 48 * _KIB, 4: 80 * _KIB}  # several sequences share a block as far as they take no more
 _MOST_WARPS = 8  # of a block, of float32 of one that sequences share
@@ -62,8 +63,8 @@ def fits(arch: int, N: int, D: int, itemsize: int, backward: bool, rotary: bool)
 
 def keeps_output(T: int, S: int, H: int, temporal_heads: int, itemsize: int) -> bool:
     """Whether the backward reads o and lse of the forward: not of float32, which recomputes everything; of 16 bits
-    where some head attends along an axis that is not packed."""
-    long = (temporal_heads > 0 and T > PACKED_TOKENS) or (temporal_heads < H and S > PACKED_TOKENS)
+    where some head attends along more than SHORT_TOKENS."""
+    long = (temporal_heads > 0 and T > SHORT_TOKENS) or (temporal_heads < H and S > SHORT_TOKENS)
     return itemsize < 4 and long
 
 
@@ -107,12 +108,12 @@ def launch_bwd(
     forward does, and do likewise.
 
     o_again: of q's shape; o is recomputed into it. ValueError where o was kept: of 16 bits, of which some sequence is
-    not packed."""
+    longer than SHORT_TOKENS."""
     _, T, S, H, _ = q.shape
     if o_again is not None and keeps_output(T, S, H, temporal_heads, q.element_size()):
         raise ValueError(
             f"factorized_attention: backend 'cuda' got o_again for T={T}, S={S}, temporal_heads={temporal_heads} of "
-            f"{H}; o is written again in float32, or where every head attends along {PACKED_TOKENS} tokens at most\n"
+            f"{H}; o is written again in float32, or where every head attends along {SHORT_TOKENS} tokens at most\n"
             "  -> leave it out: such a backward reads o, which the forward's caller keeps"
         )
     if q.numel():

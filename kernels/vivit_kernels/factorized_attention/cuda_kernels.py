@@ -21,5 +21,5 @@ def launch_bwd(
     do, q, k, v, o, lse, dq, dk, dv, temporal_heads: int, options: Options, o_again: Tensor | None = None
 ) -> None:
     """Writes dq, dk, dv, each once, in one launch; copies as the forward does. o_again: memory in which a backward that
-    reads no o, of packed sequences or of float32, recomputes it; ValueError of others."""
+    reads no o, of sequences of up to 64 tokens or of float32, recomputes it; ValueError of others."""
     cuda_grid.launch_bwd(do, q, k, v, o, lse, dq, dk, dv, temporal_heads, options, o_again)
