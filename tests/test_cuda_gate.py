@@ -76,7 +76,9 @@ def test_what_is_planted_is_noticed(planted):
     good, found = planted["packed_good<float4, true>"]
     assert good.threads == 256 and found == ["opcode: no HMMA", "opcode: no MOVM"], "128 bits a load and store"
     _, found = planted["packed_local"]
-    assert "local memory: 256 bytes a thread, 16 at most" in found and not any("spills" in line for line in found)
+    assert f"local memory: 256 bytes a thread, {cuda_gate.MOST_STACK} at most" in found and not any(
+        "spills" in line for line in found
+    )
     assert {"opcode: no LDG.128", "opcode: no STG.128"} <= set(found)
     _, found = planted["resident_unbound"]
     assert found[0].startswith("launch bounds: none") and "opcode: no LDSM" in found
@@ -116,7 +118,7 @@ def test_local_memory_is_allowed_outside_of_loops_that_multiply(planted):
     assert len(cuda_gate.loops_with_products(outside)) == 1 < len(cubin.loops(outside.sass))
     assert (
         not any(line.startswith("spills") for line in others)
-        and "local memory: 64 bytes a thread, 16 at most" in others
+        and f"local memory: 64 bytes a thread, {cuda_gate.MOST_STACK} at most" in others
     )
     smaller = dataclasses.replace(outside, stack=cuda_gate.MOST_STACK)
     assert not cuda_gate.local_memory(smaller)
@@ -146,8 +148,9 @@ def test_loops_are_found_by_branches_back():
     assert cuda_gate.loops_with_products(kernel) == [first, second] and cuda_gate.local_memory(kernel) == []
     inside = dataclasses.replace(kernel, sass=LOOPS.replace("@P0 BRA 0x30", "@P0 BRA 0x20"))
     assert cuda_gate.local_memory(inside) == ["spills: 1 loads and stores of local memory in the loop at 0x0020"]
-    many = dataclasses.replace(kernel, stack=16, local=4)
-    assert cuda_gate.local_memory(many) == ["local memory: 20 bytes a thread, 16 at most"]
+    most = cuda_gate.MOST_STACK
+    many = dataclasses.replace(kernel, stack=most, local=4)
+    assert cuda_gate.local_memory(many) == [f"local memory: {most + 4} bytes a thread, {most} at most"]
 
 
 @in_library
