@@ -37,11 +37,10 @@ VIVIT_DEVICE void along_short(RowSums<kSteps>& sums, const Pairs<1> (&a)[kShortG
     }
 }
 
-// From products of queries and keys to probabilities; slope: d score / d product of each, as Scores has it. Returns, of
-// rows g and g + 8, log2 of the sum of 2^score, +inf where no key may be attended.
+// From products of queries and keys to probabilities. Returns, of rows g and g + 8, log2 of the sum of 2^score, +inf
+// where no key may be attended.
 template <bool kPlain>
-VIVIT_DEVICE float2 weigh_short(Pairs<1> (&x)[kShortGroups], Pairs<1> (&slope)[kShortGroups], const Sequence& at,
-                                const Rules<kPlain>& rules) {
+VIVIT_DEVICE float2 weigh_short(Pairs<1> (&x)[kShortGroups], const Sequence& at, const Rules<kPlain>& rules) {
     float lse[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -51,7 +50,6 @@ VIVIT_DEVICE float2 weigh_short(Pairs<1> (&x)[kShortGroups], Pairs<1> (&slope)[k
             const int j = i / 4, n = i / 2 % 2, e = 2 * r + i % 2;
             const int32_t key = 16 * j + 8 * n + 2 * (lane_number() % 4) + i % 2;
             float& y = x[j].of[0][n][e];
-            slope[j].of[0][n][e] = rules.scores.slope(y);
             const bool may = kPlain ? key < rules.axis.N : may_be_attended(rules.p, at, rules.axis, key);
             y = may ? rules.scores.of(y) : -kInfinity;
             most = fmaxf(most, y);
@@ -110,9 +108,9 @@ VIVIT_DEVICE void short_gradient_of_queries(const Block<kSteps, true>& block, in
     const int32_t rows = block.layout.rows;
     const char *keys = block.rows(1, s), *values = block.rows(2, s);
     const Places<kSteps> places;
-    Pairs<1> x[kShortGroups], dp[kShortGroups], slope[kShortGroups];
+    Pairs<1> x[kShortGroups], dp[kShortGroups];
     across_short<T, kSteps>(x, block.rows(0, s) + first_row * kBytes, keys, rows, places.across);
-    const float2 both = weigh_short(x, slope, at, rules);
+    const float2 both = weigh_short(x, at, rules);
     if (p.o_again.data != nullptr) store_short_output<T>(block, s, first_row, x, places, at, rules);
     across_short<T, kSteps>(dp, block.rows(3, s) + first_row * kBytes, values, rows, places.across);
     if (rules.drops()) multiply_dropped(dp, at, first_row, rules);
@@ -129,7 +127,8 @@ VIVIT_DEVICE void short_gradient_of_queries(const Block<kSteps, true>& block, in
 #pragma unroll
         for (int i = 0; i < 4 * kShortGroups; ++i) {
             const int j = i / 4, n = i / 2 % 2, e = 2 * r + i % 2;
-            x[j].of[0][n][e] *= (dp[j].of[0][n][e] - delta) * slope[j].of[0][n][e];
+            const float weight = x[j].of[0][n][e];
+            x[j].of[0][n][e] = weight * (dp[j].of[0][n][e] - delta) * rules.scores.slope_of(weight, lse[r]);
         }
         float* floats = block.floats(s) + first_row + lane_number() / 4 + 8 * r;
         if (lane_number() % 4 == 0) floats[0] = lse[r], floats[rows] = delta;

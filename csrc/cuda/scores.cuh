@@ -30,6 +30,13 @@ struct Scores {
         return 1.f - y * y;
     }
 
+    // The same of a pair whose probability is known, 2^(score - lse): no register has to keep its product.
+    VIVIT_DEVICE float slope_of(float weight, float lse) const {
+        if (kPlain || cap == 0.f || weight == 0.f) return 1.f;
+        const float y = (lse + log2_fast(weight)) / (cap * kLog2E);
+        return 1.f - y * y;
+    }
+
     // Within 4e-7: near 0 by the series, as the difference of exponentials cancels there.
     static VIVIT_DEVICE float tanh_of(float x) {
         const float size = fabsf(x);
