@@ -67,6 +67,25 @@ def isa(request):
 
 
 @pytest.fixture
+def cuda_library():
+    """A native library that has the CUDA kernels; where there is none, its absence is what `python -m vivit_kernels`
+    explains and tests/test_native.py tests."""
+    from vivit_kernels import _native
+
+    if not _native.CUDA:
+        pytest.skip(_native.NO_CUDA or f"no native library: {_native.WHY}")
+
+
+@pytest.fixture
+def every_call_counts(monkeypatch):
+    """Calls that are too small to be worth it are taken all the same: those of tests are small."""
+    from vivit_kernels.integrations import pytorch
+
+    monkeypatch.setattr(pytorch, "_LEAST_ELEMENTS", 0)
+    monkeypatch.setattr(pytorch, "_LEAST_KEYS", 0)
+
+
+@pytest.fixture
 def poisoned_scratch():
     """Scratch memory of the native library full of NaN: what no kernel wrote cannot pass."""
     torch.ops.vivit_kernels_native.poison_scratch(True)

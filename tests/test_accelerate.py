@@ -25,16 +25,13 @@ B, N, H, D = 2, 19, 4, 16
 E = H * D
 
 
+pytestmark = pytest.mark.usefixtures("every_call_counts")
+
+
 @pytest.fixture
 def kernels():
     if not _native.AVAILABLE:
         pytest.skip(f"without kernels nothing is replaced: {_native.WHY}")
-
-
-@pytest.fixture(autouse=True)
-def small_calls_count(monkeypatch):
-    monkeypatch.setattr(pytorch, "_LEAST_ELEMENTS", 0)
-    monkeypatch.setattr(pytorch, "_LEAST_KEYS", 0)
 
 
 @pytest.fixture

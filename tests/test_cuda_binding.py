@@ -23,7 +23,7 @@ from vivit_kernels.tubelet_embedding.support import SUPPORT as TUBELET
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 CALL = Call("factorized_attention", (8, 16, 196, 12, 64), torch.bfloat16, "cuda", True, (), 90, temporal_heads=6)
-in_library = pytest.mark.skipif(not _native.CUDA, reason=_native.NO_CUDA or f"no native library: {_native.WHY}")
+in_library = pytest.mark.usefixtures("cuda_library")
 gpu = pytest.mark.gpu
 PACKED, RESIDENT, TOO_LONG = range(3)  # Regime of csrc/cuda/attention.h
 ops = torch.ops.vivit_kernels_native
@@ -380,7 +380,7 @@ def test_the_current_stream_is_used():
 
 @gpu
 @in_library
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="another GPU than the current one: there are not two")
 def test_another_device_than_the_current_one():
     qkv, do = on_gpu()
     expected = step(qkv, do, 1)

@@ -23,17 +23,14 @@ from vivit_kernels.numerics import judge
 B, H, N, D = 2, 3, 37, 32
 
 
+pytestmark = pytest.mark.usefixtures("every_call_counts")
+
+
 @pytest.fixture
 def has_kernels(device):
     if device.type == "cpu" and not _native.AVAILABLE:
         pytest.skip(f"without kernels it stays PyTorch's: {_native.WHY}")
     return device
-
-
-@pytest.fixture(autouse=True)
-def small_calls_count(monkeypatch):
-    monkeypatch.setattr(pytorch, "_LEAST_ELEMENTS", 0)
-    monkeypatch.setattr(pytorch, "_LEAST_KEYS", 0)
 
 
 @pytest.fixture
