@@ -201,11 +201,18 @@ def torch_symbols(path: Path) -> set[str]:
 
 @contextlib.contextmanager
 def made(chosen: Plan, folder: Path, sanitize: bool = False, targets: tuple[str, ...] = ()) -> Iterator[Path]:
-    """The library in `folder`, or other targets, up to date and nobody else's until the end of the block."""
+    """The library in `folder`, or other targets, up to date and nobody else's until the end of the block.
+
+    Raises BuildError if csrc/ is edited meanwhile: by their times, objects would count as made from what it is then."""
     with alone(folder):
+        before = library.hash_of(CSRC)
         write_changed(folder / "record.cpp", record_source(chosen))
         write_changed(folder / "build.ninja", ninja_file(chosen, folder, sanitize))
         run_ninja(chosen, folder, targets)
+        if library.hash_of(CSRC) != before:
+            for made_of_either in folder.rglob("*.o"):
+                made_of_either.unlink()
+            raise BuildError("csrc/ has changed while it was compiled", "build again")
         yield folder / library.NAME
 
 

@@ -179,6 +179,24 @@ def test_a_build_that_fails_says_so_and_leaves_the_old_library(tree):
 
 
 @builds
+def test_sources_that_change_while_they_are_compiled_are_compiled_again(tree):
+    assert run_build(tree).returncode == 0
+    before = built(tree).read_bytes()
+    write(tree, {"cpu/numbers.h": SOURCES["cpu/numbers.h"].replace("40", "41")})
+    edits = tree / "edits"
+    edits.write_text(
+        '#!/bin/sh\ng++ "$@" || exit\ncase " $* " in *" -c "*) sed -i s/41/50/ csrc/cpu/numbers.h;; esac\n'
+    )
+    edits.chmod(0o755)
+    done = run_build(tree, CXX=str(edits))
+    assert done.returncode == 1 and "csrc/ has changed while it was compiled\n  -> build again" in done.stderr
+    assert built(tree).read_bytes() == before
+    assert {"bindings.cpp", "_C.so"} <= compiled(run_build(tree))
+    shutil.copy(built(tree), tree / "again.so")
+    assert answer_of(tree / "again.so") == 52
+
+
+@builds
 def test_builds_at_the_same_time_wait_for_each_other(tree):
     command = [sys.executable, "csrc/build.py"]
     both = [subprocess.Popen(command, cwd=tree, stdout=subprocess.PIPE, text=True) for _ in range(2)]
