@@ -40,11 +40,11 @@ WANTED = {
 ONLY_ON = {"hopper": 90}  # elsewhere a kernel of that name is empty
 NARROW = ("LDG.16", "STG.16", "STG.8", "LDGSTS.16", "LDGSTS.8")  # LDG.8 reads a mask
 PRODUCTS = ("HMMA", "HGMMA")  # by tensor cores
-# Where every register is taken, a few kernels keep one to six values in local memory for a while, outside of the
+# Where every register is taken, a few kernels keep one or two values in local memory for a while, outside of the
 # loops that multiply. That stays in the first-level cache and costs some cycles of a tile's thousands; in such a loop
 # it would cost them at each step. More bytes would be an array that is indexed or a loop's sums, which must not be
 # there.
-MOST_STACK = 24  # bytes
+MOST_STACK = 8  # bytes
 HEADER = (
     "kernel", "arch", "registers", "shared", "threads", "warps", "HGMMA", "HMMA", "MOVM", "LDSM", "FFMA", "loads",
     "copies", "stores", "exp2",
