@@ -53,7 +53,7 @@ def ninja_file(cxx: tuple[str, ...], torch_folder: Path) -> str:
     for source in sources():
         objects.append(build.name(FOLDER / f"{source.name}.o"))
         lines.append(f"build {objects[-1]}: cxx {build.name(source)}")
-        if source.name == "module.cpp":
+        if source.name.endswith("module.cpp"):
             lines.append(f"  flags = {shlex.join(foreign)}")
     lines.append(f"build {build.name(MODULE)}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"

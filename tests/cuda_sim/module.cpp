@@ -1,18 +1,13 @@
 // The Python module cuda_sim: the launchers of csrc/cuda, and the simulator's own examples, on tensors in CPU memory.
 // A Failure becomes a RuntimeError. tests/cuda_simulator.py makes it and calls it.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <cmath>
-#include <mutex>
-#include <optional>
-#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "cuda/attention.h"
+#include "cuda_sim/calls.h"
 #include "cuda_sim/examples.cuh"
 #include "cuda_sim/group_examples.cuh"
 
@@ -21,50 +16,14 @@ namespace {
 namespace py = pybind11;
 using namespace vivit::cuda;
 
-// Address, bytes of an element, sizes, strides (in elements).
-using View = std::tuple<uintptr_t, int, std::vector<int64_t>, std::vector<int64_t>>;
-using MaybeView = std::optional<View>;
+using sim::MaybeView;
+using sim::Run;
+using sim::View;
 
-// One launch at a time: the simulated machine is one.
-class Run {
-  public:
-    Run(uint64_t seed, int shared_bytes, int arch = 90) : alone_(machine_, std::defer_lock) {
-        {
-            const py::gil_scoped_release others_may_run;  // who has the machine may wait for Python
-            alone_.lock();
-        }
-        sim::schedule = {seed, shared_bytes, arch};
-    }
-
-    void* add(const char* name, const View& view, bool output) {
-        const auto& [address, element, sizes, strides] = view;
-        tensors_.push_back({name, reinterpret_cast<char*>(address), element, sizes, strides, output});
-        return reinterpret_cast<void*>(address);
-    }
-    template <class T>
-    T* add(const char* name, const MaybeView& view, bool output = false) {
-        return view.has_value() ? static_cast<T*>(add(name, *view, output)) : nullptr;
-    }
-    Grid grid(const char* name, const View& view, bool output = false) {
-        const auto& strides = std::get<3>(view);
-        return {add(name, view, output), strides[0], strides[1], strides[2], strides[3]};
-    }
-
-    template <class Launch>
-    void operator()(Launch launch) {
-        const py::gil_scoped_release others_may_run;
-        sim::register_tensors(tensors_);
-        const int error = launch();
-        if (error != 0) throw sim::Failure("launch: cudaError_t " + std::to_string(error));
-    }
-
-  private:
-    static std::mutex machine_;
-    std::unique_lock<std::mutex> alone_;
-    std::vector<sim::Tensor> tensors_;
-};
-
-std::mutex Run::machine_;
+Grid grid(Run& run, const char* name, const View& view, bool output = false) {
+    const auto& strides = std::get<3>(view);
+    return {run.add(name, view, output), strides[0], strides[1], strides[2], strides[3]};
+}
 
 // What both directions share, by name.
 struct Call {
@@ -83,7 +42,7 @@ AttentionParams params_of(const Call& call, Run& run, bool writes_lse) {
     p.B = size(0), p.T = size(1), p.S = size(2), p.H = size(3), p.D = size(4);
     p.temporal_heads = call.temporal_heads;
     p.dtype = static_cast<DType>(call.dtype);
-    p.q = run.grid("q", call.q), p.k = run.grid("k", call.k), p.v = run.grid("v", call.v);
+    p.q = grid(run, "q", call.q), p.k = grid(run, "k", call.k), p.v = grid(run, "v", call.v);
     p.lse = run.add<float>("lse", call.lse, writes_lse);
     p.mask = run.add<const bool>("mask", call.mask);
     p.cos = run.add<const float>("cos", call.cos), p.sin = run.add<const float>("sin", call.sin);
@@ -100,7 +59,7 @@ AttentionParams params_of(const Call& call, Run& run, bool writes_lse) {
 void attention_forward(const Call& call, const View& o) {
     Run run(call.schedule_seed, call.shared_bytes, call.arch);
     AttentionParams p = params_of(call, run, true);
-    p.o = run.grid("o", o, true);
+    p.o = grid(run, "o", o, true);
     run([&] { return launch_forward(p, nullptr); });
 }
 
@@ -108,10 +67,10 @@ void attention_backward(const Call& call, const MaybeView& o, const View& d_o, c
                         const View& dv, const MaybeView& o_again) {
     Run run(call.schedule_seed, call.shared_bytes, call.arch);
     AttentionParams p = params_of(call, run, false);
-    if (o.has_value()) p.o = run.grid("o", *o);
-    if (o_again.has_value()) p.o_again = run.grid("o_again", *o_again, true);
-    p.d_o = run.grid("do", d_o);
-    p.dq = run.grid("dq", dq, true), p.dk = run.grid("dk", dk, true), p.dv = run.grid("dv", dv, true);
+    if (o.has_value()) p.o = grid(run, "o", *o);
+    if (o_again.has_value()) p.o_again = grid(run, "o_again", *o_again, true);
+    p.d_o = grid(run, "do", d_o);
+    p.dq = grid(run, "dq", dq, true), p.dk = grid(run, "dk", dk, true), p.dv = grid(run, "dv", dv, true);
     run([&] { return launch_backward(p, nullptr); });
 }
 
