@@ -7,30 +7,35 @@ namespace vivit::cuda {
 
 enum class DType : int32_t { kBFloat16 = 1, kFloat16 = 2, kFloat32 = 3 };
 
-// A tensor [B, T, S, H, D] of any strides (in elements) but a unit last one, each row at a multiple of 16 bytes.
-struct Grid {
-    void* data = nullptr;
-    int64_t stride_b = 0, stride_t = 0, stride_s = 0, stride_h = 0;
-};
-
-// Attention on the token grid: heads below temporal_heads attend over T, the others over S.
-struct AttentionParams {
-    int32_t B = 0, T = 0, S = 0, H = 0, D = 0;
-    int32_t temporal_heads = 0;
+// What every attention kernel is told of a call beside its tensors [.., H, D]. Tokens are counted within their clip.
+struct AttentionOptions {
+    int32_t D = 0;
     DType dtype = DType::kBFloat16;
-    Grid q, k, v;
-    Grid o;                      // written by a forward, read by a backward where keeps_output says so
-    Grid d_o, dq, dk, dv;        // backward only
-    Grid o_again;                // backward that does not read o: o once more, or none
-    float* lse = nullptr;        // [B, H, T * S] or none: log2 of the sum of 2^score, +inf where no key may be attended
-    const bool* mask = nullptr;  // [B, T * S] or none, true may be attended
-    const float* cos = nullptr;  // [T * S, D / 2] or none
+    float* lse = nullptr;        // [B, H, queries] or none: log2 of the sum of 2^score, +inf where none may be attended
+    const bool* mask = nullptr;  // [B, keys] or none, true may be attended
+    const float* cos = nullptr;  // [tokens, D / 2] or none
     const float* sin = nullptr;  // beside cos
     float scale = 1.f;
     float softcap = 0.f;            // 0: none
     const int64_t* seed = nullptr;  // (seed, offset) on the device, or none: no dropout
     float keep_scale = 1.f;         // 1 / (1 - p), or 0 where everything is dropped
     uint32_t keep_from = 0;         // a pair is kept iff its 32 bits are at least this
+};
+
+// A tensor [B, T, S, H, D] of any strides (in elements) but a unit last one, each row at a multiple of 16 bytes.
+struct Grid {
+    void* data = nullptr;
+    int64_t stride_b = 0, stride_t = 0, stride_s = 0, stride_h = 0;
+};
+
+// Attention on the token grid: heads below temporal_heads attend over T, the others over S; a clip has T * S tokens.
+struct AttentionParams : AttentionOptions {
+    int32_t B = 0, T = 0, S = 0, H = 0;
+    int32_t temporal_heads = 0;
+    Grid q, k, v;
+    Grid o;                // written by a forward, read by a backward where keeps_output says so
+    Grid d_o, dq, dk, dv;  // backward only
+    Grid o_again;          // backward that does not read o: o once more, or none
 };
 
 // How a sequence of N tokens is run. kPacked: in registers, a warp for one or two sequences of 16 bits. kResident: in

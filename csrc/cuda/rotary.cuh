@@ -16,16 +16,16 @@ struct Four {
 };
 
 // The row of the tables for a token of the clip.
-VIVIT_DEVICE int64_t angles_of(const AttentionParams& p, int64_t token) { return token * (p.D / 2); }
+VIVIT_DEVICE int64_t angles_of(const AttentionOptions& p, int64_t token) { return token * (p.D / 2); }
 
 // One channel turned.
-VIVIT_DEVICE float turned(const AttentionParams& p, int64_t at, float x, float partner, float sign) {
+VIVIT_DEVICE float turned(const AttentionOptions& p, int64_t at, float x, float partner, float sign) {
     return x * load_one(p.cos + at) + partner * sign * load_one(p.sin + at);
 }
 
 // 16 bytes of a row, channels 8 chunk, ..., as they are loaded, turned: partners are read where they lie in memory.
 template <class T>
-VIVIT_DEVICE uint4 turned_chunk(const AttentionParams& p, int64_t token, const char* row, int32_t chunk, uint4 x) {
+VIVIT_DEVICE uint4 turned_chunk(const AttentionOptions& p, int64_t token, const char* row, int32_t chunk, uint4 x) {
     uint32_t word[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -58,7 +58,7 @@ VIVIT_DEVICE void store_numbers<float>(char* to, const float (&x)[4]) {
 // at a pitch of `pitch` floats, whose lanes have to meet before. place(row) tells `there`, `token` (of the clip) and
 // `to` of it.
 template <class T, int kRows = 16, class Place>
-VIVIT_DEVICE void store_turned_back(const AttentionParams& p, const float* scratch, int32_t pitch, float scale,
+VIVIT_DEVICE void store_turned_back(const AttentionOptions& p, const float* scratch, int32_t pitch, float scale,
                                     const Place& place) {
     const int32_t half = p.D / 2, fours = half / 4;
     for (int32_t i = static_cast<int32_t>(threadIdx.x) % 32; i < kRows * fours; i += 32) {

@@ -14,7 +14,7 @@ template <bool kPlain>
 struct Scores {
     float unit, cap, over_cap;
 
-    VIVIT_DEVICE explicit Scores(const AttentionParams& p)
+    VIVIT_DEVICE explicit Scores(const AttentionOptions& p)
         : unit(p.scale * kLog2E), cap(p.softcap), over_cap(p.softcap > 0 ? p.scale / p.softcap : 0.f) {}
 
     VIVIT_DEVICE float of(float product) const {
@@ -56,7 +56,7 @@ struct Dropout {
     uint32_t key0, key1, offset, keep_from;
     float keep_scale;
 
-    VIVIT_DEVICE explicit Dropout(const AttentionParams& p)
+    VIVIT_DEVICE explicit Dropout(const AttentionOptions& p)
         : on(p.seed != nullptr), key0(0), key1(0), offset(0), keep_from(p.keep_from), keep_scale(p.keep_scale) {
         if (on) {
             const uint64_t seed = static_cast<uint64_t>(load_one(p.seed));

@@ -1,0 +1,31 @@
+// What a caller of the CUDA kernels of joint attention fills in. Torch-free; joint/bindings.cpp and the host simulator
+// include it.
+#pragma once
+
+#include <cstdint>
+
+#include "attention.h"
+
+namespace vivit::cuda {
+
+// A tensor [B, N, H, D] of any strides (in elements) but a unit last one, each row at a multiple of 16 bytes.
+struct Tokens {
+    void* data = nullptr;
+    int64_t stride_b = 0, stride_n = 0, stride_h = 0;
+};
+
+// Every query attends to every key of its clip. 16 bits. Tables of angles are there only where N_q = N_k.
+struct JointParams : AttentionOptions {
+    int32_t B = 0, H = 0;
+    int32_t N_q = 0, N_k = 0;  // of q, o, d_o and dq; of k, v, dk and dv
+    Tokens q, k, v;
+    Tokens o;                // written by a forward, read by a backward
+    Tokens d_o, dq, dk, dv;  // backward only
+    float* delta = nullptr;  // backward only, [B, H, N_q]: sum(d_o * o) of each query, written and then read
+};
+
+// On `stream` (a cudaStream_t) of the current device. Returns a cudaError_t, 0 for success.
+int launch_joint_forward(const JointParams& params, void* stream);
+int launch_joint_backward(const JointParams& params, void* stream);
+
+}  // namespace vivit::cuda
