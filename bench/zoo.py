@@ -22,9 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from vivit import ViViT, ViViTConfig, flops, weights
 from vivit.config import SIZES
-from vivit.linear import Linear
 from vivit.model import Attention, Block
-from vivit_kernels import _environment, _native
+from vivit_kernels import Linear, _environment, _native
 from vivit_kernels._attention.options import Options
 from vivit_kernels._dispatch import Call, refusals
 from vivit_kernels.factorized_attention import reference as factorized_reference

@@ -1,9 +1,8 @@
 """ViViT (Arnab et al. 2021, arXiv 2103.15691), all four models, read top to bottom.
 
 Letters: B clips, C channels, F Y X the clip's frames, rows, columns, T temporal and S spatial tokens, N tokens that one
-query attends to, H heads, D head size, E = H*D. Attention and tubelet embedding are vivit_kernels' public functions;
-everything else is plain PyTorch, linears on a CPU by its fastest route (linear.py). The names in brackets are the
-sections of the paper.
+query attends to, H heads, D head size, E = H*D. Attention, tubelet embedding and linears are vivit_kernels' public
+names; everything else is plain PyTorch. The names in brackets are the sections of the paper.
 """
 
 from __future__ import annotations
@@ -12,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vivit_kernels import factorized_attention, joint_attention, tubelet_embedding
+from vivit_kernels import Linear, factorized_attention, joint_attention, mlp, tubelet_embedding, unwatched
 
 from .config import ViViTConfig
-from .linear import Linear, mlp, unwatched
 
 
 def uniform_frame_indices(frames: int, wanted: int) -> list[int]:

@@ -4,6 +4,8 @@
     factorized_attention    the first heads along time, the others within the frame, on the token grid in place
     spatial_attention, temporal_attention           its two ends
     joint_attention         every token to every token, in O(N) memory
+    Linear, linear, mlp     nn.Linear, F.linear and two layers around a GELU, on a CPU by the fastest route of PyTorch
+    unwatched               whether no hook wants to see what goes in and out of these modules
     rotary_tables           cos and sin of a three-axis rotary embedding, for rotary=
     accelerate              replaces, in any model, the modules that this package has faster ones for; with a report
     TubeletEmbedding, SpatialAttention, TemporalAttention, FactorizedAttention, JointAttention, VideoMultiheadAttention
@@ -20,6 +22,7 @@ from .explain import explain
 from .factorized_attention.api import factorized_attention, spatial_attention, temporal_attention
 from .integrations.pytorch import sdpa_override
 from .joint_attention.api import joint_attention
+from .linear import Linear, linear, mlp, unwatched
 from .modules import (
     FactorizedAttention,
     JointAttention,
@@ -33,6 +36,7 @@ from .tubelet_embedding.api import tubelet_embedding
 __all__ = [
     "FactorizedAttention",
     "JointAttention",
+    "Linear",
     "SpatialAttention",
     "TemporalAttention",
     "TubeletEmbedding",
@@ -41,9 +45,12 @@ __all__ = [
     "explain",
     "factorized_attention",
     "joint_attention",
+    "linear",
+    "mlp",
     "rotary_tables",
     "sdpa_override",
     "spatial_attention",
     "temporal_attention",
     "tubelet_embedding",
+    "unwatched",
 ]

@@ -32,14 +32,26 @@ _CONVOLUTION = getattr(torch.ops.mkldnn, "_convolution_pointwise", None) if _ONE
 
 
 class Linear(nn.Linear):
-    """nn.Linear by `linear`: the same parameters, the same results."""
+    """nn.Linear by `linear`: the same parameters, state dict and results, within the error budget.
+
+    It adds no state, so that a layer becomes one, and nn.Linear again, by `layer.__class__ = Linear`.
+
+        y = Linear(768, 3072)(x)
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear: x `[..., K]`, weight `[N, K]`, bias `[N]` -> `[..., N]`; backward any number of times."""
+    """F.linear: x `[..., K]`, weight `[N, K]`, bias `[N]` or None -> `[..., N]`; backward any number of times.
+
+    It is F.linear for every call that a CPU with AVX-512 does not run faster as a convolution: on other devices, in
+    other dtypes than float32 and bfloat16 (that of autocast counts), of few rows, and in a model that is exported.
+    Raises what F.linear raises.
+
+        y = linear(x, layer.weight, layer.bias)
+    """
     if not _takes(x, (weight, bias)):
         return F.linear(x, weight, bias)
     rows, weight, bias = _prepared(x, weight, bias)
@@ -52,7 +64,9 @@ def mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
 
     Without gradients the GELU is the product's epilogue: 3 to 10 % of an MLP (Zen 4), and no second hidden tensor. With
     them, it is made again in backward: 1 % of a layer's step, and its output, 38 MB per layer of ViT-B in float32, is
-    not kept.
+    not kept. Raises what F.linear raises.
+
+        y = mlp(x, fc1, fc2)
     """
     if not _takes(x, (fc1.weight, fc1.bias), (fc2.weight, fc2.bias)):
         return F.linear(F.gelu(F.linear(x, fc1.weight, fc1.bias), approximate="tanh"), fc2.weight, fc2.bias)
@@ -66,7 +80,10 @@ def mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
 
 
 def unwatched(*modules: nn.Module) -> bool:
-    """Whether no hook of these modules wants to see, or could change, what goes in and out of them."""
+    """Whether no hook of these modules wants to see, or could change, what goes in and out of them.
+
+    Who computes what several modules would, as `mlp` does, asks before: `if unwatched(fc1, fc2): y = mlp(x, fc1, fc2)`.
+    """
     return not any(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         for module in modules
