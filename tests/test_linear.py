@@ -1,4 +1,4 @@
-"""vivit_kernels/linear.py against F.linear: values, gradients, and the other things that a linear layer is asked for."""
+"""vivit_kernels/linear.py against F.linear: values, gradients, and what else is asked of a linear layer."""
 
 from __future__ import annotations
 
