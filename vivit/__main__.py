@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("config", metavar="CONFIG", help=f"a TOML file, or one of: {shipped}")
     train.add_argument("--data", help="videos: a folder per class, or a list file with `path label` lines")
     train.add_argument("--out", default="", help="folder of the run (runs/<config>)")
+    train.add_argument("--memory", default="", metavar="LEVEL", help="fast, balanced, small or smallest (see info)")
     train.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly")
     train.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting: optimizer.lr=0.05"
@@ -68,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
 def command_train(args: argparse.Namespace) -> int:
     from .train import Run
 
-    config = recipe.load(args.config, args.set)
+    config = recipe.load(args.config, [*args.set, *([f"memory={args.memory}"] if args.memory else [])])
     if args.data:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=args.data))
     training, validation, config = recipe.datasets(config)
@@ -155,9 +156,10 @@ def command_info(args: argparse.Namespace) -> int:
     from .model import ViViT
 
     if (Path(args.config) / "model.safetensors").exists():
-        config = _trained(args.config, "")[0].config
+        run = recipe.TrainConfig(model=_trained(args.config, "")[0].config)
     else:
-        config = recipe.load(args.config, args.set).model
+        run = recipe.load(args.config, args.set)
+    config = run.model
     with torch.device("meta"):
         model = ViViT(config)
     names = {name for name, _ in model.named_children()}
@@ -181,6 +183,11 @@ def command_info(args: argparse.Namespace) -> int:
         f"work         {work.paper_gflops:,.3f} GFLOPs a clip as the paper counts, "
         f"{work.macs / 1e9:,.3f} G multiply-adds"
     )
+    from .footprint import table
+
+    device = "cuda" if run.device != "cpu" and torch.cuda.is_available() else "cpu"
+    for line in table(config, run.batch, "autocast" if run.autocast else "float32", device):
+        print(line)
     return 0
 
 

@@ -7,12 +7,15 @@ names; everything else is plain PyTorch. The names in brackets are the sections 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vivit_kernels import Linear, factorized_attention, joint_attention, mlp, tubelet_embedding, unwatched
 
+from . import memory
 from .config import ViViTConfig
 
 
@@ -63,20 +66,31 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, N, E] or [B, T, S, E]
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, T, S, 3, H, D]: read in place, never permuted
+        return self.dropout(self.proj(self.attend(qkv).reshape(x.shape)))
+
+    def attend(self, qkv: Tensor, seed: Tensor | None = None) -> Tensor:  # [..., 3, H, D] -> [..., H, D]
         dropout_p = self.attention_dropout if self.training else 0.0
+        options: dict[str, Any] = dict(dropout_p=dropout_p, seed=seed if dropout_p else None, backend=self.backend)
         if self.temporal_heads is None:
-            o = joint_attention(qkv.flatten(1, -4), dropout_p=dropout_p, backend=self.backend)  # [B, N, H, D]
-        else:
-            o = factorized_attention(qkv, temporal_heads=self.temporal_heads, dropout_p=dropout_p, backend=self.backend)
-        return self.dropout(self.proj(o.reshape(x.shape)))
+            return joint_attention(qkv.flatten(1, -4), **options).view(*qkv.shape[:-3], *qkv.shape[-2:])
+        return factorized_attention(qkv, temporal_heads=self.temporal_heads, **options)
 
     def class_row(self, x: Tensor) -> Tensor:  # [..., N, E] -> [..., 1, E]
         """The first row of `forward`, over all N tokens ("joint", "space"): no other query is asked."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).flatten(0, -5)  # [B, N, 3, H, D], B times T frames
-        q, k, v = qkv.unbind(2)
-        dropout_p = self.attention_dropout if self.training else 0.0
-        o = joint_attention(q[:, :1], k, v, dropout_p=dropout_p, backend=self.backend)  # [B, 1, H, D]
+        o = self.attend_class_row(self.qkv(x).unflatten(-1, (3, self.heads, -1)))  # [B, 1, H, D], B times T frames
         return self.dropout(self.proj(o.reshape(x[..., :1, :].shape)))
+
+    def attend_class_row(self, qkv: Tensor) -> Tensor:  # [..., N, 3, H, D] -> [B, 1, H, D]
+        q, k, v = qkv.flatten(0, -5).unbind(2)
+        dropout_p = self.attention_dropout if self.training else 0.0
+        return joint_attention(q[:, :1], k, v, dropout_p=dropout_p, backend=self.backend)
+
+    def longest(self, x: Tensor) -> int:
+        """Keys of the longest sequence that a query of x, `[B, N, E]` or `[B, T, S, E]`, attends to."""
+        if self.temporal_heads is None:
+            return x[0, ..., 0].numel()
+        T, S = x.shape[1:3]
+        return max(T if self.temporal_heads else 0, S if self.temporal_heads < self.heads else 0)
 
 
 class MLP(nn.Module):
@@ -106,18 +120,32 @@ class Block(nn.Module):
         self.norm_mlp = nn.LayerNorm(E, config.eps)
         self.mlp = MLP(E, mlp, drop)
         self.drop_path = DropPath(drop_path, rescale=config.drop_path_schedule == "timm")
+        self.memory = "fast"
 
     def forward(self, x: Tensor) -> Tensor:  # [B, N, E] or [B, T, S, E]
+        return self.plain(x) if self.memory == "fast" else memory.forward(self, x)
+
+    def class_row(self, x: Tensor) -> Tensor:  # [..., N, E] -> [..., 1, E]
+        """The first row of `forward`; only where each token is attended to once ("joint", "space")."""
+        return self.plain_class_row(x) if self.memory == "fast" else memory.forward(self, x, row=True)
+
+    def plain(self, x: Tensor) -> Tensor:
         for norm, attention in zip(self.norms, self.attentions, strict=True):
             x = x + self.drop_path(attention(norm(x)))
         return x + self.drop_path(self.mlp(self.norm_mlp(x)))
 
-    def class_row(self, x: Tensor) -> Tensor:  # [..., N, E] -> [..., 1, E]
-        """The first row of `forward`; only where each token is attended to once ("joint", "space")."""
+    def plain_class_row(self, x: Tensor) -> Tensor:
         attention = self.attentions[0]
         assert isinstance(attention, Attention)
         row = x[..., :1, :] + self.drop_path(attention.class_row(self.norms[0](x)))
         return row + self.drop_path(self.mlp(self.norm_mlp(row)))
+
+    def ordinary(self) -> bool:
+        """Whether it is made of this file's modules and none was replaced: memory.py computes what these would."""
+        return all(type(module) in _ORDINARY for module in self.modules())
+
+
+_ORDINARY = {Block, Attention, MLP, DropPath, Linear, nn.LayerNorm, nn.Dropout, nn.ModuleList}
 
 
 def drop_path_rates(config: ViViTConfig, depth: int) -> list[float]:
@@ -163,12 +191,14 @@ class ViViT(nn.Module):
     video: `[B, C, F, Y, X]`, or another layout named by `layout=` ("BFCYX", "BFYXC"). uint8 is normalised inside
     (config.pixel_mean, pixel_std); floating-point video is taken as already normalised (ViViT: in [-1, 1]).
     backend: for every vivit_kernels call of this model; None chooses the fastest that can run each call.
+    memory: what training keeps for its backward, one of memory.LEVELS: "fast", "balanced", "small", "smallest". An
+        attribute of every block, and free to change between steps: `model.keep("small")`.
     """
 
     frame_indices: Tensor
     class_row_alone = True  # a last block that is read in one row computes that row
 
-    def __init__(self, config: ViViTConfig, backend: str | None = None):
+    def __init__(self, config: ViViTConfig, backend: str | None = None, memory: str = "fast"):
         super().__init__()
         self.config, self.backend = config, backend
         E, (T, S) = config.embedding, (config.T, config.S)
@@ -192,6 +222,14 @@ class ViViT(nn.Module):
         self.representation = nn.Linear(E, config.representation) if config.representation else None
         self.head = nn.Linear(config.representation or E, sum(config.head_sizes))
         self.reset_parameters()
+        self.keep(memory)
+
+    def keep(self, level: str) -> None:
+        """Sets what training keeps for its backward. Raises ValueError for what is none of memory.LEVELS."""
+        memory.check(level)
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.memory = level
 
     def forward(self, video: Tensor, layout: str = "BCFYX"):
         logits = self.head(self.forward_features(video, layout))

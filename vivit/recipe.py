@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import memory as memory_levels
 from .config import ViViTConfig, from_dict, nearest
 from .data import ClipSpec, DataError, VideoClips, find_splits, read_items
 from .video import DECODERS
@@ -83,6 +84,7 @@ class TrainConfig:
     batch: int = 64
     label_smoothing: float = 0.0
     autocast: bool = False  # bf16
+    memory: str = "fast"  # what stays for the backward: fast, balanced, small, smallest (memory.py)
     seed: int = 0
     threads: int = 0  # 0: PyTorch's choice. A curve repeats bit for bit with the same number of threads
     device: str = "auto"  # auto: a GPU where there is one
@@ -95,6 +97,7 @@ class TrainConfig:
             _check(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
         for key in ("seed", "threads"):
             _check(getattr(self, key) >= 0, key, getattr(self, key), "must not be negative")
+        memory_levels.check(self.memory, "recipe")
         _check(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "must be in [0, 1)")
         _check(len(self.model.head_sizes) == 1, "model.classes", self.model.classes, "must be one number to train here")
 

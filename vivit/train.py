@@ -125,7 +125,7 @@ class Run:
         self.warmup = int(config.optimizer.warmup_epochs * self.steps_per_epoch)
         out.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(config.seed)
-        self.model = ViViT(config.model).to(self.device)
+        self.model = ViViT(config.model, memory=config.memory).to(self.device)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.step, self.problems = 0, Problems()
         saved = out / "checkpoint.pt"
@@ -154,9 +154,9 @@ class Run:
         checkpoint.set_random_state(state["random"])
 
     def _identity(self) -> dict[str, Any]:
-        """What the curve depends on; workers, threads and device may change between parts of a run."""
+        """What the curve depends on; workers, threads, device and memory may change between parts of a run."""
         values = json.loads(json.dumps(self.config.to_dict()))
-        for key in ("threads", "device", "checkpoint_every", "evaluate_every"):
+        for key in ("threads", "device", "memory", "checkpoint_every", "evaluate_every"):
             values.pop(key)
         values["data"].pop("workers")
         tables = [(k, v) for k, v in values.items() if isinstance(v, dict)]

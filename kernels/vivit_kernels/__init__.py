@@ -5,6 +5,7 @@
     spatial_attention, temporal_attention           its two ends
     joint_attention         every token to every token, in O(N) memory
     Linear, linear, mlp     nn.Linear, F.linear and two layers around a GELU, on a CPU by the fastest route of PyTorch
+    low_memory              a module: layers of a block that keep less for backward, and make the rest again
     unwatched               whether no hook wants to see what goes in and out of these modules
     rotary_tables           cos and sin of a three-axis rotary embedding, for rotary=
     accelerate              replaces, in any model, the modules that this package has faster ones for; with a report
@@ -16,6 +17,7 @@
 `python -m vivit_kernels` shows what this install can run, and why not the rest.
 """
 
+from . import low_memory
 from ._attention.rotary import rotary_tables
 from .accelerate import accelerate
 from .explain import explain
@@ -46,6 +48,7 @@ __all__ = [
     "factorized_attention",
     "joint_attention",
     "linear",
+    "low_memory",
     "mlp",
     "rotary_tables",
     "sdpa_override",

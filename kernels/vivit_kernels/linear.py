@@ -79,6 +79,23 @@ def mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
     return y.view(*x.shape[:-1], weight2.shape[0])
 
 
+def input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
+    """dy @ weight, dy `[M, N]`, weight `[N, K]`, both of one dtype -> `[M, K]`: what `linear` gives its input."""
+    return _input_gradient(dy, None, weight.contiguous()) if _takes(dy, (weight.t(), None)) else dy @ weight
+
+
+def weight_gradient(dy: Tensor, rows: Tensor) -> Tensor:
+    """dy.T @ rows, dy `[M, N]`, rows `[M, K]`, both of one dtype -> `[N, K]`: what `linear` gives its weight."""
+    many = len(rows) >= _FEWEST_ROWS and min(dy.shape[1], rows.shape[1]) >= _FEWEST_COLUMNS
+    return _weight_gradient(dy, rows) if many and rows.device.type == "cpu" else dy.t() @ rows
+
+
+def gelu_again(rows: int, width: int, hidden: int, dtype: torch.dtype) -> bool:
+    """Whether `mlp` of so many rows on a CPU keeps no output of its GELU for backward, but makes it again."""
+    runs = _ONEDNN if dtype == torch.float32 else _BFLOAT16 and dtype == torch.bfloat16
+    return runs and rows >= _FEWEST_ROWS and min(width, hidden) >= _FEWEST_COLUMNS
+
+
 def unwatched(*modules: nn.Module) -> bool:
     """Whether no hook of these modules wants to see, or could change, what goes in and out of them.
 

@@ -1,0 +1,151 @@
+"""How many bytes a training step keeps from its forward for its backward, from the configuration alone.
+
+Counted are tensors by their storage, each once, without the parameters: what torch.autograd.graph.saved_tensors_hooks
+show. The largest moment of a step is higher by what backward works on, a block's tensors at most. tests/test_memory.py
+holds these numbers to what the hooks count.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from vivit_kernels import low_memory
+
+from .config import ViViTConfig, nearest
+from .memory import LEVELS, LONGEST_AGAIN, check
+
+KINDS = ("video", "block inputs", "norms", "qkv", "attention", "hidden", "gelu", "dropout", "weight copies", "other")
+PRECISIONS = {"float64": 8, "float32": 4, "autocast": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What runs: a level of memory.LEVELS, clips at once, a precision of PRECISIONS, "cpu" or "cuda"."""
+
+    memory: str = "fast"
+    clips: int = 1
+    precision: str = "float32"
+    device: str = "cpu"
+
+    def __post_init__(self):
+        check(self.memory)
+        if self.precision not in PRECISIONS:
+            rule = nearest(self.precision, PRECISIONS)
+            raise ValueError(f"footprint: precision={self.precision!r} is not known; {rule}")
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number that a product makes or reads."""
+        return PRECISIONS[self.precision]
+
+    def without_gelu(self, rows: int, config: ViViTConfig, hidden: int) -> bool:
+        """Whether plain code keeps no output of the GELU: vivit_kernels.mlp, where its products are convolutions."""
+        dtype = torch.bfloat16 if self.size == 2 else getattr(torch, self.precision)
+        return (
+            self.device == "cpu" and not config.dropout and low_memory.gelu_again(rows, config.embedding, hidden, dtype)
+        )
+
+
+def activations(config: ViViTConfig, step: Step) -> Counter[str]:
+    """Bytes by kind (KINDS) that `ViViT(config, memory=step.memory)` in training keeps of a forward of `step.clips`.
+
+    activations(ViViTConfig.preset("B/16x2"), Step("small", precision="autocast")).total()
+    """
+    E, T, S, cls = config.embedding, config.T, config.S, int(config.has_class_token)
+    frames, length = (T, S + cls) if config.attention == "factorized_encoder" else (1, T * S + cls)
+    many = step.clips * frames
+    kept: Counter[str] = Counter()
+    kept["video"] = step.clips * config.channels * config.height * config.width * _frames(config)
+    kept["dropout"] += many * length * E * _mask(config.dropout, step)
+    for number, over in enumerate(config.layers):
+        alone = bool(cls) and number == config.depth - 1
+        kept += _block(config, step, over, many, length, alone, step.size, config.heads, config.mlp)
+    rows = many if cls else many * length
+    kept["other"] += rows * (E * _norm_size(step, step.size) + 8)
+    if config.temporal_depth:
+        size = max(step.size, 4)  # positions in float32 are added outside of any product
+        kept["dropout"] += step.clips * (T + cls) * E * _mask(config.dropout, step, size)
+        heads, mlp = config.temporal_heads or config.heads, config.temporal_mlp or config.mlp
+        for _ in range(config.temporal_depth):
+            kept += _block(config, step, "joint", step.clips, T + cls, False, size, heads, mlp)
+        kept["other"] += step.clips * (T + cls) * (E * size + 8)
+    kept["other"] += step.clips * E * step.size
+    kept["weight copies"] += _copies(config, step)
+    return kept
+
+
+def per_token(config: ViViTConfig, step: Step) -> float:
+    """Bytes that a layer in the middle keeps of each token."""
+    T, S, cls = config.T, config.S, int(config.has_class_token)
+    frames, length = (T, S + cls) if config.attention == "factorized_encoder" else (1, T * S + cls)
+    many = step.clips * frames
+    kept = _block(config, step, config.layers[0], many, length, False, step.size, config.heads, config.mlp)
+    return kept.total() / (many * length)
+
+
+def table(config: ViViTConfig, clips: int, precision: str, device: str) -> list[str]:
+    """Lines for a terminal: what each level keeps, of a token in a layer and of a batch."""
+    lines = [f"training     kept for backward ({precision}, {device})  a token and layer  {clips} clips in all"]
+    for level in LEVELS:
+        step = Step(level, clips, precision, device)
+        total = activations(config, step).total() / 2**20
+        lines.append(f"{'':<13}{f'memory = {level!r}':<37}{per_token(config, step):>12,.0f} bytes{total:>15,.0f} MiB")
+    return lines
+
+
+def _block(
+    config: ViViTConfig, step: Step, over: str, many: int, length: int, alone: bool, stream: int, heads: int, mlp: int
+) -> Counter[str]:
+    """`many` sequences of `length` tokens; `alone`: only the class row leaves. `stream`: bytes of a number of x."""
+    E, size, fast = config.embedding, step.size, step.memory == "fast"
+    tokens, rows = many * length, many if alone else many * length
+    kept: Counter[str] = Counter()
+    kept["block inputs"] = tokens * E * stream
+    if step.memory == "smallest":
+        return kept
+    attentions = 2 if over in ("space_time", "time_space") else 1
+    norm_input = _norm_size(step, stream) if fast else stream
+    kept["block inputs"] = tokens * E * norm_input * attentions + rows * E * norm_input  # the last is the MLP's
+    kept["qkv"] = tokens * 3 * E * size * attentions
+    lengths = {"joint": [length], "space": [length], "dot_product": [max(config.T, config.S)]}
+    for keys in lengths.get(over, [config.S, config.T]):
+        again = step.memory == "small" and keys <= LONGEST_AGAIN and not alone
+        kept["attention"] += 0 if again else rows * E * size
+        kept["attention"] += rows * heads * 8 if keys > LONGEST_AGAIN and size == 2 else 0  # a row's maximum and sum
+    kept["hidden"] = 0 if step.memory == "small" else rows * mlp * size
+    if fast:
+        kept["norms"] = tokens * attentions * (E * size + 8) + rows * (E * size + 8)  # outputs, means and deviations
+        kept["gelu"] = 0 if step.without_gelu(rows, config, mlp) else rows * mlp * size
+        kept["dropout"] = rows * (E * (attentions + 1) + mlp) * _mask(config.dropout, step)
+    return kept
+
+
+def _frames(config: ViViTConfig) -> int:
+    return config.T if config.tokenization == "uniform" else config.frames
+
+
+def _norm_size(step: Step, stream: int) -> int:
+    """Bytes of a number that a norm of plain code keeps of its input: under autocast a GPU's norm is float32."""
+    return max(stream, 4) if step.precision == "autocast" and step.device != "cpu" else stream
+
+
+def _mask(p: float, step: Step, size: int = 0) -> int:
+    """Bytes of an element's mask in PyTorch's dropout: what it multiplies by, on a GPU whether it is kept."""
+    return 0 if p == 0 else (size or step.size) if step.device == "cpu" else 1
+
+
+def _copies(config: ViViTConfig, step: Step) -> int:
+    """Under autocast plain code keeps every weight once more, in the dtype of the products."""
+    if step.precision != "autocast":
+        return 0
+    E, mlp = config.embedding, config.temporal_mlp or config.mlp
+    f, y, x = config.tubelet
+    outside = E * config.channels * f * y * x + (config.representation or E) * sum(config.head_sizes)
+    outside += E * (config.representation or 0)
+    attentions = sum(2 if over in ("space_time", "time_space") else 1 for over in config.layers)
+    inside = attentions * 4 * E * E + config.depth * 2 * E * config.mlp
+    inside += config.temporal_depth * (4 * E * E + 2 * E * mlp)
+    return step.size * (outside + (inside if step.memory == "fast" else 0))

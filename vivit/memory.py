@@ -1,0 +1,111 @@
+"""How much of a training step stays in memory until its backward: four levels, all with the same gradients.
+
+    fast      what autograd keeps of plain code
+    balanced  nothing that is made again element by element: the outputs of norms and GELUs, masks of dropout, and under
+              autocast the copies of weights
+    small     the inputs of attention (QKV) and MLP, and of each norm: backward multiplies by fc1 once more, a ninth of
+              the products of a step, and makes attention again where its sequences are short
+    smallest  the input of each block: backward runs the block forward once more, a third of the products of a step
+
+Bytes for each: `python -m vivit info CONFIG` (footprint.py). Attention keeps no N x N matrix at any level, the tubelet
+embedding keeps the video as it came. A block whose modules are watched by hooks, were replaced by others, or are being
+compiled (there the compiler decides what is made again) runs as plain code: the results are the same.
+
+E.g. x `[B, N, E]` or `[B, T, S, E]` is what a block gets; H heads, D = E/H.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vivit_kernels import low_memory, unwatched
+
+from .config import nearest
+
+if TYPE_CHECKING:
+    from .model import Attention, Block
+
+LEVELS = ("fast", "balanced", "small", "smallest")
+LONGEST_AGAIN = 512  # keys: up to so many, attention costs less than a tenth of the products around it (E = 768)
+
+
+def check(level: str, where: str = "ViViT") -> str:
+    if level not in LEVELS:
+        raise ValueError(f"{where}: memory={level!r} is not known; {nearest(str(level), LEVELS)}")
+    return level
+
+
+def forward(block: Block, x: Tensor, row: bool = False) -> Tensor:
+    """block.plain(x), or with `row` block.plain_class_row(x), keeping what block.memory says."""
+    plain = block.plain_class_row if row else block.plain
+    if not torch.is_grad_enabled():
+        return plain(x)
+    if block.memory == "smallest":
+        random = block.training and max(block.drop_path.rate, block.mlp.dropout.p, _attention_dropout(block)) > 0
+        # what the block keeps when it runs again in backward is the second largest part of the peak
+        found = checkpoint(_steps, block, x, row, "balanced", use_reentrant=False, preserve_rng_state=random)
+        assert isinstance(found, Tensor)
+        return found
+    return _steps(block, x, row, block.memory)
+
+
+def _steps(block: Block, x: Tensor, row: bool, level: str) -> Tensor:
+    if why := _obstacle(block, x):
+        if block.memory == level and why != "compiled":
+            warnings.warn(f"ViViT: memory={level!r} has no effect on a block that is {why}", stacklevel=2)
+        return (block.plain_class_row if row else block.plain)(x)
+    for norm, attention in zip(block.norms, block.attentions, strict=True):
+        branch = _class_row(attention, norm, x) if row else _attention(attention, norm, x, level)  # pyright: ignore[reportArgumentType]
+        x = _sum(block.drop_path(branch), x[..., :1, :] if row else x)
+    return _sum(block.drop_path(_mlp(block, x, level)), x)
+
+
+def _sum(branch: Tensor, x: Tensor) -> Tensor:
+    """x + branch, in the branch's memory where that has the sum's dtype: nobody else has it."""
+    return branch.add_(x) if branch.dtype == torch.promote_types(branch.dtype, x.dtype) else branch + x
+
+
+def _obstacle(block: Block, x: Tensor) -> str:
+    if torch.compiler.is_compiling():
+        return "compiled"
+    if not block.ordinary():
+        return "made of other modules than this model's own"
+    if not unwatched(*block.modules()):
+        return "watched by hooks"
+    return "" if low_memory.usable(x) else "traced or transformed"
+
+
+def _attention(attention: Attention, norm: nn.LayerNorm, x: Tensor, level: str) -> Tensor:
+    qkv = low_memory.norm_linear(x, norm, attention.qkv).unflatten(-1, (3, attention.heads, -1))  # [..., 3, H, D]
+    if level == "small" and attention.longest(x) <= LONGEST_AGAIN:
+        seeded = attention.training and attention.attention_dropout > 0
+        y = low_memory.attention_linear(qkv, attention.attend, attention.proj, seeded)
+    else:
+        y = low_memory.linear(attention.attend(qkv).flatten(-2), attention.proj)
+    return _dropout(y, attention.dropout)
+
+
+def _class_row(attention: Attention, norm: nn.LayerNorm, x: Tensor) -> Tensor:  # [..., N, E] -> [..., 1, E]
+    qkv = low_memory.norm_linear(x, norm, attention.qkv).unflatten(-1, (3, attention.heads, -1))
+    o = attention.attend_class_row(qkv)  # [B, 1, H, D]
+    return _dropout(low_memory.linear(o.reshape(x[..., :1, :].shape), attention.proj), attention.dropout)
+
+
+def _mlp(block: Block, x: Tensor, level: str) -> Tensor:
+    mlp = block.mlp
+    p = mlp.dropout.p if mlp.dropout.training else 0.0
+    y = low_memory.norm_mlp(x, block.norm_mlp, mlp.fc1, mlp.fc2, p, keep_hidden=level == "balanced")
+    return _dropout(y, mlp.dropout)
+
+
+def _attention_dropout(block: Block) -> float:
+    return max(attention.attention_dropout for attention in block.attentions)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def _dropout(x: Tensor, module: nn.Dropout) -> Tensor:
+    return low_memory.dropout(x, module.p) if module.training and module.p > 0 else x
