@@ -238,7 +238,7 @@ def test_several_threads_of_python():
 
 # ---- products of a warpgroup ----
 
-ROWS_OF_A, ROWS_OF_B = 144, 96
+ROWS_OF_A, ROWS_OF_B = 144, 160
 GROUP_FAULTS = [
     "none",
     "no barrier",
@@ -275,7 +275,7 @@ def group_products(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("columns", [64, 32, 16])
+@pytest.mark.parametrize("columns", [128, 64, 32, 16])
 @pytest.mark.parametrize("first", [(0, 0), (16, 32), (8, 24)])
 @pytest.mark.parametrize("by_address", [False, True])
 def test_products_of_a_warpgroup(dtype, columns, first, by_address):
@@ -305,7 +305,7 @@ NAMED_OF_A_GROUP = {
     "one thread elsewhere": "thread 0 and thread 77 name different descriptors",
     "wrong phase": "group_across_step .*an operand starts at row 3 of eight",
     "half a step": "group_across_step .*an operand starts 16 bytes within a row",
-    "reads beyond": "group_across_step .*not in the 30720 bytes of shared memory",
+    "reads beyond": "group_across_step .*not in the 38912 bytes of shared memory",
     "runs over": "group_across_step .*descriptor of another layout",
 }
 

@@ -236,9 +236,16 @@ VIVIT_DEVICE void group_along(float (&x)[8][4], const uint32_t (&a)[4], uint64_t
 #define VIVIT_8(x) VIVIT_FOUR(x, 0), VIVIT_FOUR(x, 1)
 #define VIVIT_16(x) VIVIT_8(x), VIVIT_FOUR(x, 2), VIVIT_FOUR(x, 3)
 #define VIVIT_32(x) VIVIT_16(x), VIVIT_FOUR(x, 4), VIVIT_FOUR(x, 5), VIVIT_FOUR(x, 6), VIVIT_FOUR(x, 7)
+#define VIVIT_64(x)                                                                                           \
+    VIVIT_32(x), VIVIT_FOUR(x, 8), VIVIT_FOUR(x, 9), VIVIT_FOUR(x, 10), VIVIT_FOUR(x, 11), VIVIT_FOUR(x, 12), \
+        VIVIT_FOUR(x, 13), VIVIT_FOUR(x, 14), VIVIT_FOUR(x, 15)
 #define VIVIT_NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define VIVIT_NAMES_16 VIVIT_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define VIVIT_NAMES_32 VIVIT_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define VIVIT_NAMES_64                                                                                  \
+    VIVIT_NAMES_32                                                                                      \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, " \
+    "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define VIVIT_ACROSS(Type, name, columns, count, a_place, b_place, keep_place)                                      \
     template <>                                                                                                     \
     VIVIT_DEVICE void group_across_step<Type, columns>(float (&x)[columns / 8][4], uint64_t a, uint64_t b,          \
@@ -258,10 +265,11 @@ VIVIT_DEVICE void group_along(float (&x)[8][4], const uint32_t (&a)[4], uint64_t
                      : VIVIT_32(x)                                                                   \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                          \
     }
-#define VIVIT_GROUP(Type, name)                           \
-    VIVIT_ACROSS(Type, name, 64, 32, "%32", "%33", "%34") \
-    VIVIT_ACROSS(Type, name, 32, 16, "%16", "%17", "%18") \
-    VIVIT_ACROSS(Type, name, 16, 8, "%8", "%9", "%10")    \
+#define VIVIT_GROUP(Type, name)                            \
+    VIVIT_ACROSS(Type, name, 128, 64, "%64", "%65", "%66") \
+    VIVIT_ACROSS(Type, name, 64, 32, "%32", "%33", "%34")  \
+    VIVIT_ACROSS(Type, name, 32, 16, "%16", "%17", "%18")  \
+    VIVIT_ACROSS(Type, name, 16, 8, "%8", "%9", "%10")     \
     VIVIT_ALONG(Type, name)
 VIVIT_GROUP(BFloat16, "bf16")
 VIVIT_GROUP(Float16, "f16")

@@ -43,7 +43,7 @@ struct GroupParams {
     GroupFault fault;
 };
 
-constexpr int32_t kRowsOfA = 144, kRowsOfB = 96, kGroupRowBytes = 128, kStepsAlong = 2;
+constexpr int32_t kRowsOfA = 144, kRowsOfB = 160, kGroupRowBytes = 128, kStepsAlong = 2;
 constexpr int32_t kGroupBytes = (kRowsOfA + kRowsOfB) * kGroupRowBytes;
 
 VIVIT_DEVICE void copy_swizzled(char* to, const uint16_t* from, int32_t rows) {

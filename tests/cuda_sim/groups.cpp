@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "knowledge.h"
 #include "memory.h"
 
 namespace vivit::cuda::sim {
@@ -308,6 +309,7 @@ void wait_for_products(const Site& site, int later_groups) {
         Warpgroup& group = mine();
         if (!group.started.empty())
             fail(where, describe(group.started[0].site) + " was not committed, so that nobody waits for it");
+        learn_wait_of_group(thread_index() / kGroupLanes);
         const int done = std::max(0, static_cast<int>(group.committed.size()) - *static_cast<int*>(threads[0]));
         for (int i = 0; i < done; ++i)
             for (Started& x : group.committed[i]) finish(where, x);

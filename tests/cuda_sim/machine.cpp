@@ -9,7 +9,9 @@
 #include "builtins.h"
 #include "fibres.h"
 #include "groups.h"
+#include "knowledge.h"
 #include "memory.h"
+#include "phases.h"
 
 uint3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -22,19 +24,21 @@ namespace {
 constexpr int kInvalidValue = 1, kInvalidConfiguration = 9;  // cudaErrorInvalid...
 constexpr int kMostThreads = 1024;
 
-enum class State : uint8_t { kReady, kAtWarpVerb, kAtBarrier, kEnded };
+enum class State : uint8_t { kReady, kAtWarpVerb, kAtBarrier, kWaiting, kEnded };
 
 struct Thread {
     Context context;
     State state = State::kReady;
     Site site;
     void* arguments = nullptr;
+    const void* what = nullptr;  // it waits for
+    std::string (*say)(const void* what) = nullptr;
 };
 
 struct Warp {
-    int at_verb = 0, at_barrier = 0, ended = 0, epoch = 0;
+    int at_verb = 0, at_barrier = 0, waiting = 0, ended = 0, epoch = 0;
     Site site;  // of the verb that lanes wait at
-    bool ready() const { return at_verb + at_barrier + ended < kLanes; }
+    bool ready() const { return at_verb + at_barrier + waiting + ended < kLanes; }
 };
 
 // Of four warps, whose lanes that wait here also count as at_verb of their own.
@@ -87,6 +91,7 @@ std::string account(int first, int end) {
     const auto what = [](const Thread& thread) -> std::string {
         if (thread.state == State::kEnded) return "ended";
         if (thread.state == State::kReady) return "on the way";
+        if (thread.state == State::kWaiting) return "at " + describe(thread.site) + ", " + thread.say(thread.what);
         return "at " + describe(thread.site);
     };
     std::string text;
@@ -158,7 +163,9 @@ void run_block(Random& random) {
         } else if (first || random.below(patience) == 0) {
             for (int i = count - 1; i > 0; --i) std::swap(order[i], order[random.below(i + 1)]);
         }
+        if (schedule.seed && random.below(4) == 0) finish_a_box(random.next());
         const auto next = std::find_if(order.begin(), order.end(), can_go_on);
+        if (next == order.end() && finish_a_box(random.next())) continue;
         if (next == order.end())
             throw Failure("block " + std::to_string(blockIdx.x) +
                           ": nobody can go on: " + account(0, static_cast<int>(threads.size())));
@@ -175,7 +182,9 @@ void start_block(int64_t block, int count) {
     threads.assign(count, Thread());
     warps.assign(count / kLanes, Warp());
     groups.assign((count + kGroupLanes - 1) / kGroupLanes, Group());
+    start_knowledge(count);
     start_groups(count);
+    start_phases(count);
     for (int i = 0; i < count; ++i) stacks.start(threads[i].context, i, entry);
 }
 
@@ -253,14 +262,37 @@ void wait_for_block(const Site& site) {
         for (Warp& each : warps) each.at_barrier = 0, ++each.epoch;
         at_barrier = 0;
         ++epoch;
+        share_knowledge(0, static_cast<int>(threads.size()));
     }
     give_way();
 }
 
+void wait_for(const Site& site, const void* what, std::string (*say)(const void* what)) {
+    Thread& thread = threads[running];
+    thread.state = State::kWaiting;
+    thread.site = site, thread.what = what, thread.say = say;
+    ++warps[running / kLanes].waiting;
+    give_way();
+}
+
+void wake(const void* what) {
+    for (size_t i = 0; i < threads.size(); ++i) {
+        if (threads[i].state != State::kWaiting || threads[i].what != what) continue;
+        threads[i].state = State::kReady;
+        --warps[i / kLanes].waiting;
+    }
+}
+
 int thread_index() { return running; }
+int block_threads() { return static_cast<int>(threads.size()); }
 int block_epoch() { return epoch; }
 int warp_epoch() { return warps[running / kLanes].epoch; }
-void pass_warp_barrier() { ++warps[running / kLanes].epoch; }
+void pass_warp_barrier() {
+    const int warp = running / kLanes;
+    ++warps[warp].epoch;
+    share_knowledge(warp * kLanes, kLanes);
+    learn_warp_epoch(warp, warps[warp].epoch);
+}
 
 int launch_blocks(void (*call)(const void*), const void* call_data, int64_t blocks, int count, int shared_bytes) {
     if (blocks < 1 || blocks > INT32_MAX || count < 1 || count > kMostThreads) return kInvalidConfiguration;
@@ -279,6 +311,7 @@ int launch_blocks(void (*call)(const void*), const void* call_data, int64_t bloc
         start_block(block, count);
         start_shared_memory(shared_bytes);
         run_block(random);
+        finish_phases();
         check_around_shared_memory();
     }
     return 0;

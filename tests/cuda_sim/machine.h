@@ -2,6 +2,8 @@
 // for others; then the next one of its warp, and when a whole warp has come as far as it can, any warp that can go on,
 // by a seeded choice. What hardware leaves undefined ends the run with a Failure that names threads and verbs.
 //
+// What runs on its own, copies of boxes (phases.h), goes on at any moment with a seed, and with 0 when nobody else can.
+//
 // Undefined, and found here: lanes of a warp, or warps of a warpgroup, at different verbs or at different lines, a
 // barrier that some threads never reach, threads that ended before one (memory.h: accesses; groups.h: products).
 #pragma once
@@ -36,7 +38,13 @@ void together(const Site& site, void* arguments, void (*work)(const Site& site, 
 void together_in_group(const Site& site, void* arguments, void (*work)(const Site& site, void* const* arguments));
 void wait_for_block(const Site& site);
 
+// Waits until somebody wakes those who wait for `what`; the caller looks then whether its wish is fulfilled. say: what
+// it is, for the account of a block in which nobody can go on.
+void wait_for(const Site& site, const void* what, std::string (*say)(const void* what));
+void wake(const void* what);
+
 int thread_index();
+int block_threads();
 int block_epoch();  // block barriers passed
 int warp_epoch();   // warp or block barriers passed by this thread's warp
 void pass_warp_barrier();
@@ -47,6 +55,7 @@ struct Schedule {
     uint64_t seed = 0;  // 0: threads and blocks in order, warps taking turns
     int most_shared_bytes = 227 << 10;
     int arch = 90;
+    int multiprocessors = 3;  // fewer than a launch has work for: blocks then take several pieces of it
 };
 
 extern Schedule schedule;

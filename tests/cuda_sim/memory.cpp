@@ -3,9 +3,13 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <new>
 #include <numeric>
+
+#include "groups.h"
+#include "knowledge.h"
 
 namespace vivit::cuda::sim {
 namespace {
@@ -66,6 +70,7 @@ struct Touch {
     int thread = -1, block = -1, warp = -1;  // epochs of the block and of the thread's warp
     int lanes = 1;                           // 32: by all of the warp, 128: of the warpgroup
     Site site;
+    Event event;  // as others know of it
 };
 
 struct Cell {
@@ -74,6 +79,7 @@ struct Cell {
     Site product;
     int copying = -1;  // thread
     Site copy;
+    std::array<uint32_t, kMostGroups> products_read = {};  // waits of each warpgroup, at the last product that read it
 };
 
 char* memory = nullptr;
@@ -102,10 +108,15 @@ void poison(char* at, size_t bytes) {
 
 bool is_guard(const char* at) { return *at == kGuard && std::memcmp(at, at + 1, kMargin - 1) == 0; }
 
-Touch now(const Site& site, int lanes = 1) { return {thread_index(), block_epoch(), warp_epoch(), lanes, site}; }
+Touch now(const Site& site, int lanes = 1) {
+    const int thread = thread_index();
+    return {thread, block_epoch(), warp_epoch(), lanes, site, event_of(thread, lanes, warp_epoch())};
+}
 
 // Whether a barrier lies between an earlier touch and this one, or one thread alone did both.
 bool ordered(const Touch& earlier, int lanes) {
+    if (is_known(earlier.event, lanes)) return true;
+    if (earlier.event.kind == Event::Kind::kPhase) return false;
     lanes = std::max(lanes, earlier.lanes);
     if (earlier.block != block_epoch()) return true;
     if (earlier.thread == thread_index() && lanes == 1) return true;
@@ -114,6 +125,9 @@ bool ordered(const Touch& earlier, int lanes) {
 
 void expect_ordered(const Site& site, const Touch& earlier, const char* did, size_t cell, int lanes = 1) {
     if (ordered(earlier, lanes)) return;
+    if (earlier.event.kind == Event::Kind::kPhase)
+        fail(site, "byte " + std::to_string(cell * kCell) + " of shared memory was " + did + " by " +
+                       describe(earlier.site) + ", whose phase the thread has not waited for");
     fail(site, "byte " + std::to_string(cell * kCell) + " of shared memory was " + did + " by thread " +
                    std::to_string(earlier.thread) + " at " + describe(earlier.site) + ", and no barrier lies between");
 }
@@ -133,6 +147,16 @@ void expect_no_copy(const Site& site, const Cell& cell, size_t index) {
     if (cell.copying < 0) return;
     fail(site, "byte " + std::to_string(index * kCell) + " of shared memory is still being copied to by thread " +
                    std::to_string(cell.copying) + " at " + describe(cell.copy));
+}
+
+// Whether the running thread knows that products of all warpgroups are done with it.
+void expect_products_done(const Site& site, const Cell& cell, size_t index) {
+    for (int group = 0; group < kMostGroups; ++group) {
+        const uint32_t waits = cell.products_read[group];
+        if (waits == 0 || !knowledge_counts() || is_known(event_of_products(group, waits), 1)) continue;
+        fail(site, "byte " + std::to_string(index * kCell) + " of shared memory was read by products of warpgroup " +
+                       std::to_string(group) + ", and the thread does not know that they are done");
+    }
 }
 
 void set_written(const Site& site, Cell& cell) {
@@ -159,6 +183,8 @@ void write_cell(const Site& site, const void* at) {
     expect_ordered(site, cell.written, "written", index);
     expect_ordered(site, cell.read, "read", index);
     expect_ordered(site, cell.read_by_another_warp, "read", index);
+    expect_products_done(site, cell, index);
+    cell.products_read = {};
     set_written(site, cell);
 }
 
@@ -276,6 +302,7 @@ void end_group_read(const Site& product, uint32_t address) {
     Cell& cell = cell_of(shared_at(address));
     --cell.products;
     set_read(product, cell, kGroupLanes);
+    cell.products_read[thread_index() / kGroupLanes] = waits_of_group(thread_index() / kGroupLanes);
 }
 
 void fence_writes(const Site& site) {
@@ -283,6 +310,22 @@ void fence_writes(const Site& site) {
         if (cells[i].written.thread == thread_index() && cells[i].copying < 0) cells[i].fenced = now(site);
     }
     unfenced[thread_index()].clear();
+}
+
+void start_box_chunk(const Site& site, void* to) {
+    check_shared(site, to);
+    write_cell(site, to);
+    cell_of(to).copying = thread_index();
+    cell_of(to).copy = site;
+    poison(static_cast<char*>(to), kCell);
+}
+
+void finish_box_chunk(void* to, const void* from, int barrier, uint32_t phase) {
+    Cell& cell = cell_of(to);
+    cell.copying = -1;
+    cell.written = {-1, block_epoch(), -1, 1, cell.copy, event_of_phase(barrier, phase)};
+    cell.fenced = Touch();
+    from != nullptr ? std::memcpy(to, from, kCell) : std::memset(to, 0, kCell);
 }
 
 void start_copy(const Site& site, void* to_shared, const void* from, bool valid) {

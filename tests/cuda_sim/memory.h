@@ -7,7 +7,7 @@
 // is enough within a warp, a block barrier otherwise; mma, ldmatrix and shuffles order nothing). Shared memory starts
 // as NaN, and what an asynchronous copy will write is NaN, and may not be read, until its thread has waited for it.
 // What a product of a warpgroup reads was fenced by its writers before the barrier between, and is left alone until the
-// product was waited for.
+// product was waited for. Where a block uses barriers of other kinds, knowledge.h says what they order.
 #pragma once
 
 #include <cstdint>
@@ -55,6 +55,12 @@ int shared_offset(uint32_t address);  // from the start of what the launch named
 void start_group_read(const Site& site, uint32_t address);
 void end_group_read(const Site& product, uint32_t address);
 void fence_writes(const Site& site);  // of the running thread
+
+// ---- copies of boxes (phases.h) ----
+
+// 16 bytes on their way, of the running thread; once there, known to those who know of the phase of that barrier.
+void start_box_chunk(const Site& site, void* to);
+void finish_box_chunk(void* to, const void* from, int barrier, uint32_t phase);  // from: zeros where null
 
 // ---- asynchronous copies of the running thread ----
 

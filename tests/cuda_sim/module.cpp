@@ -11,6 +11,12 @@
 #include "cuda_sim/examples.cuh"
 #include "cuda_sim/group_examples.cuh"
 
+namespace vivit::cuda::sim {
+
+void add_copies(pybind11::module_& m);  // copies_module.cpp
+
+}  // namespace vivit::cuda::sim
+
 namespace {
 
 namespace py = pybind11;
@@ -98,7 +104,8 @@ void product(int fault, bool half, const View& a, const View& b, const View& c, 
 
 template <class T>
 auto group_kernel(int columns) {
-    return columns == 64   ? examples::group_products<T, 64>
+    return columns == 128  ? examples::group_products<T, 128>
+           : columns == 64 ? examples::group_products<T, 64>
            : columns == 32 ? examples::group_products<T, 32>
                            : examples::group_products<T, 16>;
 }
@@ -162,4 +169,5 @@ PYBIND11_MODULE(cuda_sim, m) {
     m.def("product", product);
     m.def("group_products", group_products);
     m.def("softmax", softmax);
+    sim::add_copies(m);
 }
