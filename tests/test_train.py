@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from vivit import checkpoint, recipe
+from vivit.annotations import Heads
 from vivit.data import Sample
-from vivit.evaluate import evaluate
+from vivit.evaluate import Result, evaluate
 from vivit.train import Interrupted, Run, TrainingError, learning_rate, make_optimizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,8 +75,12 @@ def config(**changes):
     values = recipe.toml().loads(TINY)
     for key, value in changes.items():
         table, _, name = key.rpartition("__")
-        (values[table] if table else values)[name] = value
+        (values.setdefault(table, {}) if table else values)[name] = value
     return recipe.parse(values, "tiny")
+
+
+# everything that a step draws or carries over to the next one
+EVERYTHING = {"accumulate": 2, "ema": 0.8, "augment__mixup": 0.3, "optimizer__weight_decay": 0.1}
 
 
 def losses(folder):
@@ -134,11 +139,11 @@ def test_a_run_learns_logs_and_exports(tmp_path):
     assert "bright" in found.table()
 
 
-@pytest.mark.parametrize("stop", [1, 4, 7])
-def test_resume_is_exact(tmp_path, stop):
+@pytest.mark.parametrize("stop, changes", [(1, {}), (4, EVERYTHING), (7, EVERYTHING)])
+def test_resume_is_exact(tmp_path, stop, changes):
     """The signal arrives during a step: the step ends, is saved, and a second process would see the rest."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    Run(config(), Noise(), whole).fit(quiet=True)
+    Run(config(**changes), Noise(), whole).fit(quiet=True)
 
     sent = []  # a second signal would stop at once
 
@@ -149,17 +154,18 @@ def test_resume_is_exact(tmp_path, stop):
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().__getitem__(key)
 
-    run = Run(config(), Interrupting(), parts)
+    run = Run(config(**changes), Interrupting(), parts)
     with pytest.raises(Interrupted) as stopped:
         run.fit(quiet=True)
     assert stopped.value.code == 128 + signal.SIGTERM and len(losses(parts)) == stop
     torch.manual_seed(999)  # what a new process has is not what the old one had
-    resumed = Run(config(), Noise(), parts, resume=True)
+    resumed = Run(config(**changes), Noise(), parts, resume=True)
     assert resumed.step == stop
     resumed.fit(quiet=True)
     assert losses(parts) == losses(whole)
+    kept = "average" if changes else "model"
     assert all(
-        torch.equal(a, b) for a, b in zip(*(checkpoint_of(p)["model"].values() for p in (whole, parts)), strict=True)
+        torch.equal(a, b) for a, b in zip(*(checkpoint_of(p)[kept].values() for p in (whole, parts)), strict=True)
     )
 
 
@@ -170,14 +176,14 @@ def checkpoint_of(folder):
 CHILD = """
 import sys, pathlib
 sys.path[:0] = {paths!r}
-from test_train import Noise, Run, config
-Run(config(), Noise(delay=0.004), pathlib.Path(sys.argv[1]), resume=True).fit(quiet=True)
+from test_train import EVERYTHING, Noise, Run, config
+Run(config(**EVERYTHING), Noise(delay=0.004), pathlib.Path(sys.argv[1]), resume=True).fit(quiet=True)
 """
 
 
 def test_sigkill_and_resume_give_the_same_curve(tmp_path):
     """Killed again and again, at whatever it is doing, until it is done: the curve is that of an undisturbed run."""
-    Run(config(), Noise(), tmp_path / "whole").fit(quiet=True)
+    Run(config(**EVERYTHING), Noise(), tmp_path / "whole").fit(quiet=True)
     child = [sys.executable, "-c", CHILD.format(paths=[str(ROOT / d) for d in ("kernels", "", "tests")])]
     folder, kills = tmp_path / "killed", 0
     for wanted in (3, 9, 99):  # killed as soon as the log has this many lines
@@ -267,6 +273,142 @@ def test_workers_do_not_change_the_curve(tmp_path):
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
+# ---- what a step may do besides ----
+
+
+def steps(folder, count=3, dataset=None, **changes):
+    """A run without dropout, and `count` steps of it on a batch of 5."""
+    dataset = dataset or Noise()
+    run = Run(config(model__dropout=0.0, model__drop_path=0.0, batch=5, **changes), dataset, folder)
+    torch.nn.init.normal_(run.model.head.weight, std=0.1)
+    samples = [dataset[0, i] for i in range(5)]
+    video, label = torch.stack([s.video[0] for s in samples]), torch.tensor([s.label for s in samples])
+    told = []
+    for _ in range(count):
+        run.step += 1
+        told.append(run.train_step(video, label))
+    return run, told, (video, label)
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.5])
+def test_parts_of_a_batch_add_up_to_its_gradient(tmp_path, mixup):
+    """5 clips in 2 parts of 3 and 2: the gradient of their mean, to float32's rounding of a sum over the batch."""
+    changes = {"augment__mixup": mixup, "optimizer__name": "sgd", "optimizer__lr": 1e-3}
+    whole, told, _ = steps(tmp_path / "a", 1, **changes)
+    parts, told_in_parts, _ = steps(tmp_path / "b", 1, accumulate=2, **changes)
+    assert abs(told[0][0] - told_in_parts[0][0]) <= 8 * torch.finfo(torch.float32).eps * told[0][0]
+    for (name, p), q in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
+        scale = max(p.grad.abs().max().item(), 1e-3 * told[0][2])
+        assert (p.grad - q.grad).abs().max() <= 1e3 * torch.finfo(torch.float32).eps * scale, name
+
+
+def test_mixup_mixes_clips_and_labels_of_the_step(tmp_path):
+    from vivit.augment import mixup_weight
+
+    run, told, (video, label) = steps(tmp_path, 1, augment__mixup=0.5, optimizer__lr=1e-9, optimizer__weight_decay=0.0)
+    weight = mixup_weight(0.5, run.config.seed, 1)
+    clips = video.float() / 127.5 - 1
+    clips = weight * clips + (1 - weight) * clips.flip(0)
+    rows = torch.eye(2)[label]
+    rows = weight * rows + (1 - weight) * rows.flip(0)
+    rows = rows * 0.9 + 0.1 / 2  # label smoothing comes after mixup
+    expected = -(rows * run.model(clips, "BFYXC").log_softmax(-1)).sum(-1).mean()
+    assert abs(told[0][0] - expected.item()) <= 100 * torch.finfo(torch.float32).eps * expected.item()
+
+
+def test_the_mean_of_the_weights_is_what_is_evaluated_and_exported(tmp_path):
+    from vivit import weights
+
+    run, _, _ = steps(tmp_path, 0, ema=0.75)
+    expected = {name: value.clone() for name, value in run.average.values.items()}
+    video, label = torch.stack([Noise()[0, i].video[0] for i in range(5)]), torch.tensor([0, 1, 1, 0, 1])
+    for _ in range(3):
+        run.step += 1
+        run.train_step(video, label)
+        for name, p in run.model.named_parameters():
+            expected[name] = 0.75 * expected[name] + 0.25 * p.detach()
+    eps = torch.finfo(torch.float32).eps
+    for name, value in run.average.values.items():
+        assert (value - expected[name]).abs().max() <= 8 * eps * expected[name].abs().max().clamp(min=eps)
+    last = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    run.step = run.total
+    run.fit(Noise(4), quiet=True)
+    exported = weights.load(tmp_path / "model.safetensors")
+    for name, p in exported.named_parameters():
+        assert torch.equal(p.detach(), run.average.values[name])
+    assert all(torch.equal(p.detach(), last[name]) for name, p in run.model.named_parameters())
+    assert any(not torch.equal(last[name], value) for name, value in run.average.values.items())
+
+
+class Pairs(Noise):
+    """Two heads: nouns dark and bright, verbs by the same brightness, so that both can be learnt."""
+
+    classes = Heads(("dark", "bright", "never"), ("dim", "shine"))
+
+    def __getitem__(self, key):
+        sample = super().__getitem__(key)
+        return sample._replace(label=(sample.label, sample.label))
+
+
+@pytest.mark.parametrize("changes", [{}, {"augment__mixup": 0.2, "accumulate": 2}])
+def test_two_heads_are_trained_and_judged_as_actions(tmp_path, changes):
+    from vivit import weights
+
+    run = Run(config(epochs=6, model__classes=[3, 2], **changes), Pairs(40), tmp_path)
+    result = run.fit(Pairs(16), quiet=True)
+    assert {"val_top1", "val_top5", "val_noun_top1", "val_noun_top5", "val_verb_top1"} <= result.keys()
+    assert result["val_top1"] > 0.9 and result["val_top1"] <= min(result["val_noun_top1"], result["val_verb_top1"])
+    assert json.loads((tmp_path / "run.json").read_text())["classes"] == [["dark", "bright", "never"], ["dim", "shine"]]
+    found = evaluate(weights.load(tmp_path / "model.safetensors"), Pairs(16), 5, torch.device("cpu"))
+    assert found.numbers()["val_top1"] == result["val_top1"]
+    assert "action top-1" in found.summary() and "shine" in found.table() and "never" in found.table()
+
+
+def test_an_action_is_right_when_both_its_parts_are():
+    """Scores of pairs are products: a pair is first when both its parts are, and fifth among six in its own order."""
+    found = Result.of(Heads(("a", "b", "c"), ("x", "y")))
+    nouns = torch.tensor([[5.0, 0, 0], [0, 5, 0], [5, 0, 0], [0, 0, 5], [2, 1.9, 0]])
+    verbs = torch.tensor([[4.0, 0], [0, 4], [0, 4], [0, 4], [1, 0]])
+    label = torch.tensor([[0, 0], [1, 1], [0, 0], [1, 1], [1, 1]])
+    found.add((nouns, verbs), label)
+    numbers = found.numbers()
+    assert (numbers["val_noun_top1"], numbers["val_verb_top1"], numbers["val_top1"]) == (3 / 5, 3 / 5, 2 / 5)
+    order = losses_of_pairs(nouns, verbs)
+    right = [int(pair[0] * 2 + pair[1]) for pair in label]
+    assert numbers["val_top5"] == sum(r in top[:5] for r, top in zip(right, order, strict=True)) / 5
+
+
+def losses_of_pairs(nouns, verbs):
+    """Pairs from the most to the least probable, by the definition."""
+    scores = [
+        [p * q for p in torch.softmax(n, 0).tolist() for q in torch.softmax(v, 0).tolist()]
+        for n, v in zip(nouns, verbs, strict=True)
+    ]
+    return [sorted(range(6), key=lambda i: -row[i]) for row in scores]
+
+
+def test_tensorboard_gets_the_numbers_of_the_log(tmp_path):
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    Run(config(epochs=1, tensorboard=True), Noise(), tmp_path).fit(Noise(4), quiet=True)
+    read = EventAccumulator(str(tmp_path / "tensorboard"))
+    read.Reload()
+    eps = torch.finfo(torch.float32).eps
+    shown = [(e.step, e.value) for e in read.Scalars("loss")]
+    logged = [(step, loss) for step, loss, _, _ in losses(tmp_path)]
+    assert len(shown) == 5 and "val_top1" in read.Tags()["scalars"]
+    assert all(a == c and abs(b - d) <= eps * abs(d) for (a, b), (c, d) in zip(shown, logged, strict=True))
+
+
+def test_without_tensorboard_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(
+        ModuleNotFoundError, match=r'(?s)tensorboard = true.*pip install "vivit-kernels\[tensorboard\]"'
+    ):
+        Run(config(tensorboard=True), Noise(), tmp_path)
+
+
 # ---- configs ----
 
 
@@ -289,7 +431,16 @@ def test_shipped_configs_are_valid():
         ("autocast=1", "autocast=1 must be true or false"),
         ("model.poool=mean", "unknown key 'poool'; did you mean 'pool'"),
         ("model.pool=men", "pool='men' is not known; did you mean 'mean'"),
-        ("model.classes=[2, 3]", "model.classes=.* must be one number"),
+        ("augment.randaugment=2", "augment.randaugment=2 must be a list"),
+        ("augment.randaugment=[2]", r"must be \[layers, magnitude\]"),
+        ("augment.scale_jitter=[1.3, 0.9]", "scale_jitter=.* must be .lowest, highest. factors"),
+        ("augment.color_jiter=0.8", "unknown key 'color_jiter'; did you mean 'color_jitter'"),
+        ("augment.color_jitter=8", "augment.color_jitter=8 must be a probability"),
+        ("augment.where=gpu", "augment.where='gpu' is not known"),
+        ("accumulate=17", "is more parts than a batch of 16 has clips"),
+        ("ema=1", r"ema=1 must be in \[0, 1\)"),
+        ("data.format=kinetic", "did you mean 'kinetics'"),
+        ("data.resize=scenics", "did you mean 'scenic'"),
         ("data.decoder=pyva", "did you mean 'pyav'"),
         ("data.views=[4, 2]", "crops is 1 or 3"),
         ("batch=0", "batch=0 must be at least 1"),

@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from . import recipe
+from .annotations import Classes, DataError, from_json
 from .config import nearest
-from .data import ClipSpec, DataError, Problems, VideoClips, read_items
-from .video import VideoError
+from .data import ClipSpec, Problems, VideoClips, listing
+from .video import VideoError, decoder_line
 
 CREDIT_EPILOG = "`make demo` runs `python -m vivit demo`. Configs that come with the package: "
 
@@ -24,7 +28,9 @@ def parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train on a folder per class or a list file")
     train.add_argument("config", metavar="CONFIG", help=f"a TOML file, or one of: {shipped}")
-    train.add_argument("--data", help="videos: a folder per class, or a list file with `path label` lines")
+    train.add_argument("--data", help="videos: a folder per class, a list file, or a data set's annotation file")
+    train.add_argument("--val", help="what is held out, in the same form; left out, a part of --data")
+    train.add_argument("--videos", help="the folder of the videos that an annotation file names")
     train.add_argument("--out", default="", help="folder of the run (runs/<config>)")
     train.add_argument("--memory", default="", metavar="LEVEL", help="fast, balanced, small or smallest (see info)")
     train.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly")
@@ -34,7 +40,8 @@ def parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="top-1, top-5 and the confusion matrix of a trained run")
     evaluate.add_argument("--run", default="runs/demo", help="folder of the run (%(default)s)")
-    evaluate.add_argument("--data", required=True, help="videos: a folder per class, or a list file")
+    evaluate.add_argument("--data", required=True, help="videos: a folder per class, a list or an annotation file")
+    evaluate.add_argument("--videos", default="", help="the folder of the videos that an annotation file names")
     evaluate.add_argument("--views", default="", help="clips x crops, for example 4x3; logits are averaged")
     evaluate.add_argument("--batch", type=int, default=8)
     evaluate.add_argument("--workers", type=int, default=2)
@@ -70,25 +77,43 @@ def command_train(args: argparse.Namespace) -> int:
     from .train import Run
 
     config = recipe.load(args.config, [*args.set, *([f"memory={args.memory}"] if args.memory else [])])
-    if args.data:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=args.data))
+    given = {"path": args.data, "val": args.val, "videos": args.videos}
+    given = {key: value for key, value in given.items() if value}
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **given))
     training, validation, config = recipe.datasets(config)
     out = Path(args.out or f"runs/{Path(args.config).stem}")
     run = Run(config, training, out, args.resume)
     held = len(validation) if validation else 0
+    print(decoder_line(config.data.decoder))
+    if training.note:
+        print(training.note)
     parameters = sum(p.numel() for p in run.model.parameters())
     print(
-        f"{len(training)} videos of {len(training.classes)} classes, {held} held out; "
+        f"{len(training)} videos of {config.model.classes} classes, {held} held out; "
         f"{run.total} steps from {run.step}, {parameters:,} parameters on {run.device}",
         flush=True,
     )
     result = run.fit(validation)
     print(" ".join(f"{key}={value:.4g}" for key, value in result.items()))
-    print(f"{out}: model.safetensors, run.json, log.jsonl, checkpoint.pt")
+    print(f"{out}: model.safetensors, run.json, log.jsonl, checkpoint.pt{_curve(out, config.model.classes)}")
     return 0
 
 
-def _trained(folder: str, views: str) -> tuple[Any, tuple[str, ...], ClipSpec]:
+def _curve(out: Path, classes: int | tuple[int, int]) -> str:
+    """Draws learning_curve.png where matplotlib is installed."""
+    from . import picture
+
+    try:
+        picture.learning_curve(
+            {"train": out / "log.jsonl"}, out / "learning_curve.png", 1 / math.prod(np.ravel(classes))
+        )
+    except ModuleNotFoundError as error:
+        print(f"no learning curve: {error}", file=sys.stderr)
+        return ""
+    return ", learning_curve.png"
+
+
+def _trained(folder: str, views: str) -> tuple[Any, Classes, ClipSpec]:
     """Model, classes and sampling of a run's folder."""
     from . import weights
 
@@ -98,7 +123,7 @@ def _trained(folder: str, views: str) -> tuple[Any, tuple[str, ...], ClipSpec]:
     about = json.loads((root / "run.json").read_text())
     model = weights.load(root / "model.safetensors")
     data = recipe.DataConfig(**{**about["data"], "views": _views(views) or tuple(about["data"]["views"])})
-    return model, tuple(about["classes"]), data.spec(model.config)
+    return model, from_json(about["classes"]), data.spec(model.config)
 
 
 def _views(text: str) -> tuple[int, int] | None:
@@ -116,22 +141,22 @@ def command_evaluate(args: argparse.Namespace) -> int:
     from .evaluate import evaluate
 
     model, classes, spec = _trained(args.run, args.views)
-    items, _ = read_items(args.data, classes)
+    found = listing(args.data, args.videos, classes=classes)
+    print(decoder_line(spec.decoder), flush=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = evaluate(
-        model, VideoClips(items, classes, spec), args.batch, device, args.bf16, args.workers, show="evaluate"
-    )
+    note = found.report(args.data, args.videos or Path(args.data).parent)
+    clips = VideoClips(found.items, classes, spec, note=note)
+    result = evaluate(model, clips, args.batch, device, args.bf16, args.workers, show="evaluate")
     _report(result.problems)
     if not result.clips:
-        raise DataError(f"{args.data}: none of its {len(items)} videos can be read")
-    numbers = result.numbers()
-    print(f"top-1 {numbers['val_top1']:.1%}  top-5 {numbers['val_top5']:.1%}  of {result.clips} videos")
+        raise DataError(f"{args.data}: none of its {len(found.items)} videos can be read")
+    print(result.summary())
     print(result.table())
     return 0
 
 
 def _report(problems: Problems) -> None:
-    if problems.files:
+    if str(problems):
         print(problems, file=sys.stderr)
 
 

@@ -1,9 +1,11 @@
-"""Clips for training and evaluation: a folder per class, or a list file; uint8 `[F, Y, X, C]`, never normalised here.
+"""Clips for training and evaluation: a folder per class, a list file, or the annotation files of annotations.py; uint8
+`[F, Y, X, C]`, never normalised here.
 
 What a clip holds depends on (seed, epoch, index) alone: a resumed run sees the same clips with any number of workers.
 The rule for bad files: in training the next readable file of the list takes the place of one that gives no frames; in
 evaluation it is left out of the result. Frames that cannot be decoded repeat the last good one, short videos go on from
-their first frame. All of it is counted in `Problems` and reported at the end.
+their first frame. Videos of a rate that varies are read frame by frame, or by the clock with `ClipSpec.fps`. All of it
+is counted in `Problems` and reported at the end.
 """
 
 from __future__ import annotations
@@ -19,23 +21,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from . import annotations
+from .annotations import Classes, DataError, Items, Label, Listing, Source
+from .augment import NOTHING, AugmentConfig, augment
+from .images import read_resized
 from .sampling import central_start, frame_indices, random_crop, random_start, test_crops, test_starts
 from .video import EXTENSIONS, Video, VideoError, open_video
 
 
-class DataError(Exception):
-    """Data that cannot be used, with what to do about it; shown without a traceback."""
-
-
 class Sample(NamedTuple):
     video: Tensor | None  # uint8 [V, F, Y, X, C]: V views; None: the file gives no frames
-    label: int
+    label: Label  # a pair for two heads
     problems: list[tuple[str, str]]  # (file, what was wrong)
 
 
 class Batch(NamedTuple):
     video: Tensor  # uint8 [B, V, F, Y, X, C]
-    label: Tensor  # [B]
+    label: Tensor  # [B], or [B, 2] for two heads
     problems: list[tuple[str, str]]
 
 
@@ -43,22 +45,35 @@ class Dataset(Protocol):
     """`dataset[epoch, index]` is a training clip, `dataset[None, index]` what is evaluated."""
 
     @property
-    def classes(self) -> tuple[str, ...]: ...
+    def classes(self) -> Classes: ...
     def __len__(self) -> int: ...
     def __getitem__(self, key: tuple[int | None, int]) -> Sample: ...
 
 
+SHORT = "shorter than a clip"
+
+
 @dataclass
 class Problems:
-    """What was wrong with which file, each counted once."""
+    """What was wrong with which file, each counted once; videos that are merely short are counted apart."""
 
     files: dict[str, str] = field(default_factory=dict)
+    short: dict[str, str] = field(default_factory=dict)
+    note: str = ""  # what the data set's own list had to say: videos that are not there
 
     def add(self, problems: list[tuple[str, str]]) -> None:
         for path, what in problems:
-            self.files.setdefault(path, what)
+            (self.short if what == SHORT else self.files).setdefault(path, what)
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """What `add` of another takes."""
+        return [*self.files.items(), *self.short.items()]
 
     def __str__(self) -> str:
+        short = f"{len(self.short)} video(s) are {SHORT}: they go on from their first frame" if self.short else ""
+        return "\n".join(part for part in (self.note, short, self._broken()) if part)
+
+    def _broken(self) -> str:
         if not self.files:
             return ""
         lines = [f"  {what}" if path in what else f"  {path}: {what}" for path, what in list(self.files.items())[:10]]
@@ -78,15 +93,24 @@ class ClipSpec:
     flip: bool = True
     views: tuple[int, int] = (1, 1)  # evaluation: (clips along time, crops)
     decoder: str = "pyav"
+    fps: float = 0.0  # frames by the clock; 0: as they are in the file
+    resize: str = "decoder"  # one of images.RESIZES
+    augment: AugmentConfig = NOTHING
+    augment_here: bool = True  # pixels are augmented by the loader; no: by whoever trains, with `augment_rng`
+
+
+def augment_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The generator that decides how this clip's pixels are augmented, wherever that is done."""
+    return np.random.default_rng((seed, epoch, index, 0x4155))
 
 
 class VideoClips:
-    """Clips of a list of (file, label)."""
+    """Clips of a list of (file or segment of one, label)."""
 
-    def __init__(self, items: list[tuple[Path, int]], classes: tuple[str, ...], spec: ClipSpec, seed: int = 0):
+    def __init__(self, items: Items, classes: Classes, spec: ClipSpec, seed: int = 0, note: str = ""):
         if not items:
             raise DataError("no videos to take clips from")
-        self.items, self.classes, self.spec, self.seed = items, classes, spec, seed
+        self.items, self.classes, self.spec, self.seed, self.note = items, classes, spec, seed, note
 
     def __len__(self) -> int:
         return len(self.items)
@@ -104,14 +128,19 @@ class VideoClips:
             return Sample(torch.from_numpy(np.ascontiguousarray(views)), label, problems)
         return Sample(None, self.items[index][1], problems)
 
-    def _views(self, path: Path, epoch: int | None, index: int, problems: list[tuple[str, str]]) -> np.ndarray:
-        spec, video = self.spec, open_video(path, self.spec.decoder)
+    def _views(self, path: Source, epoch: int | None, index: int, problems: list[tuple[str, str]]) -> np.ndarray:
+        spec, video = self.spec, open_video(path, self.spec.decoder, self.spec.fps)
         try:
             if epoch is None:
                 views = evaluation_views(video, spec)
             else:
                 rng = np.random.default_rng((self.seed, epoch, index))
                 views = training_clip(video, spec, rng)[None]
+                if spec.augment_here and spec.augment.of_pixels:
+                    clip = torch.from_numpy(np.ascontiguousarray(views[0]))
+                    views = augment(clip, spec.augment, augment_rng(self.seed, epoch, index)).numpy()[None]
+            if video.frames <= (spec.frames - 1) * spec.stride:
+                problems.append((str(path), SHORT))
             if video.damaged:
                 problems.append((str(path), "frames that could not be decoded were replaced by their neighbours"))
             return views
@@ -120,11 +149,12 @@ class VideoClips:
 
 
 def training_clip(video: Video, spec: ClipSpec, rng: np.random.Generator) -> np.ndarray:
-    """`[F, Y, X, C]`: random start, random crop, mirrored half of the time."""
+    """`[F, Y, X, C]`: random start, random scale and crop, mirrored half of the time."""
     start = random_start(video.frames, spec.frames, spec.stride, rng)
-    crop = random_crop((video.height, video.width), (spec.height, spec.width), spec.short_side, spec.flip, rng)
+    size, crop_size, scales = (video.height, video.width), (spec.height, spec.width), spec.augment.scale_jitter
+    crop = random_crop(size, crop_size, spec.short_side, spec.flip, rng, scales)
     indices = frame_indices(start, spec.frames, spec.stride, video.frames)
-    clip = video.read(indices, crop.rows, crop.columns)
+    clip = read_resized(video, indices, crop.rows, crop.columns, spec.resize)
     clip = clip[:, crop.top : crop.top + spec.height, crop.left : crop.left + spec.width]
     return clip[:, :, ::-1] if crop.flip else clip
 
@@ -134,10 +164,8 @@ def evaluation_views(video: Video, spec: ClipSpec) -> np.ndarray:
     clips, crops = spec.views
     starts = test_starts(video.frames, spec.frames, spec.stride, clips) if clips > 1 else [_central(video, spec)]
     boxes = test_crops((video.height, video.width), (spec.height, spec.width), spec.short_side, crops)
-    read = [
-        video.read(frame_indices(start, spec.frames, spec.stride, video.frames), boxes[0].rows, boxes[0].columns)
-        for start in starts
-    ]
+    indices = [frame_indices(start, spec.frames, spec.stride, video.frames) for start in starts]
+    read = [read_resized(video, each, boxes[0].rows, boxes[0].columns, spec.resize) for each in indices]
     return np.stack(
         [clip[:, b.top : b.top + spec.height, b.left : b.left + spec.width] for b in boxes for clip in read]
     )
@@ -207,14 +235,31 @@ def read_items(path: str | Path, classes: tuple[str, ...] = ()) -> tuple[list[tu
     raise DataError(f"{path}: no such folder (one sub-folder per class) or list file (`path label` per line)")
 
 
-def split(items: list[tuple[Path, int]], fraction: float) -> tuple[list[tuple[Path, int]], list[tuple[Path, int]]]:
+def listing(path: str | Path, videos: str = "", kind: str = "auto", labels: str = "", classes: Classes = ()) -> Listing:
+    """What any data set holds: a folder per class, a list file, or an annotation file with its folder of `videos`."""
+    file = Path(path)
+    if kind == "auto":
+        kind = annotations.detect(file) if file.is_file() else "folder"
+    if kind in annotations.KINDS:
+        return annotations.read(file, videos, kind, labels, classes)
+    if kind != ("folder" if file.is_dir() else "list") and file.exists():
+        raise DataError(f"data.format={kind!r}, but {file} is a {'folder' if file.is_dir() else 'file'}")
+    if isinstance(classes, annotations.Heads):
+        raise DataError(f"{file}: a folder per class or a list file has one label a video, the model has two heads")
+    return Listing(*read_items(file, classes), [])
+
+
+def split(items: Items, fraction: float) -> tuple[Items, Items]:
     """(training, validation): of each class, the `fraction` whose file names hash lowest; at least one if it has two.
 
     By name, so that a file stays on its side when others are added.
     """
-    held: set[Path] = set()
-    for label in {label for _, label in items}:
-        files = sorted((p for p, l in items if l == label), key=lambda p: hashlib.sha256(p.name.encode()).digest())
+    held: set[Source] = set()
+    by_label: dict[Label, list[Source]] = {}
+    for path, label in items:
+        by_label.setdefault(label, []).append(path)
+    for paths in by_label.values():
+        files = sorted(paths, key=lambda p: hashlib.sha256(p.name.encode()).digest())
         held.update(files[: max(1, round(fraction * len(files))) if len(files) > 1 else 0])
     return [i for i in items if i[0] not in held], [i for i in items if i[0] in held]
 
@@ -266,6 +311,7 @@ def training_batches(dataset: Dataset, order: Order, workers: int) -> DataLoader
         collate_fn=collate,
         worker_init_fn=_one_thread,
         generator=torch.Generator(),  # its own: iterating must not move the model's random numbers
+        pin_memory=torch.cuda.is_available(),
     )
 
 
@@ -278,6 +324,7 @@ def evaluation_batches(dataset: Dataset, batch: int, workers: int) -> DataLoader
         collate_fn=collate,
         worker_init_fn=_one_thread,
         generator=torch.Generator(),
+        pin_memory=torch.cuda.is_available(),
     )
 
 

@@ -144,7 +144,9 @@ def _predict(run: Run, test: Dataset, film: films.Film | None, out: Path, say) -
     if film is not None and isinstance(test, films.FilmOrder):
         files = write_held_out(film, test, out)
     elif isinstance(test, VideoClips):
-        files = [(path, classes[label], "", []) for path, label in test.items[:1]]
+        first, label = test.items[0]
+        if isinstance(first, Path) and isinstance(label, int):
+            files = [(first, str(classes[label]), "", [])]
     told = []
     for path, truth, credit, numbers in files:
         found = predict(run.model, str(path), classes, spec)

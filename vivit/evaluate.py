@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from . import losses
+from .annotations import Classes, Heads
 from .data import ClipSpec, Dataset, Problems, evaluation_batches, evaluation_views
 from .model import ViViT
 from .progress import Bar
@@ -16,27 +17,21 @@ from .video import open_video
 
 
 @dataclass
-class Result:
-    """confusion[i, j]: clips of class i taken for class j. A video counts once, its views' logits averaged."""
+class HeadResult:
+    """One head: confusion[i, j] counts clips of class i taken for class j."""
 
     classes: tuple[str, ...]
     confusion: Tensor
     top5_right: int = 0
-    loss_sum: float = 0.0
-    problems: Problems = field(default_factory=Problems)
 
-    @property
-    def clips(self) -> int:
-        return int(self.confusion.sum())
+    @classmethod
+    def of(cls, classes: tuple[str, ...]) -> HeadResult:
+        return cls(classes, torch.zeros(len(classes), len(classes), dtype=torch.long))
 
-    def numbers(self) -> dict[str, Any]:
-        count = max(self.clips, 1)
-        return {
-            "val_top1": int(self.confusion.trace()) / count,
-            "val_top5": self.top5_right / count,
-            "val_loss": self.loss_sum / count,
-            "val_clips": self.clips,
-        }
+    def add(self, logits: Tensor, label: Tensor) -> None:  # [B, classes], [B]
+        best = logits.topk(min(5, logits.shape[-1]), -1).indices  # [B, 5]
+        self.confusion.index_put_((label, best[:, 0]), torch.ones_like(label), accumulate=True)
+        self.top5_right += int((best == label[:, None]).any(-1).sum())
 
     def table(self, most: int = 20) -> str:
         """The confusion matrix as text: rows are true classes, columns predictions."""
@@ -50,13 +45,77 @@ class Result:
         return "\n".join(lines)
 
 
+@dataclass
+class Result:
+    """Of one head, or of two and of the pair: an action is right when both its parts are. A video counts once, its
+    views' logits averaged."""
+
+    heads: dict[str, HeadResult]  # by name; "" for the only one
+    action_right: int = 0
+    action_top5_right: int = 0
+    loss_sum: float = 0.0
+    problems: Problems = field(default_factory=Problems)
+
+    @classmethod
+    def of(cls, classes: Classes) -> Result:
+        named = classes._asdict() if isinstance(classes, Heads) else {"": classes}
+        return cls({name: HeadResult.of(names) for name, names in named.items()})
+
+    def add(self, logits: tuple[Tensor, ...], label: Tensor) -> None:
+        """logits: `[B, classes]` per head; label: `[B]`, or `[B, 2]`."""
+        wanted = losses.targets(label, tuple(x.shape[-1] for x in logits))
+        for head, x, y in zip(self.heads.values(), logits, wanted, strict=True):
+            head.add(x, y)
+        if len(logits) == 2:
+            best = losses.pair_scores(logits).topk(min(5, logits[0].shape[-1] * logits[1].shape[-1]), -1).indices
+            right = best == (wanted[0] * logits[1].shape[-1] + wanted[1])[:, None]  # [B, 5]
+            self.action_right += int(right[:, 0].sum())
+            self.action_top5_right += int(right.any(-1).sum())
+        self.loss_sum += losses.classification(logits, wanted).item() * len(label)
+
+    @property
+    def confusion(self) -> Tensor:
+        """Of the (first) head."""
+        return next(iter(self.heads.values())).confusion
+
+    @property
+    def clips(self) -> int:
+        return int(self.confusion.sum())
+
+    def numbers(self) -> dict[str, Any]:
+        """val_top1, val_top5 (of the action where there are two heads, each head's beside it), val_loss, val_clips."""
+        count = max(self.clips, 1)
+        found: dict[str, Any] = {}
+        for name, head in self.heads.items():
+            prefix = f"val_{name}_" if name else "val_"
+            found[f"{prefix}top1"] = int(head.confusion.trace()) / count
+            found[f"{prefix}top5"] = head.top5_right / count
+        if len(self.heads) > 1:
+            found |= {"val_top1": self.action_right / count, "val_top5": self.action_top5_right / count}
+        return {**found, "val_loss": self.loss_sum / count, "val_clips": self.clips}
+
+    def summary(self) -> str:
+        numbers = self.numbers()
+        names = ["action", *self.heads] if len(self.heads) > 1 else [""]
+        parts = []
+        for name in names:
+            prefix = f"val_{name}_" if name and name != "action" else "val_"
+            words = f"top-1 {numbers[prefix + 'top1']:.1%}  top-5 {numbers[prefix + 'top5']:.1%}"
+            parts.append(f"{name} {words}" if name else words)
+        return f"{'   '.join(parts)}  of {self.clips} videos"
+
+    def table(self, most: int = 20) -> str:
+        tables = [f"{name}\n{head.table(most)}" if name else head.table(most) for name, head in self.heads.items()]
+        return "\n\n".join(tables)
+
+
 @torch.no_grad()
-def logits_of(model: ViViT, video: Tensor, autocast: bool = False) -> Tensor:
-    """uint8 `[B, V, F, Y, X, C]` -> `[B, classes]`: raw logits averaged over the views (Scenic)."""
+def logits_of(model: ViViT, video: Tensor, autocast: bool = False) -> tuple[Tensor, ...]:
+    """uint8 `[B, V, F, Y, X, C]` -> `[B, classes]` per head: raw logits averaged over the views (Scenic)."""
     device = next(model.parameters()).device
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-        logits = model(video.flatten(0, 1).to(device), layout="BFYXC")
-    return logits.float().unflatten(0, video.shape[:2]).mean(1)
+        logits = model(video.flatten(0, 1).to(device, non_blocking=True), layout="BFYXC")
+    return tuple(x.float().unflatten(0, video.shape[:2]).mean(1) for x in losses.heads(logits))
 
 
 def evaluate(
@@ -71,18 +130,15 @@ def evaluate(
     """`show`: the name of a progress bar, none if empty. Files that cannot be read are left out and reported."""
     was_training = model.training
     model.to(device).eval()
-    K = len(dataset.classes)
-    result = Result(dataset.classes, torch.zeros(K, K, dtype=torch.long))
+    result = Result.of(dataset.classes)
+    result.problems.note = getattr(dataset, "note", "")
     with Bar(show, len(dataset), quiet=not show) as bar:
         for part in evaluation_batches(dataset, batch, workers):
             result.problems.add(part.problems)
             if not len(part.label):
                 continue
-            logits = logits_of(model, part.video, autocast).cpu()
-            best = logits.topk(min(5, logits.shape[-1]), -1).indices  # [B, 5]
-            result.confusion.index_put_((part.label, best[:, 0]), torch.ones_like(part.label), accumulate=True)
-            result.top5_right += int((best == part.label[:, None]).any(-1).sum())
-            result.loss_sum += F.cross_entropy(logits, part.label, reduction="sum").item()
+            logits = logits_of(model, part.video, autocast)
+            result.add(tuple(x.cpu() for x in logits), part.label)
             bar.advance(len(part.label), steps=len(part.label))
     model.train(was_training)
     return result
@@ -94,9 +150,9 @@ class Prediction(NamedTuple):
     file: str
 
 
-def predict(model: ViViT, path: str, classes: tuple[str, ...], spec: ClipSpec, k: int = 5) -> Prediction:
+def predict(model: ViViT, path: str, classes: Classes, spec: ClipSpec, k: int = 5) -> Prediction:
     """The k most probable classes of a video file, its views' logits averaged."""
-    video = open_video(path, spec.decoder)
+    video = open_video(path, spec.decoder, spec.fps)
     try:
         views = torch.from_numpy(evaluation_views(video, spec).copy())
     finally:
@@ -104,12 +160,22 @@ def predict(model: ViViT, path: str, classes: tuple[str, ...], spec: ClipSpec, k
     return predict_clip(model, views, classes, str(path), k)
 
 
-def predict_clip(model: ViViT, views: Tensor, classes: tuple[str, ...], file: str, k: int = 5) -> Prediction:
-    """views: uint8 `[V, F, Y, X, C]`."""
+def predict_clip(model: ViViT, views: Tensor, classes: Classes, file: str, k: int = 5) -> Prediction:
+    """views: uint8 `[V, F, Y, X, C]`. Two heads: the most probable pairs, as `verb noun`."""
     model.eval()
-    probabilities = logits_of(model, views[None])[0].softmax(-1).cpu()
+    logits = logits_of(model, views[None])
+    if len(logits) == 2:
+        nouns, verbs = classes if isinstance(classes, Heads) else (_numbers(logits[0]), _numbers(logits[1]))
+        classes = tuple(f"{verb} {noun}" for noun in nouns for verb in verbs)
+        probabilities = losses.pair_scores(logits)[0].cpu()
+    else:
+        probabilities = logits[0][0].softmax(-1).cpu()
     if len(classes) != len(probabilities):
-        classes = tuple(f"class {i}" for i in range(len(probabilities)))
+        classes = _numbers(logits[0])
     values, indices = probabilities.topk(min(k, len(classes)))
-    top = [(classes[i], p) for i, p in zip(indices.tolist(), values.tolist(), strict=True)]
+    top = [(str(classes[i]), p) for i, p in zip(indices.tolist(), values.tolist(), strict=True)]
     return Prediction(top, views[len(views) // 2], file)
+
+
+def _numbers(logits: Tensor) -> tuple[str, ...]:
+    return tuple(f"class {i}" for i in range(logits.shape[-1]))

@@ -13,30 +13,44 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import annotations
 from . import memory as memory_levels
+from .annotations import DataError
+from .augment import AugmentConfig
 from .config import ViViTConfig, from_dict, nearest
-from .data import ClipSpec, DataError, VideoClips, find_splits, read_items
+from .data import ClipSpec, VideoClips, find_splits, listing, split
+from .images import RESIZES
 from .video import DECODERS
 
 CONFIGS = Path(__file__).parent / "configs"
 OPTIMIZERS = ("sgd", "adamw")
+CLIP_KEYS = ("stride", "short_side", "flip", "views", "decoder", "fps", "resize")  # [data] that ClipSpec has too
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """path: a folder per class or a list file; with train and val (folders, or train.txt and val.txt) inside, those.
 
-    Otherwise val, another such path, is held out, or without it `val_fraction` of each class's files.
+    Otherwise val, another such path, is held out, or without it `val_fraction` of each class's files. Or path and val
+    are annotation files as a data set is published with, and `videos` the folder that holds their videos at any depth.
+    format: "auto", "folder", "list", or one of annotations.KINDS. labels: class names, where they are not in `path`.
+    fps: frames by the clock, for videos of different or varying rates; 0: as they are in the file.
+    resize: whose resizing: "decoder" (fastest), "scenic", "pillow" (Hugging Face's).
     """
 
     path: str = ""
     val: str = ""
+    videos: str = ""
+    format: str = "auto"
+    labels: str = ""
     val_fraction: float = 0.2
     stride: int = 2
     short_side: int = 256
     flip: bool = True
     views: tuple[int, int] = (1, 1)  # evaluation: clips along time, crops (1 or 3); logits are averaged
-    decoder: str = "pyav"
+    decoder: str = "auto"
+    fps: float = 0.0
+    resize: str = "decoder"
     workers: int = 2
 
     def __post_init__(self):
@@ -48,9 +62,12 @@ class DataConfig:
         good = len(self.views) == 2 and self.views[0] >= 1 and self.views[1] in (1, 3)
         _check(good, "data.views", self.views, "must be [clips, crops]: crops is 1 or 3")
         _choice("data.decoder", self.decoder, DECODERS)
+        _choice("data.format", self.format, ("auto", "folder", "list", *annotations.KINDS))
+        _choice("data.resize", self.resize, RESIZES)
+        _check(self.fps >= 0, "data.fps", self.fps, "must not be negative")
 
     def spec(self, model: ViViTConfig) -> ClipSpec:
-        values = {key: getattr(self, key) for key in ("stride", "short_side", "flip", "views", "decoder")}
+        values = {key: getattr(self, key) for key in CLIP_KEYS}
         return ClipSpec(model.frames, model.height, model.width, **values)
 
 
@@ -79,10 +96,14 @@ class OptimizerConfig:
 class TrainConfig:
     model: ViViTConfig = field(default_factory=ViViTConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     epochs: int = 30
     batch: int = 64
+    accumulate: int = 1  # parts of a batch that go through the model one after another, for less memory
     label_smoothing: float = 0.0
+    ema: float = 0.0  # decay of a running mean of the weights, evaluated and exported in their place; 0: none
+    tensorboard: bool = False  # besides log.jsonl
     autocast: bool = False  # bf16
     memory: str = "fast"  # what stays for the backward: fast, balanced, small, smallest (memory.py)
     seed: int = 0
@@ -93,13 +114,16 @@ class TrainConfig:
 
     def __post_init__(self):
         check_types(self, "")
-        for key in ("epochs", "batch", "checkpoint_every", "evaluate_every"):
+        for key in ("epochs", "batch", "accumulate", "checkpoint_every", "evaluate_every"):
             _check(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
         for key in ("seed", "threads"):
             _check(getattr(self, key) >= 0, key, getattr(self, key), "must not be negative")
         memory_levels.check(self.memory, "recipe")
         _check(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "must be in [0, 1)")
-        _check(len(self.model.head_sizes) == 1, "model.classes", self.model.classes, "must be one number to train here")
+        _check(0 <= self.ema < 1, "ema", self.ema, "must be in [0, 1): a decay such as 0.999, 0 for none")
+        rule = f"is more parts than a batch of {self.batch} has clips"
+        _check(self.accumulate <= self.batch, "accumulate", self.accumulate, rule)
+        check_augment(self.augment)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -129,26 +153,51 @@ def check_types(config: Any, prefix: str) -> None:
             raise ValueError(f"{key}={value!r} must be {names.get(kind, kind.__name__)}")
 
 
+def check_augment(config: AugmentConfig) -> None:
+    check_types(config, "augment")
+    scale, layers = config.scale_jitter, config.randaugment
+    good = not scale or (len(scale) == 2 and 0 < scale[0] <= scale[1])
+    _check(good, "augment.scale_jitter", scale, "must be [lowest, highest] factors, for example [0.9, 1.33]")
+    good = not layers or (len(layers) == 2 and all(isinstance(n, int) and n >= 0 for n in layers))
+    _check(good, "augment.randaugment", layers, "must be [layers, magnitude], for example [2, 15]")
+    for key in ("color_jitter", "greyscale"):
+        value = getattr(config, key)
+        _check(0 <= value <= 1, f"augment.{key}", value, "must be a probability, 0 to 1")
+    _check(config.mixup >= 0, "augment.mixup", config.mixup, "must not be negative (0: no mixup)")
+    _choice("augment.where", config.where, ("auto", "loader", "model"))
+
+
 def datasets(config: TrainConfig) -> tuple[VideoClips, VideoClips | None, TrainConfig]:
     """(training, validation or None, the config with the data's number of classes)."""
     if not config.data.path:
         raise DataError(
             "no videos named\n  -> --data FOLDER (a folder per class) or --data LIST, or data.path in CONFIG"
         )
-    if config.data.val:
-        training, classes = read_items(config.data.path)
-        held, _ = read_items(config.data.val, classes)
+    data, held, notes = config.data, [], []
+    as_given = (data.videos, data.format, data.labels)
+    if data.val or Path(data.path).is_file():
+        training, classes, _ = whole = listing(data.path, *as_given)
+        notes.append(whole.report(data.path, data.videos or Path(data.path).parent))
+        if data.val:
+            other = listing(data.val, *as_given, classes)
+            held = other.items
+            notes.append(other.report(data.val, data.videos or Path(data.val).parent))
+        else:
+            training, held = split(training, data.val_fraction)
     else:
-        training, held, classes = find_splits(config.data.path, config.data.val_fraction)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, classes=len(classes)))
-    spec = config.data.spec(config.model)
+        training, held, classes = find_splits(data.path, data.val_fraction)
+    sizes = annotations.head_sizes(classes)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, classes=sizes))
+    config.augment.require()
+    spec = dataclasses.replace(data.spec(config.model), augment=config.augment)
+    note = "\n".join(filter(None, notes))
     validation = VideoClips(held, classes, spec, config.seed) if held else None
-    return VideoClips(training, classes, spec, config.seed), validation, config
+    return VideoClips(training, classes, spec, config.seed, note), validation, config
 
 
 # ---- reading ----
 
-_TABLES = {"model": ViViTConfig, "data": DataConfig, "optimizer": OptimizerConfig}
+_TABLES = {"model": ViViTConfig, "data": DataConfig, "augment": AugmentConfig, "optimizer": OptimizerConfig}
 
 
 def toml():

@@ -52,9 +52,21 @@ def resized(height: int, width: int, short_side: int) -> tuple[int, int]:
 
 
 def random_crop(
-    size: tuple[int, int], crop: tuple[int, int], short_side: int, flip: bool, rng: np.random.Generator
+    size: tuple[int, int],
+    crop: tuple[int, int],
+    short_side: int,
+    flip: bool,
+    rng: np.random.Generator,
+    scales: tuple[float, ...] = (),
 ) -> Crop:
+    """scales: (lowest, highest) factor of the resized rows and columns, each drawn by itself; never below the crop.
+
+    Scenic resizes twice, to the short side and by the factors; here the frame goes to the second size at once.
+    """
     rows, columns = resized(*size, _enough(size, crop, short_side))
+    if scales:
+        rows = max(int(rows * rng.uniform(scales[0], scales[1])), crop[0])
+        columns = max(int(columns * rng.uniform(scales[0], scales[1])), crop[1])
     top, left = rng.integers(rows - crop[0] + 1), rng.integers(columns - crop[1] + 1)
     return Crop(rows, columns, int(top), int(left), flip and bool(rng.random() < 0.5))
 

@@ -1,32 +1,36 @@
 """The training loop: warm-up and cosine, clipping, a JSON-lines log, and checkpoints from which a run goes on exactly.
 
 A run lives in one folder: log.jsonl, checkpoint.pt (training state), model.safetensors (weights and configuration, for
-users), run.json (classes, sampling). With the same number of threads on the CPU, a run that was killed at any step and
-resumed has the same loss curve, bit for bit, as one that was not.
+users; with `ema` their running mean), run.json (classes, sampling). With the same number of threads on the CPU, a run
+that was killed at any step and resumed has the same loss curve, bit for bit, as one that was not.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checkpoint
-from .data import Dataset, Order, Problems, training_batches
-from .evaluate import evaluate
+from . import checkpoint, losses
+from .augment import augment, mixup_weight
+from .averaging import Average
+from .data import Dataset, Order, Problems, VideoClips, augment_rng, training_batches
+from .evaluate import Result, evaluate
+from .log import Log
 from .model import ViViT
 from .progress import Bar, memory_gib
-from .recipe import OptimizerConfig, TrainConfig
+from .recipe import CLIP_KEYS, OptimizerConfig, TrainConfig
+from .video import which_decoder
 
 
 class TrainingError(Exception):
@@ -69,29 +73,6 @@ def device_of(config: TrainConfig) -> torch.device:
         raise TrainingError(f"device={name!r} is not known: auto, cpu or cuda") from error
 
 
-class Log:
-    """One JSON object per line, flushed; on resume, lines after the checkpoint's step are cut off."""
-
-    def __init__(self, path: Path, upto: int):
-        kept = []
-        if upto and path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    break  # half a line: killed while writing it
-                if record["step"] <= upto:
-                    kept.append(line)
-        temporary = path.with_suffix(".part")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, path)
-        self.file = open(path, "a")  # noqa: SIM115  # lives as long as the run
-
-    def write(self, **record: Any) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
-
-
 @contextmanager
 def signals() -> Iterator[list[int]]:
     """Ctrl-C and SIGTERM are noted, so that the step in hand ends and is saved; a second one stops at once."""
@@ -127,16 +108,28 @@ class Run:
         torch.manual_seed(config.seed)
         self.model = ViViT(config.model, memory=config.memory).to(self.device)
         self.optimizer = make_optimizer(self.model, config.optimizer)
-        self.step, self.problems = 0, Problems()
+        self.average = Average(self.model, config.ema) if config.ema else None
+        self.step, self.problems = 0, Problems(note=getattr(dataset, "note", ""))
+        self._place_augmentation()
         saved = out / "checkpoint.pt"
         if resume and saved.exists():
             self._restore(checkpoint.load(saved), saved)
         elif saved.exists():
             raise TrainingError(f"{out} holds a run already\n  -> --resume to go on with it, or another --out")
-        self.log = Log(out / "log.jsonl", self.step)
+        self.log = Log(out / "log.jsonl", self.step, config.tensorboard)
         kept = config.to_dict()["data"]
-        about = {key: kept[key] for key in ("stride", "short_side", "views", "decoder")}
+        about = {key: kept[key] for key in CLIP_KEYS}
         write_json(out / "run.json", {"classes": list(dataset.classes), "data": about})
+
+    def _place_augmentation(self) -> None:
+        """Pixels are augmented once: by the loader, or here on the model's device. The clips are the same but for the
+        device's rounding."""
+        config = self.config.augment
+        config.require()
+        here = config.where == "model" or (config.where == "auto" and self.device.type != "cpu")
+        self.augments = config.of_pixels and (here or not isinstance(self.dataset, VideoClips))
+        if isinstance(self.dataset, VideoClips):
+            self.dataset.spec = dataclasses.replace(self.dataset.spec, augment_here=not self.augments)
 
     def _restore(self, state: dict[str, Any], path: Path) -> None:
         now, then = self._identity(), json.loads(state["config"])
@@ -149,6 +142,8 @@ class Run:
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load(state["average"])
         self.step = state["step"]
         self.problems.add([tuple(pair) for pair in state["problems"]])
         checkpoint.set_random_state(state["random"])
@@ -156,9 +151,11 @@ class Run:
     def _identity(self) -> dict[str, Any]:
         """What the curve depends on; workers, threads, device and memory may change between parts of a run."""
         values = json.loads(json.dumps(self.config.to_dict()))
-        for key in ("threads", "device", "memory", "checkpoint_every", "evaluate_every"):
+        for key in ("threads", "device", "memory", "checkpoint_every", "evaluate_every", "tensorboard"):
             values.pop(key)
         values["data"].pop("workers")
+        values["augment"].pop("where")
+        values["data"]["decoder"] = which_decoder(self.config.data.decoder)
         tables = [(k, v) for k, v in values.items() if isinstance(v, dict)]
         flat = {f"{table}.{key}": value for table, inner in tables for key, value in inner.items()}
         flat |= {k: v for k, v in values.items() if not isinstance(v, dict)}
@@ -172,23 +169,22 @@ class Run:
             "random": checkpoint.random_state(),
             "step": self.step,
             "finished": self.step == self.total,
-            "problems": [list(pair) for pair in self.problems.files.items()],
+            "problems": [list(pair) for pair in self.problems.pairs()],
         }
+        if self.average is not None:
+            state["average"] = self.average.values
         checkpoint.save(state, self.out / "checkpoint.pt")
 
     def train_step(self, video: Tensor, label: Tensor) -> tuple[float, float, float]:
         """(loss, learning rate, gradient norm before clipping)."""
-        config, opt = self.config, self.config.optimizer
+        opt = self.config.optimizer
         rate = learning_rate(self.step, opt.lr, self.warmup, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.autocast):
-            logits = self.model(video, layout="BFYXC")
-        loss = F.cross_entropy(logits.float(), label, label_smoothing=config.label_smoothing)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        value = self._backward(video, label)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), opt.clip_norm or math.inf)
-        value, size = loss.item(), norm.item()
+        size = norm.item()
         if not (math.isfinite(value) and math.isfinite(size)):
             what = f"the loss is {value}" if not math.isfinite(value) else f"the gradient norm is {size}"
             raise TrainingError(
@@ -196,7 +192,30 @@ class Run:
                 "\n  -> a lower optimizer.lr, a longer optimizer.warmup_epochs, or optimizer.clip_norm = 1"
             )
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.model)
         return value, rate, size
+
+    def _backward(self, video: Tensor, label: Tensor) -> float:
+        """The loss of the batch, its gradients left in the parameters; in `accumulate` parts, one after another."""
+        config, alpha = self.config, self.config.augment.mixup
+        weight = mixup_weight(alpha, config.seed, self.step) if alpha else None
+        wanted = losses.targets(label, config.model.head_sizes, weight)
+        partner, total = video.flip(0) if weight is not None else video, 0.0
+        for part in torch.arange(len(video)).chunk(config.accumulate):
+            rows = slice(int(part[0]), int(part[-1]) + 1)
+            clips = video[rows]
+            if weight is not None:  # clips become floats here, on the device
+                first, second = (losses.normalised(x[rows], config.model) for x in (video, partner))
+                clips = weight * first + (1 - weight) * second
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.autocast):
+                logits = self.model(clips, layout="BFYXC")
+            loss = losses.classification(logits, [y[rows] for y in wanted], config.label_smoothing)
+            if len(part) < len(video):
+                loss = loss * (len(part) / len(video))
+            loss.backward()
+            total += loss.item()
+        return total
 
     def fit(self, validation: Dataset | None = None, quiet: bool = False, name: str = "train") -> dict[str, Any]:
         """Trains from the current step to the end; returns the last evaluation's numbers."""
@@ -207,25 +226,38 @@ class Run:
         with signals() as caught, Bar(name, self.total, start=self.step, quiet=quiet) as bar:
             if self.step < self.total:
                 self.model.train()
-                for batch in training_batches(self.dataset, order, workers):
+                for keys, batch in zip(order, training_batches(self.dataset, order, workers), strict=True):
                     self.problems.add(batch.problems)
                     if not len(batch.label):
                         raise TrainingError(f"none of the videos can be read\n{self.problems}")
-                    self._one(batch.video[:, 0], batch.label, bar)
+                    self._one(batch.video[:, 0], batch.label, keys, bar)
                     result = self._after_step(validation, bar) or result
                     if caught:
                         self.save()
                         raise Interrupted(caught[0], self.step, self.out)
             if not result and validation is not None:
-                result = evaluate(self.model, validation, config.batch, self.device, config.autocast, workers).numbers()
+                result = self.evaluate(validation).numbers()
             self.save()
         self._export()
         if str(self.problems):
             bar.say(str(self.problems))
         return {**result, "seconds": round(time.monotonic() - begun, 1)}
 
-    def _one(self, video: Tensor, label: Tensor, bar: Bar) -> None:
-        loss, rate, norm = self.train_step(video.to(self.device), label.to(self.device))
+    def evaluate(self, validation: Dataset) -> Result:
+        """Of the running mean of the weights, where there is one."""
+        config = self.config
+        with self._averaged():
+            return evaluate(self.model, validation, config.batch, self.device, config.autocast, config.data.workers)
+
+    def _averaged(self):
+        return nullcontext() if self.average is None else self.average.inside(self.model)
+
+    def _one(self, video: Tensor, label: Tensor, keys: list[tuple[int, int]], bar: Bar) -> None:
+        video = video.to(self.device, non_blocking=True)  # bytes cross the bus, floats never do
+        if self.augments:
+            rngs = [augment_rng(self.config.seed, *key) for key in keys]
+            video = torch.stack([augment(clip, self.config.augment, r) for clip, r in zip(video, rngs, strict=True)])
+        loss, rate, norm = self.train_step(video, label.to(self.device, non_blocking=True))
         self.step += 1
         epoch = (self.step - 1) // self.steps_per_epoch
         bar.advance(len(label), note=f"epoch {epoch + 1} loss {loss:.3f}")
@@ -239,9 +271,9 @@ class Run:
         epochs, within = divmod(self.step, self.steps_per_epoch)
         ends = within == 0 and (epochs % config.evaluate_every == 0 or epochs == config.epochs)
         if ends and validation is not None:
-            found = evaluate(self.model, validation, config.batch, self.device, config.autocast, config.data.workers)
+            found = self.evaluate(validation)
             self.model.train()
-            self.problems.add(list(found.problems.files.items()))
+            self.problems.add(found.problems.pairs())
             result = found.numbers()
             kind, gib = memory_gib()
             self.log.write(step=self.step, epoch=epochs - 1, **result, **{f"{kind.lower()}_gib": round(gib, 2)})
@@ -253,7 +285,8 @@ class Run:
     def _export(self) -> None:
         from . import weights
 
-        weights.save(self.model, self.out / "model.safetensors")
+        with self._averaged():
+            weights.save(self.model, self.out / "model.safetensors")
 
 
 def write_json(path: Path, value: Any) -> None:

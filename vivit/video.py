@@ -6,19 +6,41 @@ Frames are uint8 `[F, Y, X, 3]`, red, green, blue; normalisation belongs to the 
 
 from __future__ import annotations
 
+import bisect
 import functools
 import importlib
+import math
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 EXTENSIONS = frozenset(
     (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".webm", ".wmv")
 )
-DECODERS = ("pyav", "torchcodec")
+DECODERS = ("auto", "pyav", "torchcodec")
+
+
+class Segment(NamedTuple):
+    """Part of a video file, in seconds: an action of a long recording."""
+
+    path: Path
+    start: float
+    stop: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.path.name}@{self.start:.2f}"
+
+    @property
+    def parent(self) -> Path:
+        return self.path.parent
+
+    def __str__(self) -> str:
+        return f"{self.path} ({self.start:.2f} to {self.stop:.2f} s)"
 
 
 class VideoError(Exception):
@@ -32,26 +54,100 @@ class Video(Protocol):
     fps: float
     height: int
     width: int
-    damaged: int
+
+    @property
+    def damaged(self) -> int: ...
 
     def read(self, indices: Sequence[int] | np.ndarray, height: int, width: int) -> np.ndarray:
         """uint8 `[F, height, width, 3]`: the frames at `indices` (any order, repeats allowed), resized."""
         ...
 
+    def at(self, seconds: float) -> int:
+        """Index of the frame that is shown `seconds` after the first one, at most the last."""
+        ...
+
     def close(self) -> None: ...
 
 
-def open_video(path: str | Path, decoder: str = "pyav") -> Video:
-    """Raises VideoError, with the reason, for a file without a readable video stream."""
-    path = Path(path)
+def open_video(source: str | Path | Segment, decoder: str = "pyav", fps: float = 0.0) -> Video:
+    """Opens a file or a segment of one; raises VideoError, with the reason, for one without a readable video stream.
+
+    decoder: "pyav", "torchcodec", or "auto": torchcodec where it works, else PyAV (`which_decoder` tells).
+    fps: frames at this rate whatever the file's, which may vary: frame i is the one shown at i/fps. 0: the file's own
+        frames, each counted once, however long it is shown.
+    """
+    path = source.path if isinstance(source, Segment) else Path(source)
     if decoder not in DECODERS:
         raise ValueError(f"open_video: decoder {decoder!r} is not known; it is one of {', '.join(DECODERS)}")
     try:
-        if path.stat().st_size == 0:
-            raise VideoError(f"{path}: the file is empty")
+        about = path.stat()
     except OSError as error:
         raise VideoError(f"{path}: {error.strerror or error}") from error
-    return PyAVVideo(path) if decoder == "pyav" else TorchCodecVideo(path)
+    if not stat.S_ISREG(about.st_mode):
+        raise VideoError(f"{path}: not a file")  # opening a named pipe would wait for ever
+    if about.st_size == 0:
+        raise VideoError(f"{path}: the file is empty")
+    video = PyAVVideo(path) if which_decoder(decoder) == "pyav" else TorchCodecVideo(path)
+    if not isinstance(source, Segment) and not fps:
+        return video
+    try:
+        part = source if isinstance(source, Segment) else Segment(path, 0.0, math.inf)
+        return Section(video, part, fps)
+    except VideoError:
+        video.close()
+        raise
+
+
+@functools.cache
+def which_decoder(decoder: str) -> str:
+    """What "auto" stands for on this machine; other names are returned as they are."""
+    if decoder != "auto":
+        return decoder
+    try:
+        _module("torchcodec.decoders", "torchcodec", "")
+    except ModuleNotFoundError:
+        return "pyav"
+    return "torchcodec"
+
+
+def decoder_line(decoder: str) -> str:
+    """What a run says about how it reads video."""
+    used = which_decoder(decoder)
+    if decoder != "auto" or used == "torchcodec":
+        return f"video is decoded by {used}"
+    return "video is decoded by pyav (torchcodec is not installed here, or does not load)"
+
+
+class Section:
+    """A segment of a video, or its frames at a fixed rate, as a video of its own."""
+
+    def __init__(self, video: PyAVVideo | TorchCodecVideo, part: Segment, fps: float = 0.0):
+        self.video, self.height, self.width = video, video.height, video.width
+        stop = min(part.stop, video.seconds)
+        if part.start >= stop:
+            raise VideoError(f"{part.path}: a segment from {part.start:.2f} s of a video of {video.seconds:.2f} s")
+        if fps:
+            count = max(math.ceil((stop - part.start) * fps - 1e-6), 1)
+            self.index = np.array([video.at(part.start + i / fps) for i in range(count)])
+        else:
+            first = video.at(part.start)
+            last = video.frames if part.stop >= video.seconds else video.at(stop)
+            self.index = np.arange(first, max(last, first + 1))
+        self.start, self.frames, self.fps = part.start, len(self.index), fps or video.fps
+
+    @property
+    def damaged(self) -> int:
+        return self.video.damaged
+
+    def read(self, indices: Sequence[int] | np.ndarray, height: int, width: int) -> np.ndarray:
+        return self.video.read(self.index[np.asarray(indices)], height, width)
+
+    def at(self, seconds: float) -> int:
+        found = int(np.searchsorted(self.index, self.video.at(self.start + seconds), "right")) - 1
+        return min(max(found, 0), self.frames - 1)
+
+    def close(self) -> None:
+        self.video.close()
 
 
 def _module(name: str, package: str, extra: str) -> Any:
@@ -104,8 +200,8 @@ class PyAVVideo:
                 raise VideoError(f"{path}: no video stream in it")
             self._stream = self._container.streams.video[0]
             self._stream.thread_type = "AUTO"
-            stat = os.stat(path)
-            self._times, self._by_dts = _timestamps(path, stat.st_size, stat.st_mtime_ns)
+            about = os.stat(path)
+            self._times, self._by_dts = _timestamps(path, about.st_size, about.st_mtime_ns)
         except self._errors as error:
             self.close()
             raise VideoError(f"{path}: {_reason(error)}") from error
@@ -118,6 +214,12 @@ class PyAVVideo:
         if not self.frames or not self.height or not self.width:
             self.close()
             raise VideoError(f"{path}: no frames in it")
+        self._tick = float(self._stream.time_base or 0) or 1 / self.fps
+        self.seconds = (self._times[-1] - self._times[0]) * self._tick + 1 / self.fps
+
+    def at(self, seconds: float) -> int:
+        found = bisect.bisect_right(self._times, self._times[0] + round(seconds / self._tick)) - 1
+        return min(max(found, 0), self.frames - 1)
 
     def read(self, indices: Sequence[int] | np.ndarray, height: int, width: int) -> np.ndarray:
         wanted = [int(i) for i in indices]
@@ -181,6 +283,11 @@ class TorchCodecVideo:
         self.height, self.width = int(data.height or 0), int(data.width or 0)
         if not self.frames:
             raise VideoError(f"{path}: no frames in it")
+        self.seconds = float(data.duration_seconds or self.frames / self.fps)
+
+    def at(self, seconds: float) -> int:
+        """By the mean rate: torchcodec does not tell an index for a time, so that this is exact at constant rates."""
+        return min(max(math.floor(seconds * self.fps + 1e-6), 0), self.frames - 1)
 
     def read(self, indices: Sequence[int] | np.ndarray, height: int, width: int) -> np.ndarray:
         import torch
@@ -189,8 +296,9 @@ class TorchCodecVideo:
             frames = self._decoder.get_frames_at([int(i) for i in indices]).data  # [F, 3, Y, X]
         except (RuntimeError, ValueError) as error:
             raise VideoError(f"{self.path}: {_reason(error)}") from error
-        small = torch.nn.functional.interpolate(frames, (height, width), mode="bilinear", antialias=True)
-        return small.permute(0, 2, 3, 1).contiguous().numpy()
+        if frames.shape[-2:] != (height, width):
+            frames = torch.nn.functional.interpolate(frames, (height, width), mode="bilinear", antialias=True)
+        return frames.permute(0, 2, 3, 1).contiguous().numpy()
 
     def close(self) -> None:
         del self._decoder

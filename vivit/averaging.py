@@ -1,0 +1,40 @@
+"""A running mean of the weights, which is often better than the last ones: evaluated and exported in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Average:
+    """After each step `value = decay * value + (1 - decay) * weight`; beginning with the weights as they are."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.values = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        for name, p in model.named_parameters():
+            self.values[name].lerp_(p.detach(), 1 - self.decay)
+
+    @contextmanager
+    def inside(self, model: nn.Module) -> Iterator[None]:
+        """The model has the mean's weights here and its own again afterwards, the very same."""
+        self._exchange(model)
+        try:
+            yield
+        finally:
+            self._exchange(model)
+
+    @torch.no_grad()
+    def _exchange(self, model: nn.Module) -> None:
+        for name, p in model.named_parameters():
+            p.data, self.values[name] = self.values[name], p.data
+
+    def load(self, values: dict[str, Tensor]) -> None:
+        for name, value in self.values.items():
+            value.copy_(values[name])
