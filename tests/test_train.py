@@ -420,6 +420,29 @@ def test_shipped_configs_are_valid():
 
 
 @pytest.mark.parametrize(
+    "name, epochs, lr, classes, regularisers, views",
+    [
+        ("kinetics400_B16x2_joint", 30, 0.1, 400, (0.8, (), 0, 0, 0), (4, 3)),
+        ("kinetics400_B16x2_factorized_encoder", 30, 0.05, 400, (0.8, (), 0, 0, 0), (4, 3)),
+        ("kinetics400_L16x2_factorized_encoder", 30, 0.1, 400, (0.8, (), 0, 0, 0), (4, 3)),
+        ("kinetics600_L16x2_factorized_encoder", 30, 0.05, 600, (0.8, (), 0, 0, 0), (4, 3)),
+        ("moments_L16x2_factorized_encoder", 10, 0.25, 339, (0.8, (), 0, 0, 0), (4, 3)),
+        ("epic_kitchens_L16x2_factorized_encoder", 50, 0.5, (300, 97), (0, (2, 15), 0.2, 0.2, 0.1), (4, 1)),
+        ("ssv2_L16x2_factorized_encoder", 35, 0.4, 174, (0, (2, 20), 0.3, 0.3, 0.3), (4, 3)),
+    ],
+)
+def test_recipes_are_the_papers(name, epochs, lr, classes, regularisers, views):
+    """Table 7, with Scenic's learning rates where the two differ (section 8 of the specification)."""
+    c = recipe.load(name)
+    assert (c.epochs, c.optimizer.lr, c.model.classes, c.batch, c.data.views) == (epochs, lr, classes, 64, views)
+    found = (c.augment.color_jitter, c.augment.randaugment, c.model.drop_path, c.label_smoothing, c.augment.mixup)
+    assert found == regularisers and c.augment.scale_jitter == (0.9, 1.33) and c.data.flip
+    assert (c.optimizer.name, c.optimizer.momentum, c.optimizer.weight_decay) == ("sgd", 0.9, 0.0)
+    assert (c.optimizer.warmup_epochs, c.optimizer.clip_norm) == (2.5, 1.0)
+    assert c.data.stride == (1 if name.startswith(("epic", "ssv2")) else 2)
+
+
+@pytest.mark.parametrize(
     "change, message",
     [
         ("optimiser.lr=1", "unknown key 'optimiser'; did you mean 'optimizer'"),
@@ -439,6 +462,9 @@ def test_shipped_configs_are_valid():
         ("augment.where=gpu", "augment.where='gpu' is not known"),
         ("accumulate=17", "is more parts than a batch of 16 has clips"),
         ("ema=1", r"ema=1 must be in \[0, 1\)"),
+        ("init.kind=scenik", "init.kind='scenik' is not known; did you mean 'scenic'"),
+        ("init.freeeze=[]", "unknown key 'freeeze'; did you mean 'freeze'"),
+        ("init.layer_decay=1.5", r"init.layer_decay=1.5 must be in \(0, 1\]"),
         ("data.format=kinetic", "did you mean 'kinetics'"),
         ("data.resize=scenics", "did you mean 'scenic'"),
         ("data.decoder=pyva", "did you mean 'pyav'"),

@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--data", help="videos: a folder per class, a list file, or a data set's annotation file")
     train.add_argument("--val", help="what is held out, in the same form; left out, a part of --data")
     train.add_argument("--videos", help="the folder of the videos that an annotation file names")
+    train.add_argument("--init", help="weights to start from: an image ViT or a ViViT")
     train.add_argument("--out", default="", help="folder of the run (runs/<config>)")
     train.add_argument("--memory", default="", metavar="LEVEL", help="fast, balanced, small or smallest (see info)")
     train.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly")
@@ -80,6 +81,8 @@ def command_train(args: argparse.Namespace) -> int:
     given = {"path": args.data, "val": args.val, "videos": args.videos}
     given = {key: value for key, value in given.items() if value}
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, **given))
+    if args.init:
+        config = dataclasses.replace(config, init=dataclasses.replace(config.init, path=args.init))
     training, validation, config = recipe.datasets(config)
     out = Path(args.out or f"runs/{Path(args.config).stem}")
     run = Run(config, training, out, args.resume)
@@ -93,6 +96,8 @@ def command_train(args: argparse.Namespace) -> int:
         f"{run.total} steps from {run.step}, {parameters:,} parameters on {run.device}",
         flush=True,
     )
+    if run.started:
+        print(run.started, flush=True)
     result = run.fit(validation)
     print(" ".join(f"{key}={value:.4g}" for key, value in result.items()))
     print(f"{out}: model.safetensors, run.json, log.jsonl, checkpoint.pt{_curve(out, config.model.classes)}")

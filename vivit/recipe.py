@@ -17,8 +17,9 @@ from . import annotations
 from . import memory as memory_levels
 from .annotations import DataError
 from .augment import AugmentConfig
-from .config import ViViTConfig, from_dict, nearest
+from .config import MODELS, ViViTConfig, from_dict, nearest
 from .data import ClipSpec, VideoClips, find_splits, listing, split
+from .finetune import KINDS, InitConfig
 from .images import RESIZES
 from .video import DECODERS
 
@@ -97,6 +98,7 @@ class TrainConfig:
     model: ViViTConfig = field(default_factory=ViViTConfig)
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     epochs: int = 30
     batch: int = 64
@@ -124,6 +126,7 @@ class TrainConfig:
         rule = f"is more parts than a batch of {self.batch} has clips"
         _check(self.accumulate <= self.batch, "accumulate", self.accumulate, rule)
         check_augment(self.augment)
+        check_init(self.init)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -167,6 +170,18 @@ def check_augment(config: AugmentConfig) -> None:
     _choice("augment.where", config.where, ("auto", "loader", "model"))
 
 
+def check_init(config: InitConfig) -> None:
+    check_types(config, "init")
+    _choice("init.kind", config.kind, ("auto", *KINDS))
+    _choice("init.kernel", config.kernel, ("central", "inflate"))
+    _choice("init.position", config.position, ("auto", "tile", "resize", "resize_tile"))
+    _choice("init.temporal_attention", config.temporal_attention, ("copy", "zero_out"))
+    _choice("init.head", config.head, ("new", "keep"))
+    _choice("init.attention", config.attention, ("", *MODELS))
+    _check(0 < config.layer_decay <= 1, "init.layer_decay", config.layer_decay, "must be in (0, 1]")
+    _check(config.frames >= 1, "init.frames", config.frames, "must be at least 1")
+
+
 def datasets(config: TrainConfig) -> tuple[VideoClips, VideoClips | None, TrainConfig]:
     """(training, validation or None, the config with the data's number of classes)."""
     if not config.data.path:
@@ -197,7 +212,13 @@ def datasets(config: TrainConfig) -> tuple[VideoClips, VideoClips | None, TrainC
 
 # ---- reading ----
 
-_TABLES = {"model": ViViTConfig, "data": DataConfig, "augment": AugmentConfig, "optimizer": OptimizerConfig}
+_TABLES = {
+    "model": ViViTConfig,
+    "data": DataConfig,
+    "augment": AugmentConfig,
+    "init": InitConfig,
+    "optimizer": OptimizerConfig,
+}
 
 
 def toml():

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, losses
+from . import checkpoint, finetune, losses
 from .augment import augment, mixup_weight
 from .averaging import Average
 from .data import Dataset, Order, Problems, VideoClips, augment_rng, training_batches
@@ -51,11 +51,9 @@ def learning_rate(step: int, base: float, warmup: int, total: int) -> float:
     return base * rise * 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(total - warmup, 1)))
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: ViViT, config: OptimizerConfig, layer_decay: float = 1.0) -> torch.optim.Optimizer:
     """Heavy-ball SGD (m = momentum*m + g, w -= lr*m), or AdamW that decays matrices only."""
-    decayed = [p for p in model.parameters() if p.dim() > 1 and p.shape[0] > 1]
-    others = [p for p in model.parameters() if not (p.dim() > 1 and p.shape[0] > 1)]  # biases, norms, positions
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = finetune.parameter_groups(model, config.weight_decay, layer_decay)
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
@@ -107,11 +105,15 @@ class Run:
         out.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(config.seed)
         self.model = ViViT(config.model, memory=config.memory).to(self.device)
-        self.optimizer = make_optimizer(self.model, config.optimizer)
+        saved = out / "checkpoint.pt"
+        self.started = ""  # what the weights were at the start, in words
+        if config.init.path and not (resume and saved.exists()):
+            self.started = finetune.initialise(self.model, config.init)
+        finetune.freeze(self.model, config.init.freeze)
+        self.optimizer = make_optimizer(self.model, config.optimizer, config.init.layer_decay)
         self.average = Average(self.model, config.ema) if config.ema else None
         self.step, self.problems = 0, Problems(note=getattr(dataset, "note", ""))
         self._place_augmentation()
-        saved = out / "checkpoint.pt"
         if resume and saved.exists():
             self._restore(checkpoint.load(saved), saved)
         elif saved.exists():
@@ -180,7 +182,7 @@ class Run:
         opt = self.config.optimizer
         rate = learning_rate(self.step, opt.lr, self.warmup, self.total)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
         self.optimizer.zero_grad(set_to_none=True)
         value = self._backward(video, label)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), opt.clip_norm or math.inf)

@@ -3,7 +3,7 @@
 from .huggingface import hf_config, hf_state_dict, load_hf, save_hf
 from .image_vit import init_from_image_vit, read_image_vit, resize_temporal_position
 from .native import load, load_into, save
-from .scenic import load_scenic, read_scenic
+from .scenic import load_scenic, read_scenic, scenic_config
 
 __all__ = [
     "hf_config",
@@ -18,4 +18,5 @@ __all__ = [
     "resize_temporal_position",
     "save",
     "save_hf",
+    "scenic_config",
 ]

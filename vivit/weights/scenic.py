@@ -54,6 +54,69 @@ def load_scenic(flat_params: Mapping[str, np.ndarray], config: ViViTConfig) -> S
     return state
 
 
+def scenic_config(flat_params: Mapping[str, np.ndarray], frames: int = 32, attention: str = "") -> ViViTConfig:
+    """What `load_scenic` needs to know of a checkpoint, from its parameters.
+
+    frames: of the clips that models 1, 3 and 4 were trained on (one table holds all positions; 32 in every published
+        one). attention: of a checkpoint without class token, whose names models 1 and 4 share.
+    Frames are taken to be square. Two heads show as one: replace `classes` by the pair. Raises ValueError.
+    """
+    kernel = flat_params.get("embedding/kernel")
+    if kernel is None or np.ndim(kernel) != 5:
+        raise ValueError("scenic_config: no embedding/kernel of five dimensions; is this a ViViT with tubelets?")
+    f, y, x, channels, E = kernel.shape
+    per_frame = any(name.startswith("SpatialTransformer/") for name in flat_params)
+    root = "SpatialTransformer" if per_frame else "Transformer"
+    has_class_token = ("cls_SpatialTransformer" if per_frame else "cls") in flat_params
+    names = [n for n in flat_params if n.startswith(f"{root}/encoderblock_0/") and n.endswith("query/kernel")]
+    over_time = any("_time/" in name for name in names)
+    if per_frame or over_time:
+        attention = "factorized_encoder" if per_frame else "factorized_self_attention"
+    elif not attention:
+        if not has_class_token:
+            raise ValueError(
+                "scenic_config: without class token models 1 and 4 have the same names; give attention='joint' or "
+                "'factorized_dot_product'"
+            )
+        attention = "joint"
+    tokens = flat_params[f"{root}/posembed_input/pos_embedding"].shape[1] - has_class_token
+    temporal = flat_params.get("TemporalTransformer/posembed_input/pos_embedding")
+    if temporal is not None:
+        frames = f * (temporal.shape[1] - has_class_token)
+    spatial = tokens if per_frame else tokens // (frames // f)
+    side = round(spatial**0.5)
+    if side * side * (1 if per_frame else frames // f) != tokens:
+        raise ValueError(
+            f"scenic_config: {tokens} positions are no square grid of {frames} frames, {f} to a tubelet; give frames="
+        )
+    values: dict[str, Any] = {"temporal_depth": _layers(flat_params, "TemporalTransformer")} if per_frame else {}
+    if temporal is not None:
+        first = "TemporalTransformer/encoderblock_0"
+        values["temporal_heads"] = flat_params[f"{first}/MultiHeadDotProductAttention_0/query/kernel"].shape[1]
+        values["temporal_mlp"] = flat_params[f"{first}/MlpBlock_0/Dense_0/kernel"].shape[1]
+    mlp = "MlpBlock" if over_time else "MlpBlock_0"
+    return ViViTConfig(
+        frames=frames,
+        height=side * y,
+        width=side * x,
+        channels=channels,
+        tubelet=(f, y, x),
+        attention=attention,
+        pool="cls" if has_class_token else "mean",
+        embedding=E,
+        depth=_layers(flat_params, root),
+        heads=flat_params[names[0]].shape[1],
+        mlp=flat_params[f"{root}/encoderblock_0/{mlp}/Dense_0/kernel"].shape[1],
+        classes=len(flat_params["output_projection/bias"]),
+        representation=len(flat_params["pre_logits/bias"]) if "pre_logits/bias" in flat_params else None,
+        **values,
+    )
+
+
+def _layers(flat_params: Mapping[str, np.ndarray], root: str) -> int:
+    return len({name.split("/")[1] for name in flat_params if name.startswith(f"{root}/encoderblock_")})
+
+
 def encoder_block(reader: FlatReader, path: str, over: str, width: int, heads: int, hidden: int) -> StateDict:
     """One block; `over` is what it attends over, in the words of `ViViTConfig.layers`."""
     steps = {"space_time": ("space", "time"), "time_space": ("time", "space")}.get(over)
