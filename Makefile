@@ -42,7 +42,7 @@ TIDY_OFF = --checks=-misc-use-internal-linkage,-bugprone-implicit-widening-of-mu
 CPP = $(shell git ls-files '*.cu' '*.cuh' '*.cpp' '*.h')
 
 .PHONY: help venv build demo test test-full test-kernels test-newest-triton test-oldest-torch sanitize test-gpu bench \
-	cuda-gate check clean for-build for-demo for-test for-check
+	hub cuda-gate check clean for-build for-demo for-test for-check
 
 help:
 	@echo "make demo       create $(VENV), install, run the main job on real video, print where the results are"
@@ -51,6 +51,7 @@ help:
 	@echo "make test-kernels every interpreted test of Triton kernels (20 minutes), and with the newest Triton"
 	@echo "make test-gpu   the tests that need an NVIDIA GPU"
 	@echo "make build      the native library (csrc/), again only what has changed"
+	@echo "make hub        build/hub: the package as Hugging Face's kernels load it (docs/building.md)"
 	@echo "make sanitize   the native library's tests with ASan and UBSan"
 	@echo "make cuda-gate  what the library's CUDA kernels were compiled to: registers, opcodes; no GPU is needed"
 	@echo "make bench      the operations beside what others run, in two minutes (more: python -m bench --help)"
@@ -72,6 +73,10 @@ for-build for-demo for-test for-check:
 
 build: for-build
 	@$(BUILD)
+
+hub: for-build
+	@$(BUILD)
+	@$(PY) .ci/hub.py
 
 demo: for-demo
 	@$(BUILD)

@@ -144,6 +144,9 @@ def _foreign(path: Path) -> str:
 
 
 def _installed_version() -> str | None:
+    """Of this package; None where that is not known, or it was copied with its library, as .ci/hub.py does."""
+    if (PACKAGE / "metadata.json").is_file():
+        return None
     try:
         return importlib.metadata.version("vivit-kernels")
     except importlib.metadata.PackageNotFoundError:

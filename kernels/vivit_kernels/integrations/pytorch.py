@@ -76,8 +76,8 @@ class FastMultiheadAttention(nn.MultiheadAttention):
         if not pairs and not _why_not(self) and _takes(self, query, key, value, key_padding_mask):
             mask = None if key_padding_mask is None else ~key_padding_mask
             return attend(self, query, key, value, mask, None), None
-        return super().forward(
-            query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        return nn.MultiheadAttention.forward(
+            self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )
 
 

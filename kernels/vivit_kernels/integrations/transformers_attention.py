@@ -13,6 +13,7 @@ import copy
 import inspect
 import sys
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -196,11 +197,12 @@ def _eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
 
 def _wants_probabilities(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     """Only the host's textbook returns them. transformers 5 collects them by hooks, which a context variable turns on;
-    4.57 by a forward of the instance."""
+    4.57 by a forward of the instance, a function around its own; that of `kernelize` is a method."""
     if _chosen(module) != "eager":
         return False
     config = module.__dict__.get("config")
-    if kwargs.get("output_attentions") or getattr(config, "output_attentions", False) or "forward" in module.__dict__:
+    wrapped = not isinstance(module.__dict__.get("forward"), MethodType | None)
+    if kwargs.get("output_attentions") or getattr(config, "output_attentions", False) or wrapped:
         return True
     collector = getattr(sys.modules.get("transformers.utils.output_capturing"), "_active_collector", None)
     if collector is None:
