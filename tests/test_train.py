@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from parity import F32_BUDGET, assert_same
 
 from vivit import checkpoint, recipe
 from vivit.annotations import Heads
@@ -260,6 +261,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(TrainingError, match=r"(?s)step 0: the loss is nan at learning rate .*lower optimizer.lr"):
         run.fit(quiet=True)
     assert torch.equal(run.model.tubelet_weight.detach(), weights) and not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_memory_levels_train_and_may_change_on_resume(tmp_path):
+    Run(config(epochs=1, memory="smallest"), Noise(), tmp_path / "a").fit(quiet=True)
+    Run(config(epochs=1, memory="balanced"), Noise(), tmp_path / "b").fit(quiet=True)
+    for one, other in zip(losses(tmp_path / "a"), losses(tmp_path / "b"), strict=True):
+        assert_same(torch.tensor(one), torch.tensor(other), F32_BUDGET)
+    run = Run(config(epochs=1, memory="small"), Noise(), tmp_path / "a", resume=True)
+    assert {block.memory for block in run.model.blocks} == {"small"}
+    with pytest.raises(ValueError, match="memory='tiny' is not known"):
+        config(memory="tiny")
 
 
 def test_bf16_autocast_trains(tmp_path):

@@ -1,4 +1,4 @@
-"""`python -m vivit`: train CONFIG, evaluate, predict VIDEO, info, demo."""
+"""`python -m vivit`: train CONFIG, evaluate, predict VIDEO, info, plan, demo."""
 
 from __future__ import annotations
 
@@ -61,6 +61,14 @@ def parser() -> argparse.ArgumentParser:
         "config", metavar="CONFIG", nargs="?", default="demo", help="a TOML file, a name or a run's folder"
     )
     info.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+
+    plan = commands.add_parser("plan", help="the largest batch, clip and picture that fit a GPU, for each memory level")
+    plan.add_argument("config", metavar="CONFIG", nargs="?", default="demo", help="a TOML file or a name")
+    plan.add_argument("--gpu-memory", required=True, metavar="SIZE", help="of the device: 24GB, or 24GiB")
+    plan.add_argument(
+        "--reserve", default="1GB", metavar="SIZE", help="left to driver, libraries and gaps (%(default)s)"
+    )
+    plan.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
 
     demo = commands.add_parser("demo", help="train, test and predict on a real film, in minutes")
     demo.add_argument("--data", default="", help="instead of the film: videos, a folder per class")
@@ -217,6 +225,17 @@ def command_info(args: argparse.Namespace) -> int:
 
     device = "cuda" if run.device != "cpu" and torch.cuda.is_available() else "cpu"
     for line in table(config, run.batch, "autocast" if run.autocast else "float32", device):
+        print(line)
+    return 0
+
+
+def command_plan(args: argparse.Namespace) -> int:
+    from . import plan
+
+    room = plan.size_of(args.gpu_memory) - plan.size_of(args.reserve)
+    if room <= 0:
+        raise ValueError(f"--gpu-memory {args.gpu_memory} leaves nothing beside --reserve {args.reserve}")
+    for line in plan.report(recipe.load(args.config, args.set), room):
         print(line)
     return 0
 

@@ -73,17 +73,24 @@ def activations(config: ViViTConfig, step: Step) -> Counter[str]:
             kept += _block(config, step, "joint", step.clips, T + cls, False, size, heads, mlp)
         kept["other"] += step.clips * (T + cls) * (E * size + 8)
     kept["other"] += step.clips * E * step.size
-    kept["weight copies"] += _copies(config, step)
+    kept["weight copies"] += weight_copies(config, step, inside=step.memory == "fast")
     return kept
+
+
+def block_kept(config: ViViTConfig, step: Step) -> Counter[str]:
+    """Bytes by kind that a layer in the middle keeps."""
+    T, S, cls = config.T, config.S, int(config.has_class_token)
+    frames, length = (T, S + cls) if config.attention == "factorized_encoder" else (1, T * S + cls)
+    return _block(
+        config, step, config.layers[0], step.clips * frames, length, False, step.size, config.heads, config.mlp
+    )
 
 
 def per_token(config: ViViTConfig, step: Step) -> float:
     """Bytes that a layer in the middle keeps of each token."""
     T, S, cls = config.T, config.S, int(config.has_class_token)
-    frames, length = (T, S + cls) if config.attention == "factorized_encoder" else (1, T * S + cls)
-    many = step.clips * frames
-    kept = _block(config, step, config.layers[0], many, length, False, step.size, config.heads, config.mlp)
-    return kept.total() / (many * length)
+    tokens = T * (S + cls) if config.attention == "factorized_encoder" else T * S + cls
+    return block_kept(config, step).total() / (step.clips * tokens)
 
 
 def table(config: ViViTConfig, clips: int, precision: str, device: str) -> list[str]:
@@ -137,8 +144,11 @@ def _mask(p: float, step: Step, size: int = 0) -> int:
     return 0 if p == 0 else (size or step.size) if step.device == "cpu" else 1
 
 
-def _copies(config: ViViTConfig, step: Step) -> int:
-    """Under autocast plain code keeps every weight once more, in the dtype of the products."""
+def weight_copies(config: ViViTConfig, step: Step, inside: bool = True) -> int:
+    """Bytes of the weights in the dtype of the products, which autocast makes once more; `inside`: those of blocks too.
+
+    Plain code keeps them all until backward, other levels those outside of blocks.
+    """
     if step.precision != "autocast":
         return 0
     E, mlp = config.embedding, config.temporal_mlp or config.mlp
@@ -146,6 +156,6 @@ def _copies(config: ViViTConfig, step: Step) -> int:
     outside = E * config.channels * f * y * x + (config.representation or E) * sum(config.head_sizes)
     outside += E * (config.representation or 0)
     attentions = sum(2 if over in ("space_time", "time_space") else 1 for over in config.layers)
-    inside = attentions * 4 * E * E + config.depth * 2 * E * config.mlp
-    inside += config.temporal_depth * (4 * E * E + 2 * E * mlp)
-    return step.size * (outside + (inside if step.memory == "fast" else 0))
+    within = attentions * 4 * E * E + config.depth * 2 * E * config.mlp
+    within += config.temporal_depth * (4 * E * E + 2 * E * mlp)
+    return step.size * (outside + (within if inside else 0))

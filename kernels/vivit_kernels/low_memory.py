@@ -128,7 +128,7 @@ def _product_backward(
     rows = _rows(dy, dy.dtype)
     dx = input_gradient(rows, weight.to(dy.dtype)).view(*dy.shape[:-1], weight.shape[1]) if needs[0] else None
     dweight = weight_gradient(rows, _rows(x, dy.dtype)).to(weight.dtype) if needs[1] else None
-    return dx, dweight, rows.sum(0, dtype=weight.dtype) if needs[2] else None
+    return dx, dweight, rows.sum(0).to(weight.dtype) if needs[2] else None
 
 
 def _owned(y: Tensor) -> Tensor:

@@ -1,0 +1,146 @@
+"""What fits: the memory of a training step by category, and the largest batch, clip and picture for a given GPU.
+
+A step's largest moment is one of three: the end of the forward (all that is kept, and under autocast the copies of the
+weights), the beginning of the backward (what a block's backward works on instead of the copies), or the optimiser's
+step (all gradients, nothing kept). tests/test_plan.py holds it to what PyTorch allocates in a step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from .config import ViViTConfig
+from .flops import parameters
+from .footprint import Step, activations, block_kept, weight_copies
+from .memory import LEVELS
+from .recipe import OptimizerConfig, TrainConfig
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_MOST = 1 << 16  # clips, frames or rows: nobody asks for more
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of a training step. activations: kept from the forward; workspace: what is there beside them at most."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    workspace: int
+
+    @property
+    def peak(self) -> int:
+        always = self.parameters + self.optimizer
+        return always + max(self.activations + self.workspace, self.gradients + self.workspace)
+
+
+def size_of(text: str) -> int:
+    """Bytes of "24GB" (10^9), "24GiB" (2^30) or a plain number. Raises ValueError."""
+    found = re.fullmatch(r"\s*([0-9.]+)\s*([KMG]?I?B?)\s*", text.upper())
+    if not found or found[2] not in UNITS or found[1].count(".") > 1 or not found[1].strip("."):
+        raise ValueError(f"memory {text!r}: give a size such as 24GB or 24GiB")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def need(config: ViViTConfig, step: Step, optimizer: OptimizerConfig | None = None) -> Need:
+    """What one training step of `ViViT(config, memory=step.memory)` takes; momentum SGD unless said otherwise."""
+    weights = parameters(config) * (4 if step.precision == "autocast" else step.size)
+    states = 2 if optimizer and optimizer.name == "adamw" else int(optimizer is None or optimizer.momentum > 0)
+    return Need(weights, weights, states * weights, activations(config, step).total(), _workspace(config, step))
+
+
+def _workspace(config: ViViTConfig, step: Step) -> int:
+    """Beside what is kept: in a block's backward the hidden rows' gradients, and the copies that products read."""
+    E, mlp, size = config.embedding, config.mlp, step.size
+    tokens = step.clips * config.T * (config.S + config.has_class_token)
+    hidden = {"fast": 2, "balanced": 2, "small": 3, "smallest": 2}[step.memory]
+    backward = tokens * size * (max(hidden * mlp, 3 * E) + 4 * E) + E * mlp * (2 * size + 4)
+    if step.memory == "smallest":
+        backward += block_kept(config, dataclasses.replace(step, memory="balanced")).total()
+    copies = weight_copies(config, step) if step.memory != "fast" and step.precision == "autocast" else 0
+    return max(backward, tokens * size * 2 * mlp + copies)
+
+
+# ---- the largest that fits ----
+
+
+def largest(fits: Callable[[int], bool]) -> int:
+    """The largest n >= 1 for which `fits`, which holds up to some n and not beyond; 0 where not even 1 fits."""
+    if not fits(1):
+        return 0
+    low = 1
+    while low < _MOST and fits(2 * low):
+        low *= 2
+    high = 2 * low
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+@dataclass(frozen=True)
+class Fit:
+    """For one level: the largest batch of the configured clips, and frames or rows of one clip."""
+
+    memory: str
+    batch: int
+    frames: int
+    rows: int
+    need: Need  # of that batch, or of one clip where none fits
+
+    def accumulation(self, wanted: int) -> tuple[int, int]:
+        """(steps, clips at once) that make a batch of `wanted`: as few steps as fit, as even as they can be."""
+        steps = math.ceil(wanted / max(min(self.batch, wanted), 1))
+        return steps, math.ceil(wanted / steps)
+
+
+def fits(run: TrainConfig, room: int, device: str = "cuda") -> Iterator[Fit]:
+    """A Fit for each level, of `room` bytes."""
+    config, precision = run.model, "autocast" if run.autocast else "float32"
+    _, y, x = config.tubelet
+    per_step = 1 if config.tokenization == "uniform" else config.tubelet[0]
+    for level in LEVELS:
+
+        def enough(changed: ViViTConfig, clips: int, level: str = level) -> bool:
+            return need(changed, Step(level, clips, precision, device), run.optimizer).peak <= room
+
+        def longer(n: int, enough=enough) -> bool:
+            frames = {"frames": n * per_step}
+            if config.tokenization == "uniform":
+                frames = {"frames": max(n, config.frames), "uniform_frames": n}
+            return enough(dataclasses.replace(config, **frames), 1)
+
+        def wider(n: int, enough=enough) -> bool:
+            width = max(n * y * config.width // config.height, x)
+            return enough(dataclasses.replace(config, height=n * y, width=width), 1)
+
+        batch = largest(lambda clips, enough=enough: enough(config, clips))
+        step = Step(level, max(batch, 1), precision, device)
+        found = need(config, step, run.optimizer)
+        yield Fit(level, batch, largest(longer) * per_step, largest(wider) * y, found)
+
+
+def report(run: TrainConfig, room: int, device: str = "cuda") -> list[str]:
+    """Lines for a terminal."""
+    names = "".join(f"{field.name:>12}" for field in dataclasses.fields(Need))
+    lines = [f"{'memory':<10}{'batch':>7}{'frames':>8}{'rows':>6}   GiB of that batch:{names}"]
+    found = list(fits(run, room, device))
+    for fit in found:
+        parts = "".join(f"{size / 2**30:>12.2f}" for size in dataclasses.astuple(fit.need))
+        lines.append(f"{fit.memory:<10}{fit.batch:>7}{fit.frames:>8}{fit.rows:>6}   {'':<18}{parts}")
+    lines.append("frames, rows: of one clip, the rest as configured; what does not fit at all is 0")
+    whole = [fit for fit in found if fit.batch >= run.batch]
+    if whole:
+        lines.append(f"batch = {run.batch} fits at once with memory = {whole[0].memory!r}")
+        return lines
+    best = max(found, key=lambda fit: fit.batch)
+    if not best.batch:
+        return [*lines, "not even one clip fits: fewer frames, fewer rows, or a smaller preset"]
+    steps, clips = best.accumulation(run.batch)
+    advice = f"memory = {best.memory!r} and accumulate = {steps} take {clips} clips at once"
+    return [*lines, f"batch = {run.batch} does not fit at once: {advice}"]
