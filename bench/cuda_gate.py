@@ -29,15 +29,17 @@ from .static import table
 # between lanes where a product wants them so; resident: rows copied to shared memory, from where products take them;
 # hopper: products of a warp group, on sm_90 alone. The last two store sums as products leave them, 64 bits a lane once
 # pairs of lanes have traded, a sector of 32 bytes for two pairs; and they have what packed has, for the other axis.
+# pipelined: copies of boxes, products and exponentials at a time, by warps that each do one and trade registers.
 # float32: multiply-adds of what lies in shared memory, and no tensor cores: they would round operands to tf32.
 _PACKED = ("HMMA", "MOVM", "LDG.128", "STG.128")
 WANTED = {
     "packed": _PACKED,
     "resident": (*_PACKED, "LDGSTS.128", "LDSM", "STG.64"),
     "hopper": (*_PACKED, "HGMMA", "LDGSTS.128", "STG.64"),
+    "pipelined": ("HGMMA", "UTMALDG", "SYNCS", "USETMAXREG", "MUFU.EX2", "STG.64"),
     "float32": ("FFMA", "LDGSTS.128", "LDS.128", "STG.128"),
 }
-ONLY_ON = {"hopper": 90}  # elsewhere a kernel of that name is empty
+ONLY_ON = {"hopper": 90, "pipelined": 90}  # elsewhere a kernel of that name is empty
 NARROW = ("LDG.16", "STG.16", "STG.8", "LDGSTS.16", "LDGSTS.8")  # LDG.8 reads a mask
 PRODUCTS = ("HMMA", "HGMMA")  # by tensor cores
 # Where every register is taken, a few kernels keep one or two values in local memory for a while, outside of the
@@ -85,6 +87,25 @@ def local_memory(kernel: cubin.Kernel) -> list[str]:
     return found
 
 
+_ORDER = re.compile(r"(MUFU\.EX2)|WARPGROUP\.DEPBAR\.LE gsb0, (0x[0-9a-f]+)")
+
+
+def not_overlapped(kernel: cubin.Kernel) -> list[str]:
+    """Loops whose exponentials do not lie between the wait for their own scores, which leaves another product running,
+    and the wait for that: the compiler moves waits, and what was to run beside a product then runs after it."""
+    found = []
+    for loop in loops_with_products(kernel):
+        text = kernel.sass[kernel.sass.index(f"/*{loop.first:04x}*/") : kernel.sass.index(f"/*{loop.last:04x}*/")]
+        running, beside = 0, 0
+        for exponential, wait in _ORDER.findall(text):
+            beside += bool(exponential) and running > 0
+            running = int(wait, 16) if wait else running
+        count = loop.mix["MUFU.EX2"]
+        if count and beside * 2 < count:
+            found.append(f"overlap: {beside} of {count} exponentials in the loop at {loop.first:#06x} beside a product")
+    return found
+
+
 def complaints(name: str, kernel: cubin.Kernel) -> list[str]:
     """What is wrong with a kernel: what Triton's gate says of any but for local memory, and what its name promises."""
     mix, found = kernel.mix, []
@@ -99,6 +120,10 @@ def complaints(name: str, kernel: cubin.Kernel) -> list[str]:
         return found
     if wanted is None:
         found.append(f"name: begins with neither {' nor '.join(WANTED)}, so no opcode is asked of it")
+    if word == "pipelined":
+        taken = kernel.stack + kernel.local
+        found += [f"local memory: {taken} bytes a thread, none at all here"] if taken else []
+        found += not_overlapped(kernel)
     found += [f"opcode: no {opcode}" for opcode in wanted or () if not mix[opcode]]
     if word == "float32":
         found += [f"opcode: {mix[opcode]} {opcode}, which is not float32" for opcode in PRODUCTS if mix[opcode]]

@@ -156,6 +156,33 @@ def test_loops_are_found_by_branches_back():
     assert cuda_gate.local_memory(many) == [f"local memory: {most + 4} bytes a thread, {most} at most"]
 
 
+PIPELINED = """
+        /*0000*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;
+        /*0010*/                   HGMMA.64x64x16.F32.BF16 R88, R4, gdesc[UR12], R88, gsb0 ;
+        /*0020*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*0030*/                   MUFU.EX2 R24, R24 ;
+        /*0040*/                   MUFU.EX2 R25, R25 ;
+        /*0050*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0060*/                   MUFU.EX2 R26, R26 ;
+        /*0070*/               @P0 BRA 0x0 ;
+        /*0080*/                   EXIT ;
+"""
+
+
+def test_exponentials_that_overlap_with_nothing_are_noticed():
+    kernel = cubin.Kernel("k", 90, 168, 0, 0, 0, 384, cubin.instructions(PIPELINED), PIPELINED)
+    name = "pipelined_joint_forward<bfloat16>"
+    assert cuda_gate.not_overlapped(kernel) == []
+    late = dataclasses.replace(kernel, sass=PIPELINED.replace("gsb0, 0x1", "gsb0, 0x0"))
+    assert cuda_gate.not_overlapped(late) == ["overlap: 0 of 3 exponentials in the loop at 0x0000 beside a product"]
+    found = cuda_gate.complaints(name, dataclasses.replace(late, stack=8))
+    assert "local memory: 8 bytes a thread, none at all here" in found and any("overlap" in line for line in found)
+    assert [line for line in found if line.startswith("opcode")] == [
+        f"opcode: no {opcode}" for opcode in ("UTMALDG", "SYNCS", "USETMAXREG", "STG.64")
+    ]
+    assert cuda_gate.complaints(name, dataclasses.replace(late, arch=80)) == []
+
+
 @in_library
 def test_next_to_nothing_lies_in_local_memory():
     """Of any kernel. The rest of the gate disassembles, for seconds to a minute."""

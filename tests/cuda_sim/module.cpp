@@ -13,7 +13,8 @@
 
 namespace vivit::cuda::sim {
 
-void add_copies(pybind11::module_& m);  // copies_module.cpp
+void add_copies(pybind11::module_& m);        // copies_module.cpp
+void add_joint_hopper(pybind11::module_& m);  // joint_hopper_module.cpp
 
 }  // namespace vivit::cuda::sim
 
@@ -170,4 +171,5 @@ PYBIND11_MODULE(cuda_sim, m) {
     m.def("group_products", group_products);
     m.def("softmax", softmax);
     sim::add_copies(m);
+    sim::add_joint_hopper(m);
 }

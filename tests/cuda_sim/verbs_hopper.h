@@ -80,6 +80,10 @@ inline bool any_in_warp(bool holds, VIVIT_SIM_CALLER) {
 
 inline float larger_or_nan(float x, float y) { return std::isnan(x) || std::isnan(y) ? NAN : std::fmax(x, y); }
 
+inline void compute_first(float x, VIVIT_SIM_CALLER) {
+    if (x < 0.f) sim::fail({"compute_first", file, line}, "a negative number: the block would be ended");
+}
+
 inline int current_multiprocessors() { return sim::schedule.multiprocessors; }
 
 }  // namespace vivit::cuda

@@ -1,0 +1,36 @@
+// Copy: what the copying warpgroup's one thread asks for, in the order in which it is computed with.
+#pragma once
+
+#include "joint_hopper_schedule.cuh"
+
+namespace vivit::cuda {
+
+// Keys go by from the last tile to the first: what lies beyond the last key is hidden once, at the start.
+template <class Variant>
+VIVIT_DEVICE void hopper_copy_tiles(const JointHopperParams& p, const HopperMemory<Variant>& memory) {
+    using Memory = HopperMemory<Variant>;
+    prefetch_map(p.q), prefetch_map(p.k), prefetch_map(p.v);
+    Ring ring;
+    uint32_t before = 1;  // parity of the phase in which the last tile's queries were read
+    const int32_t tiles = key_tiles(p);
+    for (int64_t number = blockIdx.x; number < p.tiles; number += gridDim.x) {
+        const HopperTile at(p, number, Memory::kQueries);
+        for (int32_t tile = tiles - 1; tile >= 0; --tile, ring.advance()) {
+            const int32_t first_key = tile * kTileKeys, skip = ring.stage * kKeyBytes;
+            phase_wait(memory.k_empty + ring.stage, ring.parity ^ 1);
+            phase_expect(memory.k_full + ring.stage, kKeyBytes);
+            copy_box(memory.k + skip, p.k, memory.k_full + ring.stage, 0, at.h, first_key, at.b);
+            if (tile == tiles - 1) {  // behind the keys: these need not wait for the last tile's queries to be read
+                phase_wait(memory.q_empty, before);
+                phase_expect(memory.q_full, Memory::kQueryBytes);
+                copy_box(memory.q, p.q, memory.q_full, 0, at.h, at.first_query, at.b);
+                before ^= 1;
+            }
+            phase_wait(memory.v_empty + ring.stage, ring.parity ^ 1);
+            phase_expect(memory.v_full + ring.stage, kKeyBytes);
+            copy_box(memory.v + skip, p.v, memory.v_full + ring.stage, 0, at.h, first_key, at.b);
+        }
+    }
+}
+
+}  // namespace vivit::cuda

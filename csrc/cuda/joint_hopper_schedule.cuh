@@ -1,0 +1,120 @@
+// Who does what, and when: the tiles of a call, the shared memory of a block and the phases of its barriers.
+//
+// A block stays on its multiprocessor and takes tile after tile: kGroups x 64 queries of one head of one clip. One
+// thread of its first warpgroup asks the copy engine for the queries and for stages of 128 keys and values; each other
+// warpgroup computes 64 queries. The next tile's first copies are under way while this one's results are stored.
+#pragma once
+
+#include "joint.h"
+#include "scores.cuh"
+#include "verbs_hopper.cuh"
+
+namespace vivit::cuda {
+
+// What a kernel is compiled for.
+// kGroups: warpgroups that compute, 2 or 3.  kPolynomial: of each 16 exponentials, how many by the FMA pipes.
+// kSlack: how far scores may rise above the number that they are taken relative to, before all is taken relative to a
+// new one (joint_hopper_softmax.cuh).
+template <int kGroupsOf, int kPolynomialOf, int kSlackOf>
+struct HopperVariant {
+    static constexpr int kGroups = kGroupsOf, kPolynomial = kPolynomialOf, kSlack = kSlackOf;
+    static constexpr int kThreads = 128 * (kGroups + 1);
+    // A launch gives each thread 65,536 / kThreads registers, a multiple of 8: 168 of two computing warpgroups, 128 of
+    // three. What the copying one gives back is for the others, (168 - 24) / 2 more for each of two, (128 - 32) / 3 of
+    // three.
+    static constexpr int kFew = kGroups == 2 ? 24 : 32, kMany = kGroups == 2 ? 240 : 160;
+};
+
+constexpr int32_t kGroupQueries = 64, kTileKeys = 128, kRowBytes = 128, kKeyStages = 3;
+constexpr int32_t kKeyBytes = kTileKeys * kRowBytes;
+
+struct JointHopperParams {
+    TensorMap q, k, v;  // (D, H, N, B); boxes of 64 channels of a tile's queries, or of kTileKeys
+    Tokens o;
+    float* lse;
+    int32_t D, H, N_q, N_k;
+    int32_t tiles_of_head;
+    int64_t tiles;  // of all heads of all clips
+    float unit;     // scale * log2(e)
+};
+
+// Tiles of one head come one after the other, so that the blocks that run at a time share a few heads' keys and values
+// in the second-level cache.
+struct HopperTile {
+    int32_t b, h, first_query;
+
+    VIVIT_DEVICE HopperTile(const JointHopperParams& p, int64_t number, int32_t queries) {
+        const int64_t head = number / p.tiles_of_head;
+        first_query = static_cast<int32_t>(number - head * p.tiles_of_head) * queries;
+        b = static_cast<int32_t>(head / p.H);
+        h = static_cast<int32_t>(head - static_cast<int64_t>(b) * p.H);
+    }
+};
+
+VIVIT_DEVICE int32_t key_tiles(const JointHopperParams& p) { return (p.N_k + kTileKeys - 1) / kTileKeys; }
+
+// Shared memory: the tile's queries, kKeyStages of keys, as many of values, all rows of 128 bytes; then the barriers.
+// `full`: the copy engine has brought it. `empty`: each warp that computes has read it.
+template <class Variant>
+struct HopperMemory {
+    static constexpr int32_t kQueries = Variant::kGroups * kGroupQueries, kQueryBytes = kQueries * kRowBytes;
+    static constexpr int32_t kBarriers = 2 + 4 * kKeyStages;
+    static constexpr int32_t kBytes = kQueryBytes + 2 * kKeyStages * kKeyBytes + 8 * kBarriers;
+
+    char *q, *k, *v;
+    PhaseBarrier *q_full, *q_empty, *k_full, *k_empty, *v_full, *v_empty;
+
+    VIVIT_DEVICE HopperMemory()
+        : q(shared_memory()),
+          k(q + kQueryBytes),
+          v(k + kKeyStages * kKeyBytes),
+          q_full(reinterpret_cast<PhaseBarrier*>(v + kKeyStages * kKeyBytes)),
+          q_empty(q_full + 1),
+          k_full(q_empty + 1),
+          k_empty(k_full + kKeyStages),
+          v_full(k_empty + kKeyStages),
+          v_empty(v_full + kKeyStages) {}
+
+    // By one thread.
+    VIVIT_DEVICE void make_barriers() const {
+        constexpr int32_t kWarps = 4 * Variant::kGroups;
+        phase_init(q_full, 1), phase_init(q_empty, kWarps);
+        for (int32_t i = 0; i < kKeyStages; ++i) {
+            phase_init(k_full + i, 1), phase_init(k_empty + i, kWarps);
+            phase_init(v_full + i, 1), phase_init(v_empty + i, kWarps);
+        }
+        phase_fence();
+    }
+};
+
+// A stage, and the parity of the phase in which it is used this time round. Who fills it waits for the phase before,
+// which of a new barrier counts as over.
+struct Ring {
+    int32_t stage = 0;
+    uint32_t parity = 0;
+
+    VIVIT_DEVICE void advance() {
+        if (++stage < kKeyStages) return;
+        stage = 0, parity ^= 1;
+    }
+};
+
+// The warpgroups that compute take turns to hand products to the tensor cores: while one's products run, the others
+// turn scores into weights, instead of all doing the same at a time. Each waits at the barrier of its own number, where
+// the one before it arrives.
+template <class Variant>
+struct Turns {
+    int32_t group;  // from 0
+
+    VIVIT_DEVICE explicit Turns(int32_t mine) : group(mine) {
+        if (group + 1 == Variant::kGroups) pass();
+    }
+    VIVIT_DEVICE void wait() const { named_wait(1 + group, 256); }
+    VIVIT_DEVICE void pass() const { named_arrive(group + 1 == Variant::kGroups ? 1 : 2 + group, 256); }
+    // Nothing is left of the last turn.
+    VIVIT_DEVICE void end() const {
+        if (group == 0) wait();
+    }
+};
+
+}  // namespace vivit::cuda

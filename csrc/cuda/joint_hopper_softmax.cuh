@@ -1,0 +1,90 @@
+// Softmax: from scores to weights, in the registers of the thread that has them.
+//
+// A multiprocessor computes 16 exponentials in a cycle and 4,096 of the 2 x 2 x 64 operations that a score takes of the
+// two products: at D = 64 both are 0.0625 cycles a score. Two things are done about it, both choices of the variant;
+// what they cost in instructions is counted in bench/cuda_model.py from the machine code. Neither has been timed.
+//
+// A share of the exponentials by the FMA pipes (Cody and Waite 1980): x = n + f, n the nearest whole number, 2^f a
+// polynomial, n added to its exponent. 8 instructions instead of 1, but each is issued in a cycle that the exponentials
+// leave free: of 64 scores of a thread, a warp's exponentials take 512 cycles of the special function unit (4 lanes a
+// cycle), a quarter fewer 384, for 16 x 7 = 112 instructions more.
+//
+// Fewer changes of the base: weights are 2^(score - base). The base of a row is raised only when a score is more than
+// kSlack above it; otherwise weights up to 2^kSlack come out, whose share in the sum is the same. In fp16, too, 2^8 is
+// far from the largest number. Whoever keeps its base multiplies nothing: 32 multiplications less for a thread and
+// tile.
+#pragma once
+
+#include "joint_hopper_multiply.cuh"
+
+namespace vivit::cuda {
+
+// 2^x for x of at most 126, within 1.1e-4 of it; below 2^-126 a number from 0 to 2^-126. Of NaN nothing finite comes
+// out in 16 bits.
+//
+// The coefficients have the smallest largest relative error of degree 3 on [-1/2, 1/2] with 2^0 = 1, so that the
+// largest weight of a row is exact: 1.02e-4 (tests/test_cuda_joint_hopper.py, of every f). 1.5 * 2^23 + x has whole
+// numbers as its last place; the lowest bits of that sum are n, and move to the exponent.
+VIVIT_DEVICE float exp2_polynomial(float x) {
+    constexpr float kWhole = 12582912.f;
+    x = larger_or_nan(x, -127.f);
+    const float shifted = x + kWhole;
+    const float f = x - (shifted - kWhole);
+    const float y = __fmaf_rn(__fmaf_rn(__fmaf_rn(0.05500893f, f, 0.24221096f), f, 0.69328293f), f, 1.f);
+    return __uint_as_float(__float_as_uint(y) + (__float_as_uint(shifted) << 23));
+}
+
+// Of rows g and g + 8 of a warp's sixteen.
+struct RowState {
+    float base[2] = {-kInfinity, -kInfinity};
+    float total[2] = {0.f, 0.f};  // the thread's share of the sum of weights
+};
+
+// Keys from number `left` of the tile on are none.
+VIVIT_DEVICE void hide_keys(TileScores& x, int32_t left) {
+    const int32_t t = lane_number() % 4;
+#pragma unroll
+    for (int i = 0; i < 4 * kScoreBlocks; ++i) {
+        if (8 * (i / 4) + 2 * t + i % 2 >= left) x[i / 4][i % 4] = -kInfinity;
+    }
+}
+
+// x becomes weights; shrink: what sums so far are to be multiplied by. True where that is not 1 for a row of the warp.
+template <class Variant>
+VIVIT_DEVICE bool weigh(TileScores& x, RowState& rows, float unit, float (&shrink)[2]) {
+    float highest[2] = {-kInfinity, -kInfinity};
+#pragma unroll
+    for (int i = 0; i < 4 * kScoreBlocks; ++i) highest[i % 4 / 2] = fmaxf(highest[i % 4 / 2], x[i / 4][i % 4]);
+    bool rises = false;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const float most = largest_of_row(highest[r]) * unit;  // a positive number: the largest score, scaled
+        const bool above = most - rows.base[r] > static_cast<float>(Variant::kSlack);
+        const float base = above ? most : rows.base[r];
+        shrink[r] = exp2_fast(rows.base[r] - base);
+        rows.base[r] = base, rows.total[r] *= shrink[r];
+        rises = rises || above;
+    }
+#pragma unroll
+    for (int i = 0; i < 4 * kScoreBlocks; ++i) {
+        float& y = x[i / 4][i % 4];
+        y = y * unit - rows.base[i % 4 / 2];
+        const bool by_polynomial = i * Variant::kPolynomial % 16 < Variant::kPolynomial;
+        y = by_polynomial ? exp2_polynomial(y) : exp2_fast(y);
+        rows.total[i % 4 / 2] += y;
+    }
+    return any_in_warp(rises);
+}
+
+template <class T>
+VIVIT_DEVICE void round_weights(TileWeights& weights, const TileScores& x) {
+#pragma unroll
+    for (int j = 0; j < kWeightSteps; ++j) as_operand<T>(weights[j], x[2 * j], x[2 * j + 1]);
+}
+
+VIVIT_DEVICE void rescale(TileOutput& o, const float (&shrink)[2]) {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) o[i / 4][i % 4] *= shrink[i % 4 / 2];
+}
+
+}  // namespace vivit::cuda
