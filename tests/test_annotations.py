@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from test_data import SPEC, level, write
+from test_train import TINY
 
 from vivit import annotations, recipe
+from vivit.__main__ import main
 from vivit.annotations import DataError, Heads
 from vivit.data import Problems, VideoClips, listing
 from vivit.video import Segment, VideoError, open_video
@@ -222,3 +224,30 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")
     with pytest.raises(VideoError, match=r"pipe\.mp4: not a file"):
         open_video(tmp_path / "pipe.mp4")
+
+
+def test_epic_kitchens_from_the_command_line(tmp_path, capsys):
+    """Two heads from the annotation file to the table of an evaluation and the words of a prediction."""
+    write(tmp_path / "videos" / "P01_01.mp4", frames=48)  # 4 s
+    rows = [
+        f"P01_01_{i},P01,P01_01,0,00:00:{0.25 * i:05.2f},00:00:{0.25 * i + 1:05.2f},1,2,x,x,{i % 2},x,{i % 3},[],[]\n"
+        for i in range(8)
+    ]
+    (tmp_path / "EPIC_100_train.csv").write_text(EPIC_HEAD + "".join(rows))
+    for head, count in (("noun", 3), ("verb", 2)):
+        names = "".join(f"{i},{head}{i},[]\n" for i in range(count))
+        (tmp_path / f"EPIC_100_{head}_classes.csv").write_text("id,key,instances\n" + names)
+    (tmp_path / "tiny.toml").write_text(TINY)
+    file, videos, out = str(tmp_path / "EPIC_100_train.csv"), str(tmp_path / "videos"), str(tmp_path / "out")
+    argv = ["train", str(tmp_path / "tiny.toml"), "--data", file, "--val", file, "--videos", videos, "--out", out]
+    assert main([*argv, "--set", "epochs=1", "--set", "augment.mixup=0.2", "--set", "data.stride=1"]) == 0
+    told = capsys.readouterr().out
+    assert "8 videos of (3, 2) classes, 8 held out" in told and "video is decoded by" in told
+    assert (tmp_path / "out" / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["evaluate", "--run", out, "--data", file, "--videos", videos, "--workers", "0"]) == 0
+    told = capsys.readouterr().out
+    assert "action top-1" in told and "noun top-1" in told and "of 8 videos" in told and "verb1" in told
+    assert main(["predict", str(tmp_path / "videos" / "P01_01.mp4"), "--run", out, "-k", "2"]) == 0
+    assert "verb" in capsys.readouterr().out.split()[0]
+    assert main(["train", str(tmp_path / "tiny.toml"), "--data", file, "--videos", str(tmp_path / "out")]) == 2
+    assert "none of its 8 videos is in" in capsys.readouterr().err

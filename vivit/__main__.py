@@ -1,4 +1,4 @@
-"""`python -m vivit`: train CONFIG, evaluate, predict VIDEO, info, plan, demo."""
+"""`python -m vivit`: train CONFIG, evaluate, predict VIDEO, info, plan, verify-weights PATH, loader CONFIG, demo."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from . import recipe
+from . import recipe, verify
 from .annotations import Classes, DataError, from_json
 from .config import nearest
 from .data import ClipSpec, Problems, VideoClips, listing
@@ -70,6 +70,21 @@ def parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
 
+    verified = commands.add_parser(
+        "verify-weights", help="published weights: whole, and what they reach on your videos"
+    )
+    verify.add_arguments(verified)
+
+    loader = commands.add_parser(
+        "loader", help="speed of decoding and augmenting: clips/s per core, share of each stage"
+    )
+    loader.add_argument("config", metavar="CONFIG", help=f"a TOML file, or one of: {shipped}")
+    loader.add_argument("--data", required=True, help="videos: a folder per class, a list or an annotation file")
+    loader.add_argument("--videos", help="the folder of the videos that an annotation file names")
+    loader.add_argument("--clips", type=int, default=32, help="clips to time (%(default)s)")
+    loader.add_argument("--workers", default="0,1,2", help="numbers of workers to try (%(default)s)")
+    loader.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+
     demo = commands.add_parser("demo", help="train, test and predict on a real film, in minutes")
     demo.add_argument("--data", default="", help="instead of the film: videos, a folder per class")
     demo.add_argument("--video", default="", help="instead of Big Buck Bunny: a film of two minutes or longer")
@@ -86,9 +101,7 @@ def command_train(args: argparse.Namespace) -> int:
     from .train import Run
 
     config = recipe.load(args.config, [*args.set, *([f"memory={args.memory}"] if args.memory else [])])
-    given = {"path": args.data, "val": args.val, "videos": args.videos}
-    given = {key: value for key, value in given.items() if value}
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **given))
+    config = _with_data(config, path=args.data, val=args.val, videos=args.videos)
     if args.init:
         config = dataclasses.replace(config, init=dataclasses.replace(config.init, path=args.init))
     training, validation, config = recipe.datasets(config)
@@ -240,6 +253,29 @@ def command_plan(args: argparse.Namespace) -> int:
     return 0
 
 
+def command_verify_weights(args: argparse.Namespace) -> int:
+    return verify.command(args, _views(args.views))
+
+
+def command_loader(args: argparse.Namespace) -> int:
+    from .loader_bench import measure
+
+    config = _with_data(recipe.load(args.config, args.set), path=args.data, videos=args.videos)
+    if not all(part.strip().isdigit() for part in args.workers.split(",")) or args.clips < 1:
+        raise ValueError(f"--workers {args.workers!r} --clips {args.clips}: give numbers, for example 0,2,4 and 32")
+    training, _, config = recipe.datasets(config)
+    print(decoder_line(config.data.decoder))
+    workers = [int(part) for part in args.workers.split(",")]
+    print(measure(training, args.clips, config.batch, workers).table())
+    return 0
+
+
+def _with_data(config: recipe.TrainConfig, **given: str | None) -> recipe.TrainConfig:
+    """The config with those of [data] that were given."""
+    named = {key: value for key, value in given.items() if value}
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **named))
+
+
 def command_demo(args: argparse.Namespace) -> int:
     from . import demo
 
@@ -260,7 +296,8 @@ def command_demo(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """The exit status; a mistake of the user is one message on stderr and status 2."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {name.removeprefix("command_"): f for name, f in globals().items() if name.startswith("command_")}
+    found = {name: f for name, f in globals().items() if name.startswith("command_")}
+    commands = {name.removeprefix("command_").replace("_", "-"): f for name, f in found.items()}
     if argv and not argv[0].startswith("-") and argv[0] not in commands:
         print(f"vivit: unknown command {argv[0]!r}; {nearest(argv[0], commands)}", file=sys.stderr)
         return 2

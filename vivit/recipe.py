@@ -49,6 +49,7 @@ class DataConfig:
     short_side: int = 256
     flip: bool = True
     views: tuple[int, int] = (1, 1)  # evaluation: clips along time, crops (1 or 3); logits are averaged
+    val_views: tuple[int, int] = (1, 1)  # the same of what is held out while training
     decoder: str = "auto"
     fps: float = 0.0
     resize: str = "decoder"
@@ -60,8 +61,10 @@ class DataConfig:
         _check(self.short_side >= 1, "data.short_side", self.short_side, "must be at least 1")
         _check(self.workers >= 0, "data.workers", self.workers, "must be 0 (no processes) or more")
         _check(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "must lie between 0 and 1")
-        good = len(self.views) == 2 and self.views[0] >= 1 and self.views[1] in (1, 3)
-        _check(good, "data.views", self.views, "must be [clips, crops]: crops is 1 or 3")
+        for key in ("views", "val_views"):
+            views = getattr(self, key)
+            good = len(views) == 2 and views[0] >= 1 and views[1] in (1, 3)
+            _check(good, f"data.{key}", views, "must be [clips, crops]: crops is 1 or 3")
         _choice("data.decoder", self.decoder, DECODERS)
         _choice("data.format", self.format, ("auto", "folder", "list", *annotations.KINDS))
         _choice("data.resize", self.resize, RESIZES)
@@ -206,7 +209,8 @@ def datasets(config: TrainConfig) -> tuple[VideoClips, VideoClips | None, TrainC
     config.augment.require()
     spec = dataclasses.replace(data.spec(config.model), augment=config.augment)
     note = "\n".join(filter(None, notes))
-    validation = VideoClips(held, classes, spec, config.seed) if held else None
+    once = dataclasses.replace(spec, views=data.val_views)
+    validation = VideoClips(held, classes, once, config.seed) if held else None
     return VideoClips(training, classes, spec, config.seed, note), validation, config
 
 
