@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +15,48 @@ import torch
 VERSION = 1
 
 
-def save(state: dict[str, Any], path: Path) -> None:
-    """To a temporary file, synchronised, renamed over `path`: a kill at any moment leaves the old or the new one."""
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file to write, synchronised and renamed to `path` when it is done.
+
+    A kill, an error or a full disk at any moment leaves the old one or the new one, the last two nothing beside it.
+    Raises OSError that names `path` and what to do.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "wb") as file:
-            torch.save({"version": VERSION, **state}, file)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch's writer reports a failed write as RuntimeError
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
+        raise unwritten(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)
+
+
+def unwritten(path: Path, error: Exception) -> OSError:
+    cause = error if isinstance(error, OSError) else error.__context__
+    code = cause.errno if isinstance(cause, OSError) else None
+    reason = os.strerror(code) if code else str(error).splitlines()[0]
+    free = shutil.disk_usage(path.parent).free / 2**20 if path.parent.is_dir() else 0
+    kept = "; the one before is whole" if path.exists() else ""
+    return OSError(
+        f"{path} cannot be written: {reason}, {free:,.0f} MiB free{kept}"
+        "\n  -> make room, or another --out; then --resume goes on from the last checkpoint"
+    )
+
+
+def save(state: dict[str, Any], path: Path) -> None:
+    """To a temporary file, synchronised, renamed over `path`: a kill at any moment leaves the old or the new one."""
+    with whole(path) as temporary, open(temporary, "wb") as file:
+        torch.save({"version": VERSION, **state}, file)
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from .checkpoint import unwritten, whole
 
 
 class Log:
@@ -24,15 +25,18 @@ class Log:
                     break  # half a line: killed while writing it
                 if record["step"] <= upto:
                     kept.append(line)
-        temporary = path.with_suffix(".part")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, path)
+        with whole(path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept))
+        self.path = path
         self.file = open(path, "a")  # noqa: SIM115  # lives as long as the run
         self.board = writer(path.parent / "tensorboard", upto) if board else None
 
     def write(self, **record: Any) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise unwritten(self.path, error) from error
         if self.board is not None:
             for key, value in record.items():
                 if key != "step" and isinstance(value, int | float):

@@ -110,6 +110,7 @@ class TrainConfig:
     ema: float = 0.0  # decay of a running mean of the weights, evaluated and exported in their place; 0: none
     tensorboard: bool = False  # besides log.jsonl
     autocast: bool = False  # bf16
+    skip_not_finite: int = 3  # steps in a row left out for a loss or gradient that is no number; one more ends the run
     memory: str = "fast"  # what stays for the backward: fast, balanced, small, smallest (memory.py)
     seed: int = 0
     threads: int = 0  # 0: PyTorch's choice. A curve repeats bit for bit with the same number of threads
@@ -121,7 +122,7 @@ class TrainConfig:
         check_types(self, "")
         for key in ("epochs", "batch", "accumulate", "checkpoint_every", "evaluate_every"):
             _check(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
-        for key in ("seed", "threads"):
+        for key in ("seed", "threads", "skip_not_finite"):
             _check(getattr(self, key) >= 0, key, getattr(self, key), "must not be negative")
         memory_levels.check(self.memory, "recipe")
         _check(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "must be in [0, 1)")

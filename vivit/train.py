@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -30,11 +29,8 @@ from .log import Log
 from .model import ViViT
 from .progress import Bar, memory_gib
 from .recipe import CLIP_KEYS, OptimizerConfig, TrainConfig
+from .trouble import NotFinite, Skips, TrainingError, explained, listed, names
 from .video import which_decoder
-
-
-class TrainingError(Exception):
-    """The run cannot go on, with what to try."""
 
 
 class Interrupted(Exception):
@@ -112,6 +108,7 @@ class Run:
         finetune.freeze(self.model, config.init.freeze)
         self.optimizer = make_optimizer(self.model, config.optimizer, config.init.layer_decay)
         self.average = Average(self.model, config.ema) if config.ema else None
+        self.skips = Skips(config.skip_not_finite)
         self.step, self.problems = 0, Problems(note=getattr(dataset, "note", ""))
         self._place_augmentation()
         if resume and saved.exists():
@@ -153,7 +150,15 @@ class Run:
     def _identity(self) -> dict[str, Any]:
         """What the curve depends on; workers, threads, device and memory may change between parts of a run."""
         values = json.loads(json.dumps(self.config.to_dict()))
-        for key in ("threads", "device", "memory", "checkpoint_every", "evaluate_every", "tensorboard"):
+        for key in (
+            "threads",
+            "device",
+            "memory",
+            "skip_not_finite",
+            "checkpoint_every",
+            "evaluate_every",
+            "tensorboard",
+        ):
             values.pop(key)
         values["data"].pop("workers")
         values["augment"].pop("where")
@@ -189,10 +194,8 @@ class Run:
         size = norm.item()
         if not (math.isfinite(value) and math.isfinite(size)):
             what = f"the loss is {value}" if not math.isfinite(value) else f"the gradient norm is {size}"
-            raise TrainingError(
-                f"step {self.step}: {what} at learning rate {rate:.3g}; nothing was updated, the checkpoint is good"
-                "\n  -> a lower optimizer.lr, a longer optimizer.warmup_epochs, or optimizer.clip_norm = 1"
-            )
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NotFinite(f"step {self.step}: {what} at learning rate {rate:.3g}")
         self.optimizer.step()
         if self.average is not None:
             self.average.update(self.model)
@@ -228,11 +231,14 @@ class Run:
         with signals() as caught, Bar(name, self.total, start=self.step, quiet=quiet) as bar:
             if self.step < self.total:
                 self.model.train()
-                for keys, batch in zip(order, training_batches(self.dataset, order, workers), strict=True):
-                    self.problems.add(batch.problems)
-                    if not len(batch.label):
-                        raise TrainingError(f"none of the videos can be read\n{self.problems}")
-                    self._one(batch.video[:, 0], batch.label, keys, bar)
+                batches = iter(training_batches(self.dataset, order, workers))
+                for keys in order:
+                    with explained(config, self.step, names(self.dataset, keys)):
+                        batch = next(batches)
+                        self.problems.add(batch.problems)
+                        if not len(batch.label):
+                            raise TrainingError(f"none of the videos can be read\n{self.problems}")
+                        self._one(batch.video[:, 0], batch.label, keys, bar)
                     result = self._after_step(validation, bar) or result
                     if caught:
                         self.save()
@@ -259,13 +265,29 @@ class Run:
         if self.augments:
             rngs = [augment_rng(self.config.seed, *key) for key in keys]
             video = torch.stack([augment(clip, self.config.augment, r) for clip, r in zip(video, rngs, strict=True)])
-        loss, rate, norm = self.train_step(video, label.to(self.device, non_blocking=True))
+        try:
+            loss, rate, norm = self.train_step(video, label.to(self.device, non_blocking=True))
+        except NotFinite as error:
+            self._skip(error, names(self.dataset, keys), bar)
+            return
+        self.skips.good()
         self.step += 1
         epoch = (self.step - 1) // self.steps_per_epoch
         bar.advance(len(label), note=f"epoch {epoch + 1} loss {loss:.3f}")
         self.log.write(
             step=self.step, epoch=epoch, loss=loss, lr=rate, grad_norm=norm, clips_per_s=round(bar.rate(), 1)
         )
+
+    def _skip(self, error: NotFinite, clips: list[str], bar: Bar) -> None:
+        """Leaves a step out, or ends the run, its state saved."""
+        try:
+            self.skips.bad(error, clips)
+        except TrainingError:
+            self.save()
+            raise
+        self.step += 1
+        bar.say(f"{error}: left out; {listed(clips)}")
+        self.log.write(step=self.step, skipped=str(error), clips=clips)
 
     def _after_step(self, validation: Dataset | None, bar: Bar) -> dict[str, Any]:
         """Evaluates at the end of some epochs, saves then and every `checkpoint_every` steps."""
@@ -292,6 +314,5 @@ class Run:
 
 
 def write_json(path: Path, value: Any) -> None:
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
+    with checkpoint.whole(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
