@@ -85,7 +85,7 @@ setup(
     packages=[*find_packages("kernels"), *find_packages(include=["vivit", "vivit.*"])],
     package_dir={"vivit_kernels": "kernels/vivit_kernels", "vivit": "vivit"},
     include_package_data=False,  # only what the next line names
-    package_data={"vivit": ["configs/*.json", "configs/*.toml"]},
+    package_data={"vivit": ["configs/*.json", "configs/*.toml"], "vivit_kernels": ["gains.jsonl"]},
     ext_modules=[Extension("vivit_kernels._C", [])],
     distclass=WithLibrary,
     cmdclass={

@@ -189,7 +189,7 @@ def _calls(spec: Spec) -> list[Call]:
     dtype, device, grad = getattr(torch, spec.product_dtype), spec.device, spec.step == "train"
 
     def call(op: str, *shape: int, heads: int | None = None, keys: int | None = None) -> Call:
-        isa = _native.isa_name() if device == "cpu" else ""
+        isa = _native.call_isa(device)
         return Call(op, shape, dtype, device, grad, (), arch, heads, keys, isa)
 
     calls = [call("tubelet_embedding", B, c.channels, c.frames, c.height, c.width)]

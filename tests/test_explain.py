@@ -53,6 +53,7 @@ def an_install_without_others(monkeypatch):
     monkeypatch.setattr(_native, "AVAILABLE", True)
     monkeypatch.setattr(_native, "CUDA", True)
     monkeypatch.setattr(_native, "isa_name", lambda: "avx512_bf16")
+    monkeypatch.setattr(_native, "HAS_AMX", False)
     for module in (joint_composed, factorized_composed, tubelet_composed):  # explain() runs nothing
         for launcher in ("launch_fwd", "launch_bwd"):
             monkeypatch.setattr(module, launcher, ran)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import io
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vivit import ViViT, ViViTConfig
-from vivit_kernels import Linear, linear, mlp, unwatched
+from vivit_kernels import Linear, linear, linear_gelu, mlp, unwatched
 from vivit_kernels.numerics import judge
 
 routes = importlib.import_module("vivit_kernels.linear")  # `vivit_kernels.linear` is the function
@@ -26,6 +27,12 @@ SMALL: dict[str, Any] = dict(
 TAKEN = pytest.mark.skipif(not routes._ONEDNN, reason="no AVX-512, or PyTorch without oneDNN: all of it is F.linear")
 NATIVE = pytest.mark.skipif(not routes._BFLOAT16, reason="this CPU has no products in bfloat16")
 DTYPES = [pytest.param(torch.float32, marks=TAKEN), pytest.param(torch.bfloat16, marks=[TAKEN, NATIVE])]
+
+
+@pytest.fixture(autouse=True)
+def convolutions(monkeypatch):
+    """Proved on every CPU that can, also where another route is the faster one."""
+    monkeypatch.setattr(routes, "_CONVOLVES", routes._ONEDNN)
 
 
 def layer(
@@ -66,11 +73,11 @@ def test_values_and_gradients(dtype, inputs, outputs, bias):
     assert_within(linear, F.linear, tensors, terms=ROWS)
 
 
-def plain_mlp(x, weight1, bias1, weight2, bias2):
-    return F.linear(F.gelu(F.linear(x, weight1, bias1), approximate="tanh"), weight2, bias2)
+def plain_mlp(x, weight1, bias1, weight2, bias2, approximate="tanh"):
+    return F.linear(F.gelu(F.linear(x, weight1, bias1), approximate=approximate), weight2, bias2)
 
 
-def our_mlp(x, weight1, bias1, weight2, bias2):
+def our_mlp(x, weight1, bias1, weight2, bias2, approximate="tanh"):
     """`mlp` on layers that hold these very tensors."""
     layers = []
     for weight, bias in ((weight1, bias1), (weight2, bias2)):
@@ -78,21 +85,55 @@ def our_mlp(x, weight1, bias1, weight2, bias2):
         del one.weight, one.bias
         one.weight, one.bias = weight, bias
         layers.append(one)
-    return mlp(x, *layers)
+    return mlp(x, *layers, approximate)
 
 
+@pytest.mark.parametrize("convolves", [True, False])
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_mlp(dtype):
+def test_mlp(dtype, approximate, convolves, monkeypatch):
+    monkeypatch.setattr(routes, "_CONVOLVES", convolves)
+    ours, plain = (partial(function, approximate=approximate) for function in (our_mlp, plain_mlp))
     x, weight1, bias1 = layer(64, 96, dtype)
     _, weight2, bias2 = layer(96, 64, dtype)
     tensors = (x, weight1, bias1, weight2, bias2)
     assert routes._takes(x, tensors[1:3], tensors[3:]) and not routes._takes(x, tensors[3:], tensors[1:3])
-    assert_within(our_mlp, plain_mlp, tensors, terms=ROWS)
+    assert_within(ours, plain, tensors, terms=ROWS)
     with torch.no_grad():
-        found = our_mlp(*tensors)
-    exact, eager = plain_mlp(*(t.double() for t in tensors)), plain_mlp(*tensors)
-    verdict = judge(found, exact, eager, terms=96)
+        found, first = ours(*tensors), linear_gelu(x, weight1, bias1, approximate)
+    verdict = judge(found, plain(*(t.double() for t in tensors)), plain(*tensors), terms=96)
     assert verdict.ok, str(verdict)
+    exact, eager = (
+        F.gelu(F.linear(*one), approximate=approximate)
+        for one in ((x.double(), weight1.double(), bias1.double()), (x, weight1, bias1))
+    )
+    verdict = judge(first, exact, eager, terms=64)
+    assert verdict.ok, str(verdict)
+
+
+@TAKEN
+@pytest.mark.parametrize("convolves, op", [(True, "_CONVOLUTION"), (False, "_MATMUL")])
+def test_the_gelu_is_part_of_the_product(convolves, op, monkeypatch):
+    """Where nothing has to be kept for a backward."""
+    monkeypatch.setattr(routes, "_CONVOLVES", convolves)
+    x, weight, bias = layer(64, 96)
+    real, calls = getattr(routes, op), []
+    monkeypatch.setattr(routes, op, lambda *args: calls.append(args) or real(*args))
+    linear_gelu(x, weight, bias)
+    linear_gelu(x.requires_grad_(), weight, bias).sum().backward()
+    assert len(calls) == 1 and "gelu" in calls[0]
+
+
+def test_where_convolutions_are_no_faster_all_else_is_plain(monkeypatch):
+    monkeypatch.setattr(routes, "_CONVOLVES", False)
+    monkeypatch.setattr(F, "conv2d", None)
+    x, weight1, bias1 = layer(64, 96)
+    _, weight2, bias2 = layer(96, 64)
+    assert torch.equal(linear(x, weight1, bias1), F.linear(x, weight1, bias1))
+    tensors = [t.requires_grad_() for t in (x, weight1, bias1, weight2, bias2)]
+    dy = torch.randn(2, ROWS // 2, 64)
+    for one, other in zip(gradients(our_mlp, tensors, dy), gradients(plain_mlp, tensors, dy), strict=True):
+        assert torch.equal(one, other)
 
 
 @TAKEN
@@ -292,13 +333,18 @@ def test_a_model_takes_these_routes(monkeypatch):
     """Every product of all tokens is a convolution; GELU is fused, or made again in backward."""
     model, video = ViViT(ViViTConfig(**SMALL)), torch.randn(1, 3, 4, 256, 256)
     layers: list[tuple] = []
-    convolved = routes._convolved
+    convolved, with_gelu = routes._convolved, routes._with_gelu
 
-    def seen(rows, weight, bias, gelu=False):
-        layers.append((*weight.shape, gelu))
-        return convolved(rows, weight, bias, gelu)
+    def seen(rows, weight, bias):
+        layers.append((*weight.shape, False))
+        return convolved(rows, weight, bias)
+
+    def seen_with_gelu(rows, weight, bias, approximate):
+        layers.append((*weight.shape, True))
+        return with_gelu(rows, weight, bias, approximate)
 
     monkeypatch.setattr(routes, "_convolved", seen)
+    monkeypatch.setattr(routes, "_with_gelu", seen_with_gelu)
     E, mlp = SMALL["embedding"], SMALL["mlp"]
     with torch.no_grad():
         model(video)

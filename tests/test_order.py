@@ -179,7 +179,7 @@ OFFERED |= {f"flash_attn_{version}": "flash_attn" for version in (2, 3, 4)}
 OWN = {name: name for name in _environment.BACKENDS}
 ARCHES = {"A100": 80, "H100": 90, "H200": 90, "B200": 100}
 ISAS = {f"{isa} kernels": isa for isa in _native.ISAS}  # forced
-ISAS |= {"AVX512 bf16": "avx512_bf16", "AVX512 AMX": "avx512_bf16", "AVX512": "avx512", "AVX2": "avx2"}
+ISAS |= {"AVX512 bf16": "avx512_bf16", "AVX512 AMX": "avx512_amx", "AVX512": "avx512", "AVX2": "avx2"}
 NOTICEABLE = 1.05  # times as long: less is not worth a rung
 
 

@@ -4,7 +4,8 @@
     factorized_attention    the first heads along time, the others within the frame, on the token grid in place
     spatial_attention, temporal_attention           its two ends
     joint_attention         every token to every token, in O(N) memory
-    Linear, linear, mlp     nn.Linear, F.linear and two layers around a GELU, on a CPU by the fastest route of PyTorch
+    Linear, linear, linear_gelu, mlp                nn.Linear, F.linear, one with a GELU behind it, two around one: on a
+                            CPU by the fastest route of PyTorch
     low_memory              a module: layers of a block that keep less for backward, and make the rest again
     unwatched               whether no hook wants to see what goes in and out of these modules
     rotary_tables           cos and sin of a three-axis rotary embedding, for rotary=
@@ -24,7 +25,7 @@ from .explain import explain
 from .factorized_attention.api import factorized_attention, spatial_attention, temporal_attention
 from .integrations.pytorch import sdpa_override
 from .joint_attention.api import joint_attention
-from .linear import Linear, linear, mlp, unwatched
+from .linear import Linear, linear, linear_gelu, mlp, unwatched
 from .modules import (
     FactorizedAttention,
     JointAttention,
@@ -48,6 +49,7 @@ __all__ = [
     "factorized_attention",
     "joint_attention",
     "linear",
+    "linear_gelu",
     "low_memory",
     "mlp",
     "rotary_tables",

@@ -52,6 +52,7 @@ NO_CUDA: str = (
     else ""
 )
 CUDA_REMEDY = "pip install -e . --no-build-isolation on a machine with nvcc (or there: make build)"
+HAS_AMX: bool = torch.cpu._is_amx_tile_supported()
 BEST: str = "" if _problem else ISAS[torch.ops.vivit_kernels_native.best_isa()]
 
 
@@ -79,6 +80,14 @@ def isa() -> int:
 def isa_name() -> str:
     """Of the instruction set in use; "" without library."""
     return BEST if _forced == _CHOOSE_BEST or not BEST else ISAS[_forced]
+
+
+def call_isa(device: str) -> str:
+    """Of a call on this device, as `Call.isa`: "avx512_amx" where PyTorch's products in bfloat16 have AMX, and the
+    kernels, which are of avx512_bf16 then, do not."""
+    if device != "cpu":
+        return ""
+    return "avx512_amx" if HAS_AMX and isa_name() == "avx512_bf16" else isa_name()
 
 
 @contextmanager

@@ -9,10 +9,17 @@ of ViT-B's four layers at 3137 tokens on 2 cores of a Zen 4 (peak 224 in float32
     forward            168..195 -> 190..219     303..372 -> 406..435
     input gradient     167..199 -> 187..222     313..387 -> 404..433
     weight gradient    182..205 -> 171..200     the matrix product, 341..401: a convolution's is 324..341
+
+On an Intel, MKL runs 512 bits wide and bfloat16 has AMX: no convolution there. One core of a Xeon with AMX, ViT-B's
+four layers at 1569 tokens, F.linear or its gradient -> by a convolution, ms: float32 forward 164 -> 170, weight
+gradient 158 -> 412; bfloat16 forward 31 -> 37, input gradient 32 -> 40. What is left is the GELU, as the product's
+epilogue: F.linear and the tanh GELU of an MLP's first layer take 22 ms in bfloat16 and 81 in float32, together 15 and
+72; with the exact GELU 14 and 69, together 11 and 73 (2026-11-26, busy machine, times of the process).
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +33,17 @@ _FEWEST_COLUMNS = 16  # the strides of narrower rows leave open which layout a c
 
 _ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 _BFLOAT16 = _ONEDNN and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _is_amd() -> bool:
+    """A fact of the processor that PyTorch does not tell everywhere; "no" where the system does not, either."""
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+_CONVOLVES = _ONEDNN and _is_amd()  # whether convolutions are the faster products
 # Private names without autograd, taken only where they are there: the same results come without them
 _MATMUL = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if _ONEDNN else None
 _CONVOLUTION = getattr(torch.ops.mkldnn, "_convolution_pointwise", None) if _ONEDNN else None
@@ -46,54 +64,76 @@ class Linear(nn.Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: x `[..., K]`, weight `[N, K]`, bias `[N]` or None -> `[..., N]`; backward any number of times.
 
-    It is F.linear for every call that a CPU with AVX-512 does not run faster as a convolution: on other devices, in
-    other dtypes than float32 and bfloat16 (that of autocast counts), of few rows, and in a model that is exported.
+    It is F.linear for every call that a CPU does not run faster as a convolution: on other devices and other CPUs than
+    an AMD's with AVX-512, in other dtypes than float32 and bfloat16 (that of autocast counts), of few rows, and in a
+    model that is exported.
     Raises what F.linear raises.
 
         y = linear(x, layer.weight, layer.bias)
     """
-    if not _takes(x, (weight, bias)):
+    if not (_CONVOLVES and _takes(x, (weight, bias))):
         return F.linear(x, weight, bias)
     rows, weight, bias = _prepared(x, weight, bias)
     y = _Linear.apply(rows, weight, bias) if _needs_grad(rows, weight, bias) else _convolved(rows, weight, bias)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
-    """fc2(F.gelu(fc1(x), approximate="tanh")), x `[..., E]`; hooks of the two layers are not called.
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, approximate: str = "tanh") -> Tensor:
+    """F.gelu(F.linear(x, weight, bias), approximate=approximate): x `[..., K]`, weight `[N, K]` -> `[..., N]`.
+
+    Without gradients the GELU is the product's epilogue where that is faster. Raises what the two functions raise.
+
+        hidden = linear_gelu(x, fc1.weight, fc1.bias)
+    """
+    if _needs_grad(x, weight, bias) or not _takes(x, (weight, bias)):
+        return F.gelu(linear(x, weight, bias), approximate=approximate)
+    rows, weight, bias = _prepared(x, weight, bias)
+    return _with_gelu(rows, weight, bias, approximate).view(*x.shape[:-1], weight.shape[0])
+
+
+def mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear, approximate: str = "tanh") -> Tensor:
+    """fc2(F.gelu(fc1(x), approximate=approximate)), x `[..., E]`; hooks of the two layers are not called.
 
     Without gradients the GELU is the product's epilogue: 3 to 10 % of an MLP (Zen 4), and no second hidden tensor. With
-    them, it is made again in backward: 1 % of a layer's step, and its output, 38 MB per layer of ViT-B in float32, is
-    not kept. Raises what F.linear raises.
+    them, on an AMD, it is made again in backward: 1 % of a layer's step (Zen 4), and its output, 38 MB per layer of
+    ViT-B in float32, is not kept. Raises what F.linear and F.gelu raise.
 
         y = mlp(x, fc1, fc2)
     """
-    if not _takes(x, (fc1.weight, fc1.bias), (fc2.weight, fc2.bias)):
-        return F.linear(F.gelu(F.linear(x, fc1.weight, fc1.bias), approximate="tanh"), fc2.weight, fc2.bias)
+    needs_grad = _needs_grad(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+    if (needs_grad and not _CONVOLVES) or not _takes(x, (fc1.weight, fc1.bias), (fc2.weight, fc2.bias)):
+        hidden = F.gelu(F.linear(x, fc1.weight, fc1.bias), approximate=approximate)
+        return F.linear(hidden, fc2.weight, fc2.bias)
     rows, weight1, bias1 = _prepared(x, fc1.weight, fc1.bias)
     _, weight2, bias2 = _prepared(rows, fc2.weight, fc2.bias)
-    if _needs_grad(rows, weight1, bias1, weight2, bias2):
-        y = _GeluLinear.apply(linear(rows, weight1, bias1), weight2, bias2)
+    if needs_grad:
+        y = _GeluLinear.apply(linear(rows, weight1, bias1), weight2, bias2, approximate)
     else:
-        y = _convolved(_convolved(rows, weight1, bias1, gelu=True), weight2, bias2)
+        y = _product(_with_gelu(rows, weight1, bias1, approximate), weight2, bias2)
     return y.view(*x.shape[:-1], weight2.shape[0])
 
 
 def input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
     """dy @ weight, dy `[M, N]`, weight `[N, K]`, both of one dtype -> `[M, K]`: what `linear` gives its input."""
-    return _input_gradient(dy, None, weight.contiguous()) if _takes(dy, (weight.t(), None)) else dy @ weight
+    is_faster_here = _CONVOLVES and _takes(dy, (weight.t(), None))
+    return _input_gradient(dy, None, weight.contiguous()) if is_faster_here else dy @ weight
 
 
 def weight_gradient(dy: Tensor, rows: Tensor) -> Tensor:
     """dy.T @ rows, dy `[M, N]`, rows `[M, K]`, both of one dtype -> `[N, K]`: what `linear` gives its weight."""
-    many = len(rows) >= _FEWEST_ROWS and min(dy.shape[1], rows.shape[1]) >= _FEWEST_COLUMNS
+    many = _CONVOLVES and len(rows) >= _FEWEST_ROWS and min(dy.shape[1], rows.shape[1]) >= _FEWEST_COLUMNS
     return _weight_gradient(dy, rows) if many and rows.device.type == "cpu" else dy.t() @ rows
 
 
 def gelu_again(rows: int, width: int, hidden: int, dtype: torch.dtype) -> bool:
     """Whether `mlp` of so many rows on a CPU keeps no output of its GELU for backward, but makes it again."""
     runs = _ONEDNN if dtype == torch.float32 else _BFLOAT16 and dtype == torch.bfloat16
-    return runs and rows >= _FEWEST_ROWS and min(width, hidden) >= _FEWEST_COLUMNS
+    return _CONVOLVES and runs and rows >= _FEWEST_ROWS and min(width, hidden) >= _FEWEST_COLUMNS
+
+
+def is_faster() -> bool:
+    """Whether `linear` has a faster product than F.linear on this processor, for some calls."""
+    return _CONVOLVES
 
 
 def unwatched(*modules: nn.Module) -> bool:
@@ -118,7 +158,7 @@ def _dtype(x: Tensor) -> torch.dtype:
 
 
 def _takes(x: Tensor, *layers: tuple[Tensor, Tensor | None]) -> bool:
-    """Whether convolutions can compute these layers, one (weight, bias) after the other, and are not slower.
+    """Whether oneDNN can compute these layers, one (weight, bias) after the other, and is not slower.
 
     Not of a model that is exported: it is to run anywhere, and with any number of clips.
     """
@@ -170,14 +210,25 @@ def _rows(image: Tensor) -> Tensor:
     return image.permute(0, 2, 3, 1).reshape(image.shape[3], image.shape[1])
 
 
-def _convolved(rows: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+def _convolved(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """rows `[M, K]`, weight `[N, K]` -> `[M, N]`."""
-    image, kernel = _image(rows), weight[..., None, None]
-    if not gelu:
-        return _rows(F.conv2d(image, kernel, bias))
-    if _CONVOLUTION is None or torch.compiler.is_compiling():  # a compiler has passes of its own for what it can see
-        return F.gelu(_rows(F.conv2d(image, kernel, bias)), approximate="tanh")
-    return _rows(_CONVOLUTION(image, kernel, bias, [0, 0], [1, 1], [1, 1], 1, "gelu", [], "tanh"))
+    return _rows(F.conv2d(_image(rows), weight[..., None, None], bias))
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _convolved(rows, weight, bias) if _CONVOLVES else F.linear(rows, weight, bias)
+
+
+def _with_gelu(rows: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    """The GELU as epilogue of a product, but for the exact one where that was measured to gain nothing."""
+    fused = _CONVOLUTION if _CONVOLVES else _MATMUL
+    gains = approximate == "tanh" or (rows.dtype == torch.bfloat16 and not _CONVOLVES)
+    if fused is None or not gains or torch.compiler.is_compiling():  # a compiler has passes for what it can see
+        return F.gelu(_product(rows, weight, bias), approximate=approximate)
+    if _CONVOLVES:
+        kernel = weight[..., None, None]
+        return _rows(fused(_image(rows), kernel, bias, [0, 0], [1, 1], [1, 1], 1, "gelu", [], approximate))
+    return fused(rows, weight, bias, "gelu", [], approximate)
 
 
 def _input_gradient(dy: Tensor, rows: Tensor | None, weight: Tensor) -> Tensor:
@@ -230,12 +281,12 @@ class _GeluLinear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _convolved(F.gelu(hidden, approximate="tanh"), weight, bias)
+    def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+        return _convolved(F.gelu(hidden, approximate=approximate), weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        hidden, weight, _ = inputs
+        hidden, weight, _, ctx.approximate = inputs
         ctx.save_for_backward(hidden, weight)
 
     @staticmethod
@@ -244,11 +295,11 @@ class _GeluLinear(torch.autograd.Function):
         dy = dy.contiguous()
         dweight = dhidden = None
         if ctx.needs_input_grad[1]:
-            dweight = _weight_gradient(dy, F.gelu(hidden, approximate="tanh"))
+            dweight = _weight_gradient(dy, F.gelu(hidden, approximate=ctx.approximate))
         if ctx.needs_input_grad[0]:
             dhidden = _input_gradient(dy, hidden, weight)
-            dhidden = torch.ops.aten.gelu_backward(dhidden, hidden, approximate="tanh")
-        return dhidden, dweight, dy.sum(0) if ctx.needs_input_grad[2] else None
+            dhidden = torch.ops.aten.gelu_backward(dhidden, hidden, approximate=ctx.approximate)
+        return dhidden, dweight, dy.sum(0) if ctx.needs_input_grad[2] else None, None
 
 
 # ---- for PyTorch's FlopCounterMode, which knows neither ----

@@ -49,7 +49,7 @@ def call(
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     device = q.device.type
     arch = _arch(q.device.index) if device == "cuda" else 0
-    isa = _native.isa_name() if device == "cpu" else ""
+    isa = _native.call_isa(device)
     uses = _uses(options)
     facts = _dispatch.Call(op, shape, q.dtype, device, needs_grad, uses, arch, temporal_heads, keys, isa)
     chosen = _dispatch.choose(facts, support, backend, order(facts))

@@ -6,7 +6,7 @@ import torch
 
 from .. import _order
 from .._dispatch import Call
-from .._order import Decision, Ladder, Rung
+from .._order import MANY, Decision, Ladder, Rung
 
 LETTERS = ("B", "T", "S", "H", "D")
 LADDERS = {
@@ -31,6 +31,17 @@ LADDERS = {
         "frames cpu 6.3 and 6.3 ms, torch 8.2 and 7.0. Triton's kernels run on CPU tensors only interpreted, to be "
         "checked: by name.",
         (
+            Rung(
+                "torch",
+                isas=("avx512_amx",),
+                dtypes=(torch.bfloat16,),
+                needs_grad=False,
+                axis="space",
+                sizes=(("S", 128, MANY),),
+                reason="One core of an Intel Xeon with AMX, whose products PyTorch's forward has and cpu has not, "
+                "2026-11-26, forward within frames, bf16, 12 heads of 64: eight frames of 128 tokens torch 4.5 ms, "
+                "cpu 6.8; five of 196 5.9 and 9.6; four of 256 6.3 and 12. Of 64 tokens, and with a backward, cpu.",
+            ),
             Rung(
                 "torch",
                 isas=("portable",),

@@ -15,8 +15,11 @@ from typing import NamedTuple
 
 from torch import nn
 
+from .. import gains
 from ..accelerate import NO_RECORD, Left, Replacement, Undo, swap_class
+from ..linear import Linear, is_faster
 from . import transformers_embeddings as embeddings
+from . import transformers_mlp as mlps
 from . import transformers_timesformer as timesformer
 from ._mixin import Mixin
 from .transformers_attention import (
@@ -37,8 +40,9 @@ class Known(NamedTuple):
 
     mixin: type | None
     why: str
-    whole: bool = False  # nothing within it is replaced on its own
+    whole: bool = False  # nothing within it is replaced on its own, but for MLPs and linear layers
     refusal: Callable[[nn.Module], str] = lambda module: ""  # why a module of this class is left
+    within: bool = False  # it is replaced within a whole one, too
 
     @property
     def is_attention(self) -> bool:
@@ -52,6 +56,8 @@ _ATTENTION = (
 )
 _TUBELETS = "its convolution as tubelet_embedding, in place: no permutation of the clip"
 _FAST_GELU = "five passes over memory in one"
+_GELU_OF_PRODUCT = "without gradients on a CPU: the GELU as part of the product before it"
+_PRODUCT = "on this CPU: the product as a convolution, which is faster"
 
 
 def _not_divided(module: nn.Module) -> str:
@@ -61,6 +67,8 @@ def _not_divided(module: nn.Module) -> str:
 
 _PATCHES = Known(None, _TUBELETS)
 _SELF = Known(OurAttention, _ATTENTION)
+_MLP = Known(mlps.OurMLP, _GELU_OF_PRODUCT, within=True, refusal=mlps.why_no_gelu)
+_HALF = Known(mlps.OurIntermediate, _GELU_OF_PRODUCT, within=True, refusal=mlps.why_no_gelu)
 FAMILIES: dict[str, dict[str, Known]] = {
     "vivit": {
         "VivitEmbeddings": Known(
@@ -69,8 +77,14 @@ FAMILIES: dict[str, dict[str, Known]] = {
         "VivitTubeletEmbeddings": _PATCHES,
         "VivitAttention": _SELF,
         "VivitSelfAttention": _SELF,
+        "VivitMLP": _MLP,
+        "VivitIntermediate": _HALF,
     },
-    "videomae": {"VideoMAEPatchEmbeddings": _PATCHES, "VideoMAESelfAttention": _SELF},
+    "videomae": {
+        "VideoMAEPatchEmbeddings": _PATCHES,
+        "VideoMAESelfAttention": _SELF,
+        "VideoMAEIntermediate": _HALF,
+    },
     "timesformer": {
         "TimesformerPatchEmbeddings": _PATCHES,
         "TimesformerLayer": Known(
@@ -81,17 +95,20 @@ FAMILIES: dict[str, dict[str, Known]] = {
             _not_divided,
         ),
         "TimesformerSelfAttention": Known(timesformer.OurTimesformerSelfAttention, "as joint_attention"),
+        "TimesformerIntermediate": _HALF,
     },
     "videoprism": {
         "VideoPrismTubeletEmbeddings": _PATCHES,
         "VideoPrismAttention": Known(OurAttention, _ATTENTION + "; soft-cap included"),
         "VideoPrismMultiheadAttentionPoolingHead": _SELF,
+        "VideoPrismMLP": _MLP,
     },
     "vjepa2": {
         "VJEPA2PatchEmbeddings3D": _PATCHES,
         "VJEPA2RopeAttention": Known(OurRopeAttention, _ATTENTION + "; rotary embedding in three passes, not twenty"),
         "VJEPA2PoolerSelfAttention": _SELF,
         "VJEPA2PoolerCrossAttention": _SELF,
+        "VJEPA2MLP": _MLP,
     },
 }
 _ACTIVATIONS = {
@@ -107,9 +124,13 @@ def replacements(model: nn.Module) -> Iterator[Replacement | Left]:
     inside: list[str] = []  # of what is replaced or named as a whole: prefixes of paths
     unknown: list[str] = []
     for path, module in model.named_modules():
-        if any(path.startswith(prefix) for prefix in inside):
+        is_within = any(path.startswith(prefix) for prefix in inside)
+        if entry := _linear(model, path, module):
+            yield entry
             continue
         found = _known(model, path, module)
+        if is_within and not (found and found[0].within):
+            continue
         if found is None:
             stranger = isinstance(module, PreTrainedModel) and _family(type(module)) is None
             if stranger and not any(path.startswith(prefix) for prefix in unknown):
@@ -117,13 +138,13 @@ def replacements(model: nn.Module) -> Iterator[Replacement | Left]:
                 yield Left(path, type(module).__name__, "nothing to replace is known in this model of transformers")
             continue
         known, host = found
-        entry = _entry(path, module, known, host)
+        entry = _entry(path, module, known, host, _gain(_family(host) or _family_around(model, path) or "", module))
         if known.whole and (isinstance(entry, Replacement) or isinstance(module, Mixin)):
             inside.append(f"{path}." if path else "")
         yield entry
 
 
-def _entry(path: str, module: nn.Module, known: Known, host: type) -> Replacement | Left:
+def _entry(path: str, module: nn.Module, known: Known, host: type, gain: str) -> Replacement | Left:
     if isinstance(module, Mixin):
         return Left(path, host.__name__, "it is replaced already")
     if type(module) is not host:
@@ -132,7 +153,7 @@ def _entry(path: str, module: nn.Module, known: Known, host: type) -> Replacemen
         return Left(path, host.__name__, why)
     projection = _projection(module) if known.mixin in (None, embeddings.OurVivitEmbeddings) else None
     if projection is None:
-        return Replacement(path, host.__name__, known.why, NO_RECORD, _swap(module, host))
+        return Replacement(path, host.__name__, known.why, gain, _swap(module, host))
     name, convolution = projection
     if type(convolution) in embeddings.OURS.values():
         return Left(path, host.__name__, "its projection is replaced already")
@@ -141,8 +162,21 @@ def _entry(path: str, module: nn.Module, known: Known, host: type) -> Replacemen
     convolve = swap_class(convolution, embeddings.OURS[type(convolution)])
     if known.mixin is None:
         where = f"{path}.{name}" if path else name
-        return Replacement(where, f"{type(convolution).__name__} of {host.__name__}", known.why, NO_RECORD, convolve)
-    return Replacement(path, host.__name__, known.why, NO_RECORD, _both(_swap(module, host), convolve))
+        return Replacement(where, f"{type(convolution).__name__} of {host.__name__}", known.why, gain, convolve)
+    return Replacement(path, host.__name__, known.why, gain, _both(_swap(module, host), convolve))
+
+
+def _gain(family: str, module: nn.Module) -> str:
+    return gains.expected(HOST, family, module) or NO_RECORD
+
+
+def _linear(model: nn.Module, path: str, module: nn.Module) -> Replacement | None:
+    """A linear layer right within a module of a known model, where this CPU has a faster product for it."""
+    if type(module) is not nn.Linear or not path or not is_faster() or module.weight.device.type == "cuda":
+        return None
+    if (family := _family_around(model, path)) is None:
+        return None
+    return Replacement(path, "Linear", _PRODUCT, _gain(family, module), swap_class(module, Linear))
 
 
 def _known(model: nn.Module, path: str, module: nn.Module) -> tuple[Known, type] | None:
@@ -160,8 +194,7 @@ def _known(model: nn.Module, path: str, module: nn.Module) -> tuple[Known, type]
 
 def _activation(model: nn.Module, path: str, module: nn.Module, name: str) -> Known | None:
     """Of a module of a known model, and not torch.nn.functional.gelu already."""
-    parent = model.get_submodule(path.rpartition(".")[0]) if path else None
-    if parent is None or _family(type(parent)) is None:
+    if _family_around(model, path) is None:
         return None
     is_plain = name == "GELUActivation" and getattr(module, "act", None) is nn.functional.gelu
     return None if is_plain else _ACTIVATIONS.get(name)
@@ -175,6 +208,11 @@ def _family(cls: type) -> str | None:
         if package == f"transformers.models.{family}" and file == f"modeling_{family}":
             return family if family in FAMILIES else None
     return None
+
+
+def _family_around(model: nn.Module, path: str) -> str | None:
+    """Of the module that holds the one at `path`."""
+    return _family(type(model.get_submodule(path.rpartition(".")[0]))) if path else None
 
 
 def _projection(module: nn.Module) -> tuple[str, nn.Module] | None:

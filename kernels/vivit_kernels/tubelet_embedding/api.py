@@ -65,7 +65,7 @@ def tubelet_embedding(
         weight = weight.to(torch.get_autocast_dtype(video.device.type))
     parameters = (weight, bias, position, class_token)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (video, *parameters))
-    device, isa = video.device.type, _native.isa_name() if video.device.type == "cpu" else ""
+    device, isa = video.device.type, _native.call_isa(video.device.type)
     call = _dispatch.Call("tubelet_embedding", tuple(video.shape), weight.dtype, device, needs_grad, isa=isa)
     chosen = _dispatch.choose(call, SUPPORT, backend, order(call))
     return torch.ops.vivit_kernels.tubelet_embedding_fwd(

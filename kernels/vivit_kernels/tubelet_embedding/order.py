@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from .. import _order
 from .._dispatch import Call
-from .._order import Decision, Ladder
+from .._order import Decision, Ladder, Rung
 
 LETTERS = ("B", "C", "F", "Y", "X")
 LADDERS = {
@@ -24,6 +26,16 @@ LADDERS = {
         "37 and 53, 80 and 95, four clips 156 and 207, 298 and 407. With an allocator that keeps its pages bf16 19 and "
         "23 ms, 40 and 48, fp32 35 and 39, 74 and 81. Triton's kernels run on CPU tensors only interpreted, to be "
         "checked: by name.",
+        (
+            Rung(
+                "torch",
+                isas=("avx512_amx",),
+                dtypes=(torch.bfloat16,),
+                reason="One core of an Intel Xeon with AMX, whose products torch has and cpu has not, 2026-11-26, "
+                "ViT-B, tubelets of 2x16x16, bf16 weights: 16 frames of 224x224 in uint8 torch 11 ms, cpu 50, with "
+                "backward 29 and 105; in bf16 11 and 57, 33 and 113; 2 frames of 64x64 1.3 and 2.0.",
+            ),
+        ),
     ),
 }
 
