@@ -20,7 +20,7 @@ from vivit_kernels.numerics import judge
 DTYPES = [torch.bfloat16, torch.float16]
 CHOSEN: tuple[int, ...] = ()
 # (warpgroups that compute, of 16 exponentials those by polynomial, how far scores rise before their base does)
-VARIANTS = [(2, 0, 0), (3, 4, 8), (2, 8, 8)]
+VARIANTS = [(2, 0, 0), (3, 2, 8), (2, 8, 8)]
 # Tiles of 128 queries (192 of three warpgroups), 64 a warpgroup, and of 128 keys, in three stages.
 SIZES = [(1, 1), (1, 300), (63, 65), (64, 64), (65, 63), (127, 129), (128, 128), (129, 127), (200, 200), (300, 513)]
 

@@ -104,7 +104,7 @@ struct HopperQueries {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int32_t query = at.first_query + turns.group * kGroupQueries + 16 * warp + g + 8 * r;
-            const float total = sum_of_row(rows.total[r]), factor = 1.f / total;
+            const float total = sum_of_row(rows.total[r]), factor = __fdividef(1.f, total);
             if (p.lse != nullptr && t == 0 && query < p.N_q)
                 store_one(p.lse + (static_cast<int64_t>(at.b) * p.H + at.h) * p.N_q + query,
                           rows.base[r] + log2_fast(total));
@@ -129,7 +129,7 @@ VIVIT_DEVICE void hopper_compute_tiles(const JointHopperParams& p, const HopperM
     const int32_t tiles = key_tiles(p);
     Ring ring;
     uint32_t parity = 0;  // of the phase in which this tile's queries come
-    for (int64_t number = blockIdx.x; number < p.tiles; number += gridDim.x) {
+    for (uint32_t number = blockIdx.x; number < p.tiles; number += gridDim.x) {
         HopperQueries<T, Variant> queries(p, memory, turns);
         phase_wait(memory.q_full, parity);
         queries.begin(ring, tiles);

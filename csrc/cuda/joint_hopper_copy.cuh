@@ -13,7 +13,7 @@ VIVIT_DEVICE void hopper_copy_tiles(const JointHopperParams& p, const HopperMemo
     Ring ring;
     uint32_t before = 1;  // parity of the phase in which the last tile's queries were read
     const int32_t tiles = key_tiles(p);
-    for (int64_t number = blockIdx.x; number < p.tiles; number += gridDim.x) {
+    for (uint32_t number = blockIdx.x; number < p.tiles; number += gridDim.x) {
         const HopperTile at(p, number, Memory::kQueries);
         for (int32_t tile = tiles - 1; tile >= 0; --tile, ring.advance()) {
             const int32_t first_key = tile * kTileKeys, skip = ring.stage * kKeyBytes;

@@ -33,9 +33,8 @@ struct JointHopperParams {
     Tokens o;
     float* lse;
     int32_t D, H, N_q, N_k;
-    int32_t tiles_of_head;
-    int64_t tiles;  // of all heads of all clips
-    float unit;     // scale * log2(e)
+    uint32_t tiles_of_head, tiles;  // of all heads of all clips: 2^31 would have queries of 256 GB
+    float unit;                     // scale * log2(e)
 };
 
 // Tiles of one head come one after the other, so that the blocks that run at a time share a few heads' keys and values
@@ -43,11 +42,11 @@ struct JointHopperParams {
 struct HopperTile {
     int32_t b, h, first_query;
 
-    VIVIT_DEVICE HopperTile(const JointHopperParams& p, int64_t number, int32_t queries) {
-        const int64_t head = number / p.tiles_of_head;
+    VIVIT_DEVICE HopperTile(const JointHopperParams& p, uint32_t number, int32_t queries) {
+        const uint32_t head = number / p.tiles_of_head, heads = static_cast<uint32_t>(p.H);
         first_query = static_cast<int32_t>(number - head * p.tiles_of_head) * queries;
-        b = static_cast<int32_t>(head / p.H);
-        h = static_cast<int32_t>(head - static_cast<int64_t>(b) * p.H);
+        b = static_cast<int32_t>(head / heads);
+        h = static_cast<int32_t>(head - head / heads * heads);
     }
 };
 

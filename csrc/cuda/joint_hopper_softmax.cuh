@@ -1,18 +1,23 @@
 // Softmax: from scores to weights, in the registers of the thread that has them.
 //
-// A multiprocessor computes 16 exponentials in a cycle and 4,096 of the 2 x 2 x 64 operations that a score takes of the
-// two products: at D = 64 both are 0.0625 cycles a score. Two things are done about it, both choices of the variant;
-// what they cost in instructions is counted in bench/cuda_model.py from the machine code. Neither has been timed.
+// A multiprocessor starts 16 exponentials in a cycle, and does 4,096 of the 4 x 64 operations that a score takes of the
+// two products: at D = 64 both take 1/16 cycle a score. Two things are done about it, choices of the variant. Neither
+// has been timed; counted are instructions of a warp for 128 keys, in nvcc 13.0's machine code (`python -m bench
+// cuda_model`). Of two warpgroups a scheduler has 1,024 cycles for two such warps, as long as their products take.
+//
+//   of 16 by polynomial   exponentials, cycles of two warps   issued by two warps
+//   0                     1056                                802
+//   2 (chosen)            928                                 916
+//   4                     800                                 1044
 //
 // A share of the exponentials by the FMA pipes (Cody and Waite 1980): x = n + f, n the nearest whole number, 2^f a
-// polynomial, n added to its exponent. 8 instructions instead of 1, but each is issued in a cycle that the exponentials
-// leave free: of 64 scores of a thread, a warp's exponentials take 512 cycles of the special function unit (4 lanes a
-// cycle), a quarter fewer 384, for 16 x 7 = 112 instructions more.
+// polynomial, n added to its exponent: 8 instructions instead of 1. An eighth is where both leave the same room.
 //
 // Fewer changes of the base: weights are 2^(score - base). The base of a row is raised only when a score is more than
 // kSlack above it; otherwise weights up to 2^kSlack come out, whose share in the sum is the same. In fp16, too, 2^8 is
-// far from the largest number. Whoever keeps its base multiplies nothing: 32 multiplications less for a thread and
-// tile.
+// far from the largest number. Two instructions more, and a warp whose sixteen bases all stay multiplies nothing: 32
+// instructions less. At a slack of 0 some base of the sixteen rises in about half of the tiles even after 25 of them,
+// if keys come in a random order.
 #pragma once
 
 #include "joint_hopper_multiply.cuh"
@@ -49,20 +54,35 @@ VIVIT_DEVICE void hide_keys(TileScores& x, int32_t left) {
     }
 }
 
+// The largest, or the sum, of each of two rows that a thread has a part of, four chains at a time: an instruction waits
+// some cycles for the one before it in its chain.
+struct PerRow {
+    float chain[2][4];
+
+    // Of number i of the scores; numbers come in order.
+    VIVIT_DEVICE float& of(int i) { return chain[i % 4 / 2][i / 4 % 2 * 2 + i % 2]; }
+    VIVIT_DEVICE void raise(int i, float x) { of(i) = i < 8 ? x : fmaxf(of(i), x); }
+    VIVIT_DEVICE void add(int i, float x) { of(i) = i < 8 ? x : of(i) + x; }
+    VIVIT_DEVICE float largest(int r) const {
+        return fmaxf(fmaxf(chain[r][0], chain[r][1]), fmaxf(chain[r][2], chain[r][3]));
+    }
+    VIVIT_DEVICE float sum(int r) const { return (chain[r][0] + chain[r][1]) + (chain[r][2] + chain[r][3]); }
+};
+
 // x becomes weights; shrink: what sums so far are to be multiplied by. True where that is not 1 for a row of the warp.
 template <class Variant>
 VIVIT_DEVICE bool weigh(TileScores& x, RowState& rows, float unit, float (&shrink)[2]) {
-    float highest[2] = {-kInfinity, -kInfinity};
+    PerRow highest, total;
 #pragma unroll
-    for (int i = 0; i < 4 * kScoreBlocks; ++i) highest[i % 4 / 2] = fmaxf(highest[i % 4 / 2], x[i / 4][i % 4]);
+    for (int i = 0; i < 4 * kScoreBlocks; ++i) highest.raise(i, x[i / 4][i % 4]);
     bool rises = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        const float most = largest_of_row(highest[r]) * unit;  // a positive number: the largest score, scaled
+        const float most = largest_of_row(highest.largest(r)) * unit;  // a positive number: the largest score, scaled
         const bool above = most - rows.base[r] > static_cast<float>(Variant::kSlack);
         const float base = above ? most : rows.base[r];
         shrink[r] = exp2_fast(rows.base[r] - base);
-        rows.base[r] = base, rows.total[r] *= shrink[r];
+        rows.base[r] = base;
         rises = rises || above;
     }
 #pragma unroll
@@ -71,8 +91,10 @@ VIVIT_DEVICE bool weigh(TileScores& x, RowState& rows, float unit, float (&shrin
         y = y * unit - rows.base[i % 4 / 2];
         const bool by_polynomial = i * Variant::kPolynomial % 16 < Variant::kPolynomial;
         y = by_polynomial ? exp2_polynomial(y) : exp2_fast(y);
-        rows.total[i % 4 / 2] += y;
+        total.add(i, y);
     }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) rows.total[r] = rows.total[r] * shrink[r] + total.sum(r);
     return any_in_warp(rises);
 }
 

@@ -1,0 +1,179 @@
+"""`python -m bench cuda_model`: what a pipelined CUDA C++ kernel must cost, counted from its machine code.
+
+For each kernel of csrc/cuda whose warps each do one thing at a time (its name begins with pipelined), the inner loop is
+read, a tile of keys in one warpgroup, and what it asks of each part of a multiprocessor is added up. All warpgroups
+share these parts, so the busiest one bounds the kernel; one warpgroup alone can go through a tile no faster than its
+own chain. It is a bound and no prediction: nothing here waits for memory, a barrier or a free issue slot.
+FlashAttention-3, built the same way, was published with 460 to 476 TFLOP/s at D = 64 and 2k to 4k tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from vivit_kernels import _library
+
+from . import cubin, cuda_gate
+from .static import table
+
+# Cycles that one instruction of a warp keeps its scheduler's part busy: 32 lanes over the lanes that start in a cycle,
+# a quarter of what the CUDA C++ Programming Guide gives for a multiprocessor of compute capability 9.0 (arithmetic
+# instructions, throughput of native ones): 128 float32 additions and multiplications, 64 comparisons, conversions to 16
+# bits, shifts and logic, 64 integer multiplications, 16 exponentials, 32 shuffles.
+FMA = {"FFMA": 1, "FADD": 1, "FMUL": 1, "IMAD": 2}
+ALU = {
+    name: 2
+    for name in (
+        "FMNMX",
+        "FSEL",
+        "FSETP",
+        "ISETP",
+        "IADD3",
+        "LOP3",
+        "LEA",
+        "SHF",
+        "SEL",
+        "F2FP",
+        "MOV",
+        "VIADD",
+        "PRMT",
+    )
+}
+EXPONENTIALS, SHUFFLES = 8, 4
+# 989.4 TFLOP/s dense in 16 bits on 132 multiprocessors at 1.83 GHz (H100 SXM data sheet): 4,096 a cycle each.
+FLOP_PER_CYCLE = 4096
+SHARED_BYTES_PER_CYCLE = 128
+MULTIPROCESSORS, CLOCK_GHZ = 132, 1.7  # the clock that an H100 holds under load is lower or higher by a tenth
+KEYS, QUERIES, CHANNELS = 128, 64, 64  # of a tile; of a warpgroup
+
+_PRODUCT = re.compile(r"HGMMA\.64x(\d+)x16[.\w]*\s+R\d+, (gdesc|R)")
+_LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)(?:\.[\w.]+)?([^;]*);", re.MULTILINE)
+_VARIANT = re.compile(r"HopperVariant<(\d+), (\d+), (\d+)>")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Cycles of a multiprocessor for one tile in one warpgroup, whose four warps sit on a scheduler each."""
+
+    products: int
+    of_scores: int  # the first of the two products
+    exponentials: int
+    issue: int
+    rescale: int  # further slots where a base rises
+    alu: int
+    fma: int
+    shared: int
+    chain: int  # of one warpgroup, alone
+
+    def period(self, groups: int) -> tuple[int, str]:
+        """Of one tile in every warpgroup, and what bounds it."""
+        names = ("products", "exponentials", "issue", "alu", "fma", "shared")
+        parts = {name: groups * getattr(self, name) for name in names} | {"chain": self.chain}
+        name = max(parts, key=lambda each: parts[each])
+        return parts[name], name
+
+
+def inner_loop(kernel: cubin.Kernel) -> cubin.Loop:
+    """The one with both products and exponentials, every tile but the last."""
+    found = [x for x in cuda_gate.loops_with_products(kernel) if x.mix["HGMMA"] and x.mix["MUFU.EX2"]]
+    if not found:
+        raise ValueError(f"bench cuda_model: {kernel.name} has no loop with products and exponentials")
+    return min(found, key=lambda loop: loop.last - loop.first)
+
+
+def skipped(lines: list[tuple[int, str, str]], last: int) -> set[int]:
+    """Addresses that a forward branch passes by and where sums are multiplied: where no base rises."""
+    passed: set[int] = set()
+    for at, opcode, rest in lines:
+        target = re.search(r"0x([0-9a-f]+)", rest) if opcode == "BRA" else None
+        if target is None or not at < int(target[1], 16) <= last:
+            continue
+        inside = [(a, o) for a, o, _ in lines if at < a < int(target[1], 16)]
+        if sum(o == "FMUL" for _, o in inside) >= QUERIES * CHANNELS // 128:
+            passed.update(a for a, _ in inside)
+    return passed
+
+
+def tile_of(kernel: cubin.Kernel) -> Tile:
+    loop = inner_loop(kernel)
+    every = [(int(at, 16), opcode, rest) for at, _, opcode, rest in _LINE.findall(kernel.sass)]
+    lines = [line for line in every if loop.first <= line[0] <= loop.last]
+    rare = skipped(lines, loop.last)
+    counts = cubin.Counter(opcode for at, opcode, _ in lines if at not in rare)
+    text = kernel.sass[kernel.sass.index(f"/*{loop.first:04x}*/") : kernel.sass.index(f"/*{loop.last:04x}*/")]
+    products, of_scores, shared = 0, 0, 0
+    for columns, left in _PRODUCT.findall(text):
+        n = int(columns)
+        cycles = 2 * QUERIES * n * 16 // FLOP_PER_CYCLE
+        products += cycles
+        of_scores += cycles if left == "gdesc" else 0
+        shared += (2 * 16 * (n + (QUERIES if left == "gdesc" else 0))) // SHARED_BYTES_PER_CYCLE
+    issue = sum(counts.values())
+    exponentials = EXPONENTIALS * counts["MUFU"]
+    alu = sum(cycles * counts[name] for name, cycles in ALU.items()) + SHUFFLES * counts["SHFL"]
+    fma = sum(cycles * counts[name] for name, cycles in FMA.items())
+    # find the largest score, then exponentials beside all else, then round
+    largest, rounding = ALU["FMNMX"] * KEYS * QUERIES // 128, ALU["F2FP"] * counts["F2FP"]
+    chain = of_scores + largest + max(exponentials, issue - largest // 2 - rounding // 2) + rounding
+    return Tile(products, of_scores, exponentials, issue, len(rare), alu, fma, shared, chain)
+
+
+def call_us(tile: Tile, groups: int, B: int, H: int, N: int) -> tuple[float, float]:
+    """(microseconds, TFLOP/s) of q k^T and the weighted sum of v: whole tiles, by as many blocks as multiprocessors."""
+    queries, keys = groups * QUERIES, -(-N // KEYS)
+    rounds = -(-(B * H * -(-N // queries)) // MULTIPROCESSORS)
+    # the first tile's weights and the last one's outputs lie beside nothing of this warpgroup
+    ends = tile.chain + groups * (tile.products - tile.of_scores)
+    cycles = rounds * ((keys - 1) * tile.period(groups)[0] + ends)
+    us = cycles / (CLOCK_GHZ * 1e3)
+    return us, 4 * B * H * N * N * CHANNELS / us / 1e6
+
+
+def report(kernels: list[tuple[str, cubin.Kernel]]) -> str:
+    rows, calls = [], []
+    for name, kernel in kernels:
+        found = _VARIANT.search(name)
+        groups = int(found[1]) if found else 2
+        tile = tile_of(kernel)
+        period, bound = tile.period(groups)
+        numbers = (
+            tile.products,
+            tile.exponentials,
+            tile.issue,
+            tile.rescale,
+            tile.alu,
+            tile.fma,
+            tile.shared,
+            tile.chain,
+        )
+        share = f"{groups * tile.products / period:.0%}"
+        rows.append((name, str(groups), *map(str, numbers), f"{period} {bound}", share))
+        for N in (1568, 3136, 3137, 6272):
+            us, tflops = call_us(tile, groups, 8, 12, N)
+            calls.append((name, str(N), f"{us:.0f}", f"{tflops:.0f}"))
+    head = ("kernel", "groups", "products", "exp", "issue", "+rescale", "alu", "fma", "shared", "chain", "period")
+    return "\n\n".join(
+        [
+            f"Cycles for {QUERIES} queries x {KEYS} keys; period: one such tile in every warpgroup, and what bounds it",
+            table((*head, "products'"), rows, 1),
+            f"At least, for 8 clips of 12 heads of {CHANNELS}, {MULTIPROCESSORS} multiprocessors at {CLOCK_GHZ} GHz:",
+            table(("kernel", "tokens", "microseconds", "TFLOP/s at most"), calls, 1),
+        ]
+    )
+
+
+def main(argv: list[str]) -> int:
+    """0; 1 where there is no such kernel."""
+    parser = argparse.ArgumentParser("python -m bench cuda_model", description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--file", type=Path, help="a cubin or object file instead of the installed library")
+    args = parser.parse_args(argv)
+    if args.file is None and (why := cuda_gate.unavailable()):
+        print(why)
+        return 1
+    found = cuda_gate.read(args.file or _library.library_path())
+    kernels = [(name, x) for name, x in found if name.startswith("pipelined") and x.arch == 90]
+    print(report(kernels) if kernels else "no kernel of sm_90 is called pipelined")
+    return 0 if kernels else 1

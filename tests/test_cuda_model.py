@@ -1,0 +1,69 @@
+"""The static model of pipelined CUDA C++ kernels (bench/cuda_model.py), on machine code that is written here."""
+
+import pytest
+
+from bench import cubin, cuda_gate, cuda_model
+
+SASS = """
+        /*0000*/                   BAR.SYNC.DEFER_BLOCKING R0, 0x100 ;
+        /*0010*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT ;
+        /*0020*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;
+        /*0030*/                   HGMMA.64x64x16.F32.BF16 R88, R148, gdesc[UR8].tnspB, R88, gsb0 ;
+        /*0040*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*0050*/                   FMNMX R0, R24, R25, !PT ;
+        /*0060*/                   FFMA R24, R24, R3, -R4 ;
+        /*0070*/                   MUFU.EX2 R24, R24 ;
+        /*0080*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0090*/              @!P0 BRA 0x2b0 ;
+{rescale}
+        /*02b0*/                   F2FP.BF16.F32.PACK_AB R148, R25, R24 ;
+        /*02c0*/               @P1 BRA 0x0 ;
+        /*02d0*/                   EXIT ;
+"""
+RESCALE = "\n".join(f"        /*{16 * i:04x}*/                   FMUL R88, R88, R5 ;" for i in range(10, 42))
+
+
+@pytest.fixture(scope="module")
+def kernel() -> cubin.Kernel:
+    sass = SASS.format(rescale=RESCALE)
+    return cubin.Kernel("k", 90, 168, 0, 0, 0, 384, cubin.instructions(sass), sass)
+
+
+def test_a_tile_is_added_up(kernel):
+    tile = cuda_model.tile_of(kernel)
+    assert (tile.products, tile.of_scores) == (2 * 64 + 32, 2 * 64)
+    assert tile.exponentials == 8 and tile.rescale == 32 and tile.issue == 12
+    assert tile.fma == 1 and tile.alu == 2 + 2
+    assert tile.shared == 2 * (64 + 128) * 32 // 128 + 64 * 32 // 128
+
+
+def test_the_busiest_part_or_the_chain_is_the_bound(kernel):
+    tile = cuda_model.tile_of(kernel)
+    assert tile.period(2) == (2 * 160, "products")
+    alone, why = tile.period(1)
+    assert why == "chain" and alone == tile.chain > 160
+
+
+def test_a_call_takes_whole_tiles(kernel):
+    """Of 128 queries, of 128 keys, and of all multiprocessors at a time."""
+    tile = cuda_model.tile_of(kernel)
+    one, _ = cuda_model.call_us(tile, 2, 1, 1, 1)
+    assert one == cuda_model.call_us(tile, 2, 1, 132, 128)[0] < cuda_model.call_us(tile, 2, 1, 133, 128)[0]
+    us, tflops = cuda_model.call_us(tile, 2, 8, 12, 3136)
+    assert tflops * us * 1e6 == pytest.approx(4 * 8 * 12 * 3136**2 * 64)
+
+
+def test_the_command_prints_both_tables(kernel, capsys, monkeypatch, tmp_path):
+    name = "pipelined_joint_forward<bfloat16, HopperVariant<2, 2, 8> >"
+    monkeypatch.setattr(cuda_gate, "read", lambda path: [(name, kernel), ("resident_attention<float16>", kernel)])
+    assert cuda_model.main(["--file", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(name) == 5 and "320 products" in printed and "resident" not in printed
+    monkeypatch.setattr(cuda_gate, "read", lambda path: [])
+    assert cuda_model.main(["--file", str(tmp_path)]) == 1
+
+
+def test_a_kernel_without_such_a_loop_is_named(kernel):
+    plain = cubin.Kernel("k", 90, 32, 0, 0, 0, 32, cubin.Counter(), "        /*0000*/                   EXIT ;")
+    with pytest.raises(ValueError, match="k has no loop with products and exponentials"):
+        cuda_model.tile_of(plain)
