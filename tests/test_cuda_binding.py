@@ -19,7 +19,6 @@ from vivit_kernels.factorized_attention import cuda_kernels
 from vivit_kernels.factorized_attention.support import SUPPORT
 from vivit_kernels.joint_attention.support import SUPPORT as JOINT
 from vivit_kernels.numerics import judge
-from vivit_kernels.tubelet_embedding.support import SUPPORT as TUBELET
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 CALL = Call("factorized_attention", (8, 16, 196, 12, 64), torch.bfloat16, "cuda", True, (), 90, temporal_heads=6)
@@ -114,7 +113,7 @@ def test_a_library_without_its_kernels_comes_first(monkeypatch):
 
 
 def test_other_ops_have_none():
-    assert "cuda" not in JOINT and "cuda" not in TUBELET
+    assert "cuda" not in JOINT
 
 
 BOTH = False, True

@@ -105,6 +105,19 @@ def test_tensor_cores_are_not_for_float32(planted):
 
 
 @compiles
+def test_who_may_read_one_or_two_bytes_at_a_time(planted):
+    narrow = dataclasses.replace(planted["packed_products<false>"][0], mix=cubin.Counter({"LDG.16": 3}))
+    for name, allowed in (
+        ("tubelet_forward<bfloat16, unsigned char, true>", False),
+        ("tubelet_forward<bfloat16, unsigned char, false>", True),
+        ("tubelet_video_gradient<half>", True),
+        ("parameter_row<half>", True),
+        ("packed_attention<bfloat16, 4, false>", False),
+    ):
+        assert ("memory: 3 LDG.16" not in cuda_gate.complaints(name, narrow)) == allowed
+
+
+@compiles
 def test_a_kernel_that_does_not_fit_is_noticed(planted):
     kernel, _ = planted["packed_good<float4, true>"]
     greedy = dataclasses.replace(kernel, registers=255, threads=512)
@@ -199,7 +212,7 @@ def test_kernels_are_what_they_were_written_to_be():
     kernels = cuda_gate.read(_library.library_path())
     found = [f"sm_{x.arch} {name}: {why}" for name, x in kernels for why in cuda_gate.complaints(name, x)]
     assert not found, "\n".join(found)
-    assert {"packed", "resident", "float32"} <= {name.partition("_")[0] for name, _ in kernels}
+    assert {"packed", "resident", "float32", "tubelet", "parameter"} <= {name.partition("_")[0] for name, _ in kernels}
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         assert {80, 90} <= {x.arch for _, x in kernels}
     for arch in {x.arch for _, x in kernels}:  # the same kernels for each

@@ -4,7 +4,6 @@
 // a wrong launcher from reading foreign memory.
 #if defined(VIVIT_CUDA)
 
-#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -15,9 +14,9 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
-#include <string>
 
 #include "attention.h"
+#include "launching.h"
 
 namespace {
 
@@ -117,50 +116,18 @@ Call call_of(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTenso
     return call;
 }
 
-// libtorch_cuda.so is in the process wherever a CUDA tensor is. It is not linked: this library also serves a PyTorch
-// without it; and the stable ABI has a stream's handle only from 2.13 on.
 void* current_stream(int32_t device) {
-    using Find = int32_t (*)(int32_t, void**);
-    static const Find find = [] {
-        void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-        void* symbol = library == nullptr ? nullptr : dlsym(library, "aoti_torch_get_current_cuda_stream");
-        return reinterpret_cast<Find>(symbol);
-    }();
-    STD_TORCH_CHECK(find != nullptr, kWho, "this PyTorch has no CUDA\n  -> install one with CUDA");
     void* stream = nullptr;
-    STD_TORCH_CHECK(find(device, &stream) == 0, kWho, "PyTorch does not name its current stream");
+    const char* why = vivit::cuda::find_current_stream(device, &stream);
+    STD_TORCH_CHECK(why == nullptr, kWho, why);
     return stream;
-}
-
-// cudaError_t's that say what to do; numbers, because this file is compiled without CUDA's headers.
-constexpr int kInvalidValue = 1, kOutOfMemory = 2, kInvalidConfiguration = 9, kInsufficientDriver = 35;
-constexpr int kNoKernelImage = 209, kOutOfResources = 701, kUnsupportedPtx = 222;
-
-std::string why_not(int error) {
-    switch (error) {
-        case kNoKernelImage:
-            return "the native library was not compiled for this GPU\n"
-                   "  -> build it again, without TORCH_CUDA_ARCH_LIST or with this GPU in it";
-        case kInsufficientDriver:
-        case kUnsupportedPtx:
-            return "the driver is older than the CUDA that compiled the native library\n"
-                   "  -> a newer driver, or build the library with an older CUDA";
-        case kOutOfMemory:
-            return "the GPU has no memory left to load the kernel\n  -> a smaller batch";
-        case kInvalidValue:
-        case kInvalidConfiguration:
-        case kOutOfResources:
-            return "the launch asks for more than this GPU has\n  -> use backend='triton' or 'torch' for such a call";
-        default:
-            return "the GPU reports a failure, perhaps of an earlier kernel\n"
-                   "  -> run with CUDA_LAUNCH_BLOCKING=1 to see which one; or use backend='triton' or 'torch'";
-    }
 }
 
 void check_launch(int error, const AttentionParams& p, const char* direction) {
     STD_TORCH_CHECK(error == 0, "factorized_attention: the ", direction, " of backend 'cuda' did not start for q [",
                     p.B, ", ", p.T, ", ", p.S, ", ", p.H, ", ", p.D, "], ", name_of(p.dtype),
-                    ", temporal_heads=", p.temporal_heads, ": ", why_not(error), "\n  (CUDA error ", error, ")");
+                    ", temporal_heads=", p.temporal_heads, ": ", vivit::cuda::why_not(error), "\n  (CUDA error ", error,
+                    ")");
 }
 
 void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o, const MaybeTensor& lse,

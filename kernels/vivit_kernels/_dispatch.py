@@ -26,6 +26,7 @@ class Call:
     isa: str = (
         ""  # of a CPU: of its kernels, or avx512_amx (_native.call_isa); "" without kernels, or on another device
     )
+    channels: int | None = None  # of a token, of an op whose shape does not say it
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")

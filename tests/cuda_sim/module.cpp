@@ -18,6 +18,8 @@ void add_joint_hopper(pybind11::module_& m);  // joint_hopper_module.cpp
 
 }  // namespace vivit::cuda::sim
 
+void define_tubelet(pybind11::module_& m);  // tubelet_module.cpp
+
 namespace {
 
 namespace py = pybind11;
@@ -165,6 +167,7 @@ PYBIND11_MODULE(cuda_sim, m) {
     m.def("keeps_output", [](int T, int S, int H, int temporal_heads, int dtype) {
         return keeps_output(T, S, H, temporal_heads, static_cast<DType>(dtype));
     });
+    define_tubelet(m);
     m.def("products_of_launch", [] { return sim::products_of_launch; });
     m.def("one_verb", one_verb);
     m.def("product", product);

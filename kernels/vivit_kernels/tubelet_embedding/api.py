@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _dispatch, _native
+from .._attention.call import _arch
 from . import op  # noqa: F401  registers torch.ops.vivit_kernels.tubelet_embedding_fwd
 from .support import SUPPORT, decide, order  # noqa: F401  decide: for explain()
 
@@ -66,7 +67,11 @@ def tubelet_embedding(
     parameters = (weight, bias, position, class_token)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (video, *parameters))
     device, isa = video.device.type, _native.call_isa(video.device.type)
-    call = _dispatch.Call("tubelet_embedding", tuple(video.shape), weight.dtype, device, needs_grad, isa=isa)
+    arch = _arch(video.device.index) if device == "cuda" else 0
+    call = _dispatch.Call(
+        "tubelet_embedding", tuple(video.shape), weight.dtype, device, needs_grad, arch=arch, isa=isa,
+        channels=weight.shape[0],
+    )  # fmt: skip
     chosen = _dispatch.choose(call, SUPPORT, backend, order(call))
     return torch.ops.vivit_kernels.tubelet_embedding_fwd(
         video, *parameters, class_token_per == "frame", scale, shift, chosen

@@ -14,7 +14,7 @@ _ARGUMENTS = (
     "Tensor video, Tensor weight, Tensor? bias, Tensor? position, Tensor? class_token, "
     "bool per_frame, float[] scale, float[] shift"
 )
-_MODULES = {"torch": "composed", "cpu": "cpu_kernels", "triton": "triton_kernels"}
+_MODULES = {"torch": "composed", "cpu": "cpu_kernels", "cuda": "cuda_kernels", "triton": "triton_kernels"}
 
 
 def _launcher(backend: str, name: str):

@@ -11,8 +11,9 @@ from .._order import Decision, Ladder, Rung
 LETTERS = ("B", "C", "F", "Y", "X")
 LADDERS = {
     "cuda": Ladder(
-        ("cuda", "triton", "torch"),
-        "This project's kernels, which read pixels where they lie, then the composition of PyTorch ops. ViT-B, "
+        ("triton", "cuda", "torch"),
+        "This project's kernels, which read pixels where they lie, then the composition of PyTorch ops. CUDA C++ comes "
+        "second until it has passed its tests on a GPU and is in the records. ViT-B, "
         "tubelets of 2x16x16, 8 clips of 32 frames in uint8, bf16, 2026-11-26, triton and torch: one H100 forward 165 "
         "and 616 us (older tiles), one H200 forward 123 and 524, backward 202 and 820 (torch's recorded hours before). "
         "Tokens take 0.20 of the error budget on both, gradients 0.24 on the H200; tokens were outside it there before "

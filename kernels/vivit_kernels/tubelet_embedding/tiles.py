@@ -81,7 +81,7 @@ def _idle(programs: int, slots: int) -> float:
     return math.ceil(programs / slots) * slots / max(1, programs)
 
 
-def _splits(M: int, weights: int, block_m: int, programs: int, slots: int) -> int:
+def splits(M: int, weights: int, block_m: int, programs: int, slots: int) -> int:
     """Of the numbers of parts that the workspace and M allow, the one with the least time: rounds of programs left
     unfinished against parts written and read again. The two ways of `weights` fp32 numbers, 8 bytes each, take as long
     as their products, 2 operations each, with 1000 tubelets (3e12 bytes/s, 800e12 operations/s); parts mostly stay in
@@ -103,7 +103,7 @@ def _backward(M: int, K: int, X: int, x: int, E: int, arch: int, sizes: tuple[in
     K = K // x * (x + 2 * (phases - 1))
     programs = phases * math.ceil(E / block_e) * math.ceil(K / block_k)
     slots = _MULTIPROCESSORS.get(arch, 132) * max(1, 8 // warps)
-    return Backward(block_m, block_e, block_k, warps, stages, _splits(M, phases * E * K, block_m, programs, slots))
+    return Backward(block_m, block_e, block_k, warps, stages, splits(M, phases * E * K, block_m, programs, slots))
 
 
 @functools.lru_cache(4096)
