@@ -3,6 +3,7 @@ backward within the error budget, and no trace of it before, after or by an impo
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -13,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, current_flash_attention_impl, sdpa_kernel
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import vivit_kernels
 from vivit_kernels import _native, sdpa_override
@@ -145,6 +148,17 @@ KEPT = {
     "one head for all": lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :1], v[:, :1]),
     "enable_gqa": lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], enable_gqa=True),
     "channels apart": lambda q, k, v: F.scaled_dot_product_attention(*(x.mT.contiguous().mT for x in (q, k, v))),
+    "dropout of all": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=1.0),
+    "causal and a key mask": lambda q, k, v: F.scaled_dot_product_attention(
+        q[:, :, :1], k, v, torch.ones(1, 1, 1, N, dtype=torch.bool), is_causal=True
+    ),
+    "mask of two dimensions": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, torch.ones(N, N).tril().bool()),
+    "bias of queries": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, torch.linspace(-1, 1, N)[:, None]),
+    "torch.func.grad": lambda q, k, v: torch.func.grad(lambda x: F.scaled_dot_product_attention(x, k, v).sum())(q),
+    "jagged": lambda q, k, v: F.scaled_dot_product_attention(*(jagged(x) for x in (q, k, v))).values(),
+    "meta": lambda q, k, v: torch.zeros_like(
+        F.scaled_dot_product_attention(*(x.to("meta") for x in (q, k, v))), device="cpu"
+    ),
     "no queries": lambda q, k, v: F.scaled_dot_product_attention(q[:, :, :0], k, v),
     "no clips": lambda q, k, v: F.scaled_dot_product_attention(q[:0], k[:0], v[:0]),
     "vmap": lambda q, k, v: torch.vmap(lambda a, b, c: F.scaled_dot_product_attention(a[None], b[None], c[None]))(
@@ -153,7 +167,14 @@ KEPT = {
 }
 
 
+def jagged(x: Tensor) -> Tensor:
+    """Two clips of different length, `[2, H, ?, D]`."""
+    clips = [x[0].transpose(0, 1).contiguous(), x[1, :, :11].transpose(0, 1).contiguous()]
+    return torch.nested.nested_tensor(clips, layout=torch.jagged).transpose(1, 2)
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("call", KEPT.values(), ids=KEPT)
 def test_other_calls_stay_pytorchs(call, taken):
     tensors = qkv("cpu")
@@ -172,13 +193,48 @@ def test_small_calls_stay_pytorchs(name, least, monkeypatch, taken):
     assert not taken
 
 
-def test_wrong_calls_are_told_by_pytorch(taken):
+def mask_of(*shape: int) -> Tensor:
+    return torch.ones(B, 1, 1, N, dtype=torch.bool).expand(*shape)
+
+
+WRONG = {
+    "two dtypes": lambda q, k, v: F.scaled_dot_product_attention(q, k.double(), v),
+    "a mask for other heads": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask_of(B, H + 2, 1, N)),
+    "a mask for other queries": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask_of(B, 1, N - 2, N)),
+    "dropout below 0": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=-0.1),
+    "dropout above 1": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=1.5),
+    "forward-mode AD": lambda q, k, v: tangent(q, k, v),
+}
+
+
+def tangent(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    with forward_ad.dual_level():
+        out = F.scaled_dot_product_attention(forward_ad.make_dual(q, torch.ones_like(q)), k, v)
+        return forward_ad.unpack_dual(out).tangent
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("call", WRONG.values(), ids=WRONG)
+def test_wrong_calls_are_told_by_pytorch(call, taken):
     q, k, v = qkv("cpu")
     with pytest.raises(RuntimeError) as plain:
-        F.scaled_dot_product_attention(q, k.double(), v)
+        call(q, k, v)
     with sdpa_override(), pytest.raises(RuntimeError) as within:
-        F.scaled_dot_product_attention(q, k.double(), v)
+        call(q, k, v)
     assert str(within.value) == str(plain.value) and not taken
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, float("inf"), float("nan")])
+def test_odd_scales(scale, has_kernels, taken):
+    tensors = qkv(has_kernels)
+    plain = F.scaled_dot_product_attention(*tensors, scale=scale)
+    with sdpa_override():
+        out = F.scaled_dot_product_attention(*tensors, scale=scale)
+    if math.isfinite(scale):
+        exact = textbook(*[x.double().cpu() for x in tensors], scale=scale)
+        assert taken and judge(out.cpu(), exact, textbook(*tensors, scale=scale).cpu(), row=D).ok
+    else:
+        assert not taken and out.isnan().all() and plain.isnan().all()
 
 
 def test_pytorchs_switches_are_heeded(taken):
@@ -315,6 +371,59 @@ def test_other_threads_run_it_too(has_kernels, taken):
     assert len(taken) == 1
 
 
+def test_contexts_of_two_threads_may_end_in_any_order(taken):
+    first, second = sdpa_override(), sdpa_override()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert current_flash_attention_impl() == "vivit_kernels", "the second goes on"
+    second.__exit__(None, None, None)
+    assert current_flash_attention_impl() is None and not pytorch._contexts
+
+
+@pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd:UserWarning")
+def test_a_compiled_function_may_enter_it(has_kernels, taken):
+    """With a break in its graph: the switch is no operation on tensors."""
+
+    def function(q, k, v):
+        with sdpa_override():
+            return F.scaled_dot_product_attention(q * 2, k, v)
+
+    tensors = qkv(has_kernels)
+    torch._dynamo.reset()
+    out = torch.compile(function, backend="eager")(*tensors)
+    q, k, v = (x.double().cpu() for x in tensors)
+    assert len(taken) == 1
+    assert judge(
+        out.cpu(), textbook(q * 2, k, v), F.scaled_dot_product_attention(tensors[0] * 2, *tensors[1:]).cpu()
+    ).ok
+    assert current_flash_attention_impl() is None
+
+
+def test_checkpoints_within_it(has_kernels, taken):
+    tensors = qkv(has_kernels, requires_grad=True)
+    with sdpa_override():
+        plain = torch.autograd.grad(F.scaled_dot_product_attention(*tensors).sum(), tensors)
+        out = checkpoint(F.scaled_dot_product_attention, *tensors, use_reentrant=False)
+        again = torch.autograd.grad(out.sum(), tensors)
+        kept = checkpoint(F.scaled_dot_product_attention, *tensors, use_reentrant=False)
+    assert len(taken) == 4 and all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    with pytest.raises(CheckpointError):  # after it, PyTorch's attention is computed again, and saves other tensors
+        kept.sum().backward()
+
+
+def test_layers_with_a_fused_path_of_their_own(has_kernels):
+    """nn.TransformerEncoderLayer in inference calls neither its attention module nor F.scaled_dot_product_attention."""
+    layer = nn.TransformerEncoderLayer(H * D, H, 64, batch_first=True, device=has_kernels).eval()
+    x = torch.randn(B, N, H * D, device=has_kernels)
+    with torch.no_grad():
+        plain = layer(x)
+        with sdpa_override():
+            out = layer(x)
+        exact = layer.double()(x.double())
+    assert judge(out, exact, plain).ok
+
+
 def test_where_there_are_no_kernels_it_stays_pytorchs(monkeypatch, taken):
     monkeypatch.setattr(pytorch, "_chosen", lambda *_, **__: "torch")
     with sdpa_override():
@@ -322,16 +431,14 @@ def test_where_there_are_no_kernels_it_stays_pytorchs(monkeypatch, taken):
     assert not taken
 
 
-def test_pytorchs_attention_within_ours_is_not_ours(has_kernels, monkeypatch, taken):
-    """Backend `torch` calls scaled_dot_product_attention itself."""
-    real = vivit_kernels.joint_attention
-    monkeypatch.setattr(vivit_kernels, "joint_attention", lambda *args, **kw: real(*args, **kw, backend="torch"))
-    monkeypatch.setattr(pytorch, "_chosen", lambda *_, **__: "cpu")
-    tensors = [torch.randn(1, 1, 2048, D, device=has_kernels) for _ in range(3)]
+@pytest.mark.parametrize("backend", ["torch", "sdpa"])
+def test_a_backend_asked_for_by_name_is_that_one(backend, has_kernels, taken):
+    """Backend `torch` calls PyTorch's attention over long sequences, which must not be joint_attention again."""
+    qkv = torch.randn(1, 2048, 3, 1, D, device=has_kernels)
+    plain = vivit_kernels.joint_attention(qkv, backend=backend)
     with sdpa_override():
-        out = F.scaled_dot_product_attention(*tensors)
-    assert len(taken) == 1
-    assert judge(out.cpu(), textbook(*[x.double() for x in tensors]).cpu(), textbook(*tensors).cpu()).ok
+        out = vivit_kernels.joint_attention(qkv, backend=backend)
+    assert torch.equal(out, plain) and not taken
 
 
 def test_an_import_changes_nothing():

@@ -9,12 +9,13 @@ budget over two keys in float16; it is 1.5 times faster than blockwise.py's over
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import tiles
 from .options import Options
 
+# Past the dispatcher: within sdpa_override() that would be joint_attention again, of a backend nobody asked for.
+_attention = torch.ops.aten.scaled_dot_product_attention.default.decompose
 _GRID_LIMIT = 65_535  # PyTorch's CUDA kernels put sequences x heads in a grid dimension of this size
 
 
@@ -33,5 +34,5 @@ def forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, mask: Tensor | None, opt
         bias = bias[:, None, None, :].expand(-1, 1, q.shape[2], k.shape[2])  # no memory per query
     step = max(1, _GRID_LIMIT // q.shape[1])
     for g in (slice(i, i + step) for i in range(0, q.shape[0], step)):
-        part = F.scaled_dot_product_attention(q[g], k[g], v[g], None if bias is None else bias[g], scale=options.scale)
+        part = _attention(q[g], k[g], v[g], None if bias is None else bias[g], scale=options.scale)
         o[g] = part if none is None else part.masked_fill(none[g, :, None, None], 0.0)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch.autograd import forward_ad
 from torch.nn import attention as registry
 from torch.overrides import has_torch_function
 
@@ -112,8 +113,10 @@ def _takes(module: nn.MultiheadAttention, q: Tensor, k: Tensor, v: Tensor, mask:
 
 
 def _transformed() -> bool:
-    """Within torch.func's transformations (vmap, jvp, ...), for which the ops have no rules."""
-    return not torch.compiler.is_compiling() and functorch.maybe_current_level() is not None
+    """Within torch.func's transformations (vmap, jvp, ...) or forward-mode AD, for which the ops have no rules."""
+    if torch.compiler.is_compiling():
+        return False
+    return functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 def replacements(model: nn.Module) -> Iterator[Replacement | Left]:
@@ -153,7 +156,7 @@ def _no_kernels(weight: Tensor, head_size: int) -> str:
 # ---- F.scaled_dot_product_attention ----
 
 _AUTOGRAD_KEYS = {"cpu": ("AutogradCPU", "CPU"), "cuda": ("AutogradCUDA", "CUDA")}  # with and without inference_mode
-_inside = threading.local()  # whether this thread is within joint_attention, which may call PyTorch's attention itself
+_INFINITE = float("inf")
 
 
 @dataclass
@@ -190,7 +193,8 @@ def _activate() -> _Handle:
             and (query.device.type, query.dtype, needs_grad) in able
             and _fits(query, key, value)
             and (attn_mask is None or _is_key_mask(query, key, attn_mask))
-            and not getattr(_inside, "joint_attention", False)
+            and 0.0 <= dropout_p < 1.0
+            and (scale is None or -_INFINITE < scale < _INFINITE)
             and torch.backends.cuda.flash_sdp_enabled()
             and not _transformed()
         ):
@@ -208,11 +212,7 @@ def _activate() -> _Handle:
 
 def _ours(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, scale: float | None):
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [B, H, N, D] -> [B, N, H, D]: a view, read in place
-    _inside.joint_attention = True
-    try:
-        out = joint_attention(q, k, v, key_mask=mask, dropout_p=dropout_p, scale=scale).transpose(1, 2)
-    finally:
-        _inside.joint_attention = False
+    out = joint_attention(q, k, v, key_mask=mask, dropout_p=dropout_p, scale=scale).transpose(1, 2)
     # PyTorch's on a CPU lies as query does, and callers may view it so
     return out.contiguous() if query.device.type == "cpu" and query.stride(1) > query.stride(2) else out
 
@@ -228,10 +228,16 @@ def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def _is_key_mask(q: Tensor, k: Tensor, mask: Tensor) -> bool:
     """Whether all heads and queries of a clip share one row of a bool mask."""
-    if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[0] not in (1, q.shape[0]):
+    if mask.dtype != torch.bool or mask.dim() != 4:
+        return False
+    if any(size not in (1, wanted) for size, wanted in zip(mask.shape[:3], q.shape[:3], strict=True)):
         return False
     shared = all(size == 1 or stride == 0 for size, stride in zip(mask.shape[1:3], mask.stride()[1:3], strict=True))
     return shared and mask.shape[3] == k.shape[2] and mask.device == q.device
+
+
+_contexts: list[list[str | None]] = []  # those entered and not left: what was active before each
+_lock = threading.Lock()
 
 
 @contextmanager
@@ -242,30 +248,45 @@ def sdpa_override() -> Iterator[None]:
     `F.scaled_dot_product_attention`: timm, nn.MultiheadAttention, or a model of your own. CPU and CUDA, forward and
     backward, the latter after the context has ended, too. It stays PyTorch's own
 
-        with is_causal, enable_gqa, or a mask that is no bool mask of keys, `[B or 1, 1, 1, N_k]` or expanded from it;
+        with is_causal, enable_gqa, dropout_p=1, or a mask that is no bool mask of keys, `[B or 1, 1, 1, N_k]` or
+        expanded from it;
         for float64, head sizes other than 16, 24, ..., 160, inputs other than `[B, H, N, D]` of one shape but for N;
         on a CPU for less than 16 keys or 2**16 elements of q; where this install has no kernels;
         where torch.backends.cuda.enable_flash_sdp(False) or torch.nn.attention.sdpa_kernel rule out flash attention;
-        under torch.func's transformations.
+        under torch.func's transformations and forward-mode AD.
 
     Dropout draws other random numbers than PyTorch's. A query that no key is left for gives 0, as PyTorch's does.
+    Double backward raises, as PyTorch's fused kernels do. Activation checkpoints need their backward within it, too:
+    PyTorch raises where what it computes again saves other tensors.
 
-    It holds for all threads of the process, since PyTorch's registry of flash attention implementations has one switch:
-    another implementation, such as FlashAttention 4, is inactive within it and active again after it. What is compiled
-    within it keeps joint_attention; what was compiled before keeps PyTorch's. Its name in PyTorch's
-    `torch.nn.attention.list_flash_attention_impls()` is "vivit_kernels", from the first use on; importing this package
-    changes nothing.
+    It holds for all threads of the process until the last has left it, since PyTorch's registry of flash attention
+    implementations has one switch: another implementation, such as FlashAttention 4, is inactive within it and active
+    again after it. What is compiled within it keeps joint_attention; what was compiled before keeps PyTorch's. Its name
+    in PyTorch's `torch.nn.attention.list_flash_attention_impls()` is "vivit_kernels", from the first use on; importing
+    this package changes nothing.
 
         with vivit_kernels.sdpa_override():
             logits = model(clip)
     """
-    before = registry.current_flash_attention_impl()
-    registry.register_flash_attention_impl(NAME, register_fn=_activate)
-    registry.activate_flash_attention_impl(NAME)
+    with _lock:
+        before = [registry.current_flash_attention_impl()]
+        registry.register_flash_attention_impl(NAME, register_fn=_activate)
+        registry.activate_flash_attention_impl(NAME)
+        _contexts.append(before)
     try:
         yield
     finally:
-        if before is None:
-            registry.restore_flash_attention_impl(_raise_warn=False)
-        else:
-            registry.activate_flash_attention_impl(before)
+        with _lock:
+            _leave(before)
+
+
+def _leave(before: list[str | None]) -> None:
+    """Gives back what was active before; if a later context, of another thread, goes on, that one will."""
+    place = next(i for i, entered in enumerate(_contexts) if entered is before)
+    del _contexts[place]
+    if place < len(_contexts):
+        _contexts[place][0] = before[0]
+    elif before[0] is None:
+        registry.restore_flash_attention_impl(_raise_warn=False)
+    else:
+        registry.activate_flash_attention_impl(before[0])
