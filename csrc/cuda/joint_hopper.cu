@@ -6,9 +6,12 @@ namespace vivit::cuda {
 namespace {
 
 // Two warpgroups that compute, an eighth of the exponentials by the FMA pipes, bases that rise by 2^8 at a time: by
-// `python -m bench cuda_model` what leaves most room beside the products. It has not been timed. Three warpgroups have
-// 160 registers a thread, too few to keep a product running beside the exponentials: nvcc 13.0 takes 216 bytes of local
-// memory and waits for each product. Tiles of 176 keys, which fill 3,136 better, go the same way with two.
+// `python -m bench cuda_model` what leaves most room beside the products. It has not been timed.
+//
+// Why no more at a time: a product that runs beside exponentials needs scores, outputs and weights in registers at
+// once. nvcc 13.0 gives up on that, spills and waits for each product, where they need more than a launch gives,
+// however many setmaxnreg says (tried with 160 to 232): 128 of three warpgroups' block, with 128 keys; 168 of two, with
+// 176 keys.
 using Chosen = HopperVariant<2, 2, 8>;
 
 // The token grid in place: sizes (D, H, N, B), a box of 64 channels of `rows` tokens; where D is less, zeros follow.

@@ -68,6 +68,7 @@ struct HopperQueries {
         start_scores<T>(x, q, keys(at));
         group_commit();
         phase_wait(memory.v_full + last.stage, last.parity);
+        group_begin();
         start_outputs<T>(o, weights, values(last));
         group_commit();
         turns.pass();
