@@ -17,7 +17,7 @@ from parity import F32_BUDGET, assert_same
 
 from vivit import checkpoint, recipe
 from vivit.annotations import Heads
-from vivit.data import Sample
+from vivit.data import LoaderError, Order, Sample
 from vivit.evaluate import Result, evaluate
 from vivit.train import Interrupted, Run, TrainingError, learning_rate, make_optimizer
 
@@ -283,6 +283,29 @@ def test_workers_do_not_change_the_curve(tmp_path):
     Run(config(epochs=1), Noise(), tmp_path / "a").fit(quiet=True)
     Run(config(epochs=1, data__workers=2), Noise(), tmp_path / "b").fit(quiet=True)
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+class Hanging(Noise):
+    """A clip of the third step takes for ever in a worker, as a decoder may."""
+
+    def __getitem__(self, key):
+        if key in THIRD and torch.utils.data.get_worker_info() is not None:
+            time.sleep(600)
+        return super().__getitem__(key)
+
+
+THIRD = list(Order(20, 4, 3, 7))[2]
+
+
+def test_a_worker_that_hangs_is_one_message_and_the_run_goes_on(tmp_path):
+    Run(config(), Noise(), tmp_path / "whole").fit(quiet=True)
+    run = Run(config(data__workers=1, data__timeout=2.0), Hanging(), tmp_path / "a")
+    with pytest.raises(LoaderError, match=r"(?s)a loader process took longer than data\.timeout.*--resume goes on"):
+        run.fit(quiet=True)
+    again = Run(config(), Noise(), tmp_path / "a", resume=True)
+    assert again.step == 2
+    again.fit(quiet=True)
+    assert losses(tmp_path / "a") == losses(tmp_path / "whole")
 
 
 # ---- what a step may do besides ----

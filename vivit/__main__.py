@@ -15,7 +15,7 @@ import numpy as np
 from . import recipe, verify
 from .annotations import Classes, DataError, from_json
 from .config import nearest
-from .data import ClipSpec, Problems, VideoClips, listing
+from .data import ClipSpec, LoaderError, Problems, VideoClips, listing
 from .video import VideoError, decoder_line
 
 CREDIT_EPILOG = "`make demo` runs `python -m vivit demo`. Configs that come with the package: "
@@ -316,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"vivit {args.command}: stopped", file=sys.stderr)
         return 130
-    except (DataError, VideoError, TrainingError, ValueError, ModuleNotFoundError, OSError) as error:
+    except (DataError, LoaderError, VideoError, TrainingError, ValueError, ModuleNotFoundError, OSError) as error:
         print(f"vivit {args.command}: {error}", file=sys.stderr)
         return 2
 

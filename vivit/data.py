@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -303,29 +304,49 @@ def collate(samples: list[Sample]) -> Batch:
     return Batch(video, torch.tensor([s.label for s in good], dtype=torch.long), problems)
 
 
-def training_batches(dataset: Dataset, order: Order, workers: int) -> DataLoader:
+class LoaderError(Exception):
+    """A loader process died or hung; shown without a traceback."""
+
+
+def training_batches(dataset: Dataset, order: Order, workers: int, timeout: float = 0) -> DataLoader:
+    return _batches(dataset, order, workers, timeout)
+
+
+def evaluation_batches(dataset: Dataset, batch: int, workers: int, timeout: float = 0) -> DataLoader:
+    keys = [(None, i) for i in range(len(dataset))]
+    return _batches(dataset, [keys[i : i + batch] for i in range(0, len(keys), batch)], workers, timeout)
+
+
+def _batches(dataset: Dataset, keys: Any, workers: int, timeout: float) -> DataLoader:
+    """timeout: seconds that a batch of a worker may take; 0: for ever."""
     return DataLoader(
         dataset,  # pyright: ignore[reportArgumentType]  # anything with __getitem__ serves
-        batch_sampler=order,  # pyright: ignore[reportArgumentType]
+        batch_sampler=keys,
         num_workers=workers,
         collate_fn=collate,
         worker_init_fn=_one_thread,
         generator=torch.Generator(),  # its own: iterating must not move the model's random numbers
         pin_memory=torch.cuda.is_available(),
+        timeout=timeout if workers else 0,
     )
 
 
-def evaluation_batches(dataset: Dataset, batch: int, workers: int) -> DataLoader:
-    keys = [(None, i) for i in range(len(dataset))]
-    return DataLoader(
-        dataset,  # pyright: ignore[reportArgumentType]
-        batch_sampler=[keys[i : i + batch] for i in range(0, len(keys), batch)],  # pyright: ignore[reportArgumentType]
-        num_workers=workers,
-        collate_fn=collate,
-        worker_init_fn=_one_thread,
-        generator=torch.Generator(),
-        pin_memory=torch.cuda.is_available(),
-    )
+@contextmanager
+def loader_deaths_explained() -> Iterator[None]:
+    """A worker that a broken file killed or stopped is one message, not a traceback of PyTorch's."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if "DataLoader" not in text:
+            raise
+        hung = "timed out" in text
+        what = "took longer than data.timeout for a batch" if hung else "died: a file may crash the decoder"
+        raise LoaderError(
+            f"a loader process {what} ({' '.join(text.split())[:160]})"
+            "\n  -> --resume goes on from the last checkpoint; data.workers = 0 or another data.decoder finds the "
+            "file, a higher data.timeout waits longer"
+        ) from error
 
 
 def _one_thread(_: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import losses
 from .annotations import Classes, Heads
-from .data import ClipSpec, Dataset, Problems, evaluation_batches, evaluation_views
+from .data import ClipSpec, Dataset, Problems, evaluation_batches, evaluation_views, loader_deaths_explained
 from .model import ViViT
 from .progress import Bar
 from .video import open_video
@@ -126,14 +126,15 @@ def evaluate(
     autocast: bool = False,
     workers: int = 0,
     show: str = "",
+    timeout: float = 0,
 ) -> Result:
     """`show`: the name of a progress bar, none if empty. Files that cannot be read are left out and reported."""
     was_training = model.training
     model.to(device).eval()
     result = Result.of(dataset.classes)
     result.problems.note = getattr(dataset, "note", "")
-    with Bar(show, len(dataset), quiet=not show) as bar:
-        for part in evaluation_batches(dataset, batch, workers):
+    with loader_deaths_explained(), Bar(show, len(dataset), quiet=not show) as bar:
+        for part in evaluation_batches(dataset, batch, workers, timeout):
             result.problems.add(part.problems)
             if not len(part.label):
                 continue

@@ -54,11 +54,13 @@ class DataConfig:
     fps: float = 0.0
     resize: str = "decoder"
     workers: int = 2
+    timeout: float = 1800.0  # seconds that a worker may take for a batch before it counts as hung; 0: for ever
 
     def __post_init__(self):
         check_types(self, "data")
         _check(self.stride >= 1, "data.stride", self.stride, "must be at least 1")
         _check(self.short_side >= 1, "data.short_side", self.short_side, "must be at least 1")
+        _check(self.timeout >= 0, "data.timeout", self.timeout, "must not be negative (0: for ever)")
         _check(self.workers >= 0, "data.workers", self.workers, "must be 0 (no processes) or more")
         _check(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "must lie between 0 and 1")
         for key in ("views", "val_views"):

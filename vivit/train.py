@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from . import checkpoint, finetune, losses
 from .augment import augment, mixup_weight
 from .averaging import Average
-from .data import Dataset, Order, Problems, VideoClips, augment_rng, training_batches
+from .data import (
+    Dataset,
+    Order,
+    Problems,
+    VideoClips,
+    augment_rng,
+    loader_deaths_explained,
+    training_batches,
+)
 from .evaluate import Result, evaluate
 from .log import Log
 from .model import ViViT
@@ -160,7 +168,8 @@ class Run:
             "tensorboard",
         ):
             values.pop(key)
-        values["data"].pop("workers")
+        for key in ("workers", "timeout"):
+            values["data"].pop(key)
         values["augment"].pop("where")
         values["data"]["decoder"] = which_decoder(self.config.data.decoder)
         tables = [(k, v) for k, v in values.items() if isinstance(v, dict)]
@@ -224,14 +233,15 @@ class Run:
 
     def fit(self, validation: Dataset | None = None, quiet: bool = False, name: str = "train") -> dict[str, Any]:
         """Trains from the current step to the end; returns the last evaluation's numbers."""
-        config, workers = self.config, self.config.data.workers
+        config, data = self.config, self.config.data
         order = Order(len(self.dataset), config.batch, config.epochs, config.seed, first=self.step)
         result: dict[str, Any] = {}
         begun = time.monotonic()
-        with signals() as caught, Bar(name, self.total, start=self.step, quiet=quiet) as bar:
+        shown = Bar(name, self.total, start=self.step, quiet=quiet)
+        with signals() as caught, loader_deaths_explained(), shown as bar:
             if self.step < self.total:
                 self.model.train()
-                batches = iter(training_batches(self.dataset, order, workers))
+                batches = iter(training_batches(self.dataset, order, data.workers, data.timeout))
                 for keys in order:
                     with explained(config, self.step, names(self.dataset, keys)):
                         batch = next(batches)
@@ -253,9 +263,11 @@ class Run:
 
     def evaluate(self, validation: Dataset) -> Result:
         """Of the running mean of the weights, where there is one."""
-        config = self.config
+        config, data = self.config, self.config.data
         with self._averaged():
-            return evaluate(self.model, validation, config.batch, self.device, config.autocast, config.data.workers)
+            return evaluate(
+                self.model, validation, config.batch, self.device, config.autocast, data.workers, timeout=data.timeout
+            )
 
     def _averaged(self):
         return nullcontext() if self.average is None else self.average.inside(self.model)
