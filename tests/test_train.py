@@ -19,7 +19,8 @@ from vivit import checkpoint, recipe
 from vivit.annotations import Heads
 from vivit.data import LoaderError, Order, Sample
 from vivit.evaluate import Result, evaluate
-from vivit.train import Interrupted, Run, TrainingError, learning_rate, make_optimizer
+from vivit.optimizers import make_optimizer
+from vivit.train import Interrupted, Run, TrainingError, learning_rate
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = """

@@ -10,16 +10,22 @@ from torch import Tensor, nn
 
 
 class Average:
-    """After each step `value = decay * value + (1 - decay) * weight`; beginning with the weights as they are."""
+    """After each step `value = decay * value + (1 - decay) * weight`; beginning with the weights as they are.
 
-    def __init__(self, model: nn.Module, decay: float):
+    on: "model" keeps the mean beside the weights, "cpu" takes it off a GPU, for a copy of the weights in each step.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, on: str = "model"):
         self.decay = decay
         self.values = {name: p.detach().clone() for name, p in model.named_parameters()}
+        if on == "cpu":
+            self.values = {name: value.cpu() for name, value in self.values.items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         for name, p in model.named_parameters():
-            self.values[name].lerp_(p.detach(), 1 - self.decay)
+            value = self.values[name]
+            value.lerp_(p.detach().to(value.device), 1 - self.decay)
 
     @contextmanager
     def inside(self, model: nn.Module) -> Iterator[None]:
@@ -33,7 +39,8 @@ class Average:
     @torch.no_grad()
     def _exchange(self, model: nn.Module) -> None:
         for name, p in model.named_parameters():
-            p.data, self.values[name] = self.values[name], p.data
+            value = self.values[name]
+            p.data, self.values[name] = value.to(p.device), p.data.to(value.device)
 
     def load(self, values: dict[str, Tensor]) -> None:
         for name, value in self.values.items():

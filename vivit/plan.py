@@ -50,8 +50,10 @@ def size_of(text: str) -> int:
 def need(config: ViViTConfig, step: Step, optimizer: OptimizerConfig | None = None) -> Need:
     """What one training step of `ViViT(config, memory=step.memory)` takes; momentum SGD unless said otherwise."""
     weights = parameters(config) * (4 if step.precision == "autocast" else step.size)
-    states = 2 if optimizer and optimizer.name == "adamw" else int(optimizer is None or optimizer.momentum > 0)
-    return Need(weights, weights, states * weights, activations(config, step).total(), _workspace(config, step))
+    states = float(optimizer is None or optimizer.momentum > 0)
+    if optimizer and optimizer.name == "adamw":
+        states = 2.0 if optimizer.states == "float32" else 2 * (1 / 4 + 1 / 256)  # 8 bits, a float32 for a block of 256
+    return Need(weights, weights, int(states * weights), activations(config, step).total(), _workspace(config, step))
 
 
 def _workspace(config: ViViTConfig, step: Step) -> int:

@@ -88,9 +88,16 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     warmup_epochs: float = 2.5
     clip_norm: float = 1.0  # global norm; 0 does not clip
+    kernel: str = "auto"  # auto, foreach, fused or loop: see optimizers.py
+    states: str = "float32"  # or torchao, bitsandbytes: adamw's in 8 bits, by that package
 
     def __post_init__(self):
         check_types(self, "optimizer")
+        _choice("optimizer.kernel", self.kernel, ("auto", "foreach", "fused", "loop"))
+        _choice("optimizer.states", self.states, ("float32", "torchao", "bitsandbytes"))
+        eight = self.states != "float32"
+        _check(not eight or self.name == "adamw", "optimizer.states", self.states, "is for name = 'adamw'")
+        _check(not eight or self.kernel == "auto", "optimizer.kernel", self.kernel, "goes with states = 'float32'")
         _choice("optimizer.name", self.name, OPTIMIZERS)
         _check(self.lr > 0, "optimizer.lr", self.lr, "must be positive")
         for key in ("weight_decay", "warmup_epochs", "clip_norm", "momentum"):
@@ -110,6 +117,7 @@ class TrainConfig:
     accumulate: int = 1  # parts of a batch that go through the model one after another, for less memory
     label_smoothing: float = 0.0
     ema: float = 0.0  # decay of a running mean of the weights, evaluated and exported in their place; 0: none
+    ema_on: str = "model"  # where the mean lives: beside the model, or "cpu" (a copy of the weights per step)
     tensorboard: bool = False  # besides log.jsonl
     autocast: bool = False  # bf16
     skip_not_finite: int = 3  # steps in a row left out for a loss or gradient that is no number; one more ends the run
@@ -128,6 +136,7 @@ class TrainConfig:
             _check(getattr(self, key) >= 0, key, getattr(self, key), "must not be negative")
         memory_levels.check(self.memory, "recipe")
         _check(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "must be in [0, 1)")
+        _choice("ema_on", self.ema_on, ("model", "cpu"))
         _check(0 <= self.ema < 1, "ema", self.ema, "must be in [0, 1): a decay such as 0.999, 0 for none")
         rule = f"is more parts than a batch of {self.batch} has clips"
         _check(self.accumulate <= self.batch, "accumulate", self.accumulate, rule)

@@ -35,8 +35,9 @@ from .data import (
 from .evaluate import Result, evaluate
 from .log import Log
 from .model import ViViT
+from .optimizers import make_optimizer, set_rate
 from .progress import Bar, memory_gib
-from .recipe import CLIP_KEYS, OptimizerConfig, TrainConfig
+from .recipe import CLIP_KEYS, TrainConfig
 from .trouble import NotFinite, Skips, TrainingError, explained, listed, names
 from .video import which_decoder
 
@@ -53,14 +54,6 @@ def learning_rate(step: int, base: float, warmup: int, total: int) -> float:
     """base * min(1, s/W) * (1 + cos(pi * max(0, s-W) / (total-W))) / 2 for steps s = 0 .. total-1 (Scenic)."""
     rise = min(1.0, step / warmup) if warmup else 1.0
     return base * rise * 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(total - warmup, 1)))
-
-
-def make_optimizer(model: ViViT, config: OptimizerConfig, layer_decay: float = 1.0) -> torch.optim.Optimizer:
-    """Heavy-ball SGD (m = momentum*m + g, w -= lr*m), or AdamW that decays matrices only."""
-    groups = finetune.parameter_groups(model, config.weight_decay, layer_decay)
-    if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
 
 
 def device_of(config: TrainConfig) -> torch.device:
@@ -115,7 +108,7 @@ class Run:
             self.started = finetune.initialise(self.model, config.init)
         finetune.freeze(self.model, config.init.freeze)
         self.optimizer = make_optimizer(self.model, config.optimizer, config.init.layer_decay)
-        self.average = Average(self.model, config.ema) if config.ema else None
+        self.average = Average(self.model, config.ema, config.ema_on) if config.ema else None
         self.skips = Skips(config.skip_not_finite)
         self.step, self.problems = 0, Problems(note=getattr(dataset, "note", ""))
         self._place_augmentation()
@@ -196,7 +189,7 @@ class Run:
         opt = self.config.optimizer
         rate = learning_rate(self.step, opt.lr, self.warmup, self.total)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
+            set_rate(group, rate * group["scale"])
         self.optimizer.zero_grad(set_to_none=True)
         value = self._backward(video, label)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), opt.clip_norm or math.inf)
