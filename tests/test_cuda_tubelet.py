@@ -99,7 +99,7 @@ AXES = tubelets.AXES | {
     "schedule": [0, 1, 2, 3],
     "arch": [80, 90],
 }
-CROSSES = [["dtype", "video", "layout", "rows", "normalise"], ["tubelet", "size", "video", "layout", "strides"]]
+CROSSES = [["dtype", "video", "layout", "normalise"], ["tubelet", "video", "layout", "strides"]]
 
 
 @pytest.mark.parametrize("case", grid(AXES, CROSSES))
