@@ -2,5 +2,6 @@
 
 HOSTS: dict[str, tuple[str, ...]] = {
     "transformers": ("transformers",),
+    "diffusers": ("diffusers",),
     "torch": ("pytorch",),
 }
