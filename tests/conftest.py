@@ -86,6 +86,14 @@ def every_call_counts(monkeypatch):
 
 
 @pytest.fixture
+def no_matrix_unit(monkeypatch):
+    """Nothing is left to PyTorch for a unit of this processor that ours has no kernel for."""
+    from vivit_kernels.integrations import diffusers_attention
+
+    monkeypatch.setattr(diffusers_attention, "AMX", False)
+
+
+@pytest.fixture
 def poisoned_scratch():
     """Scratch memory of the native library full of NaN: what no kernel wrote cannot pass."""
     torch.ops.vivit_kernels_native.poison_scratch(True)

@@ -118,7 +118,8 @@ def accelerate(model: nn.Module, *, only: str | None = None) -> Report:
         print(report)
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
+        remedy = "; of a pipeline give a model, pipe.transformer or pipe.unet" if hasattr(model, "components") else ""
+        raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}{remedy}")
     entries = list(_collected(model, only))
     undo: list[Undo] = []
     name = type(model).__name__

@@ -17,12 +17,12 @@ from functools import cache
 from types import FunctionType
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..accelerate import NO_RECORD, Left, Replacement, Undo
 from . import diffusers_grid as grid
 from ._mixin import Mixin
-from .diffusers_attention import OurAttention, bound, why_not
+from .diffusers_attention import OurAttention, bound, has_matrix_unit, why_not
 from .pytorch import _no_kernels
 
 HOST, SUPPORTED = "diffusers", ">=0.35,<0.43"
@@ -38,9 +38,13 @@ class Known(NamedTuple):
     temporal: str = ""  # of a whole transformer: the name of its blocks with temporal attention
 
 
-_IN_PLACE = "temporal attention on the grid of tokens, no permutation; hooks of its blocks are kept, the host's way then"
+_IN_PLACE = (
+    "temporal attention on the grid of tokens, no permutation; hooks of its blocks are kept, the host's way then"
+)
 ATTENTION = Known(
-    "attention_processor", OurAttention, "attention in O(N) memory, while its processor is the default one; not with a mask"
+    "attention_processor",
+    OurAttention,
+    "attention in O(N) memory, while its processor is the default one; not with a mask",
 )
 BLOCKS = {
     "BasicTransformerBlock": Known("attention", grid.OurPlacedBlock),
@@ -74,7 +78,6 @@ PROCESSORS = {
     "LTXVideoAttnProcessor": "transformers.transformer_ltx",
     "HunyuanVideoAttnProcessor2_0": "transformers.transformer_hunyuan_video",
     "CosmosAttnProcessor2_0": "transformers.transformer_cosmos",
-    "EasyAnimateAttnProcessor2_0": "transformers.transformer_easyanimate",
     "CogVideoXAttnProcessor2_0": "attention_processor",
     "FusedCogVideoXAttnProcessor2_0": "attention_processor",
     "AllegroAttnProcessor2_0": "attention_processor",
@@ -83,11 +86,11 @@ PROCESSORS = {
 # Models in which modules are looked at, by their classes. Others are left whole.
 MODELS = frozenset(
     {
-        "LatteTransformer3DModel", "TransformerTemporalModel", "UNetMotionModel", "MotionAdapter", "UNet3DConditionModel",
-        "I2VGenXLUNet", "UNetSpatioTemporalConditionModel", "WanTransformer3DModel", "WanVACETransformer3DModel",
-        "SkyReelsV2Transformer3DModel", "LTXVideoTransformer3DModel", "HunyuanVideoTransformer3DModel",
-        "CosmosTransformer3DModel", "EasyAnimateTransformer3DModel", "CogVideoXTransformer3DModel",
-        "AllegroTransformer3DModel", "MochiTransformer3DModel",
+        "LatteTransformer3DModel", "TransformerTemporalModel", "UNetMotionModel", "MotionAdapter",
+        "UNet3DConditionModel", "I2VGenXLUNet", "UNetSpatioTemporalConditionModel", "WanTransformer3DModel",
+        "WanVACETransformer3DModel", "SkyReelsV2Transformer3DModel", "LTXVideoTransformer3DModel",
+        "HunyuanVideoTransformer3DModel", "CosmosTransformer3DModel",
+        "CogVideoXTransformer3DModel", "AllegroTransformer3DModel", "MochiTransformer3DModel",
     }
 )  # fmt: skip
 _KNOWN: dict[str, Known] = {"Attention": ATTENTION, **BLOCKS, **TRANSFORMERS}
@@ -97,7 +100,7 @@ def replacements(model: nn.Module) -> Iterator[Replacement | Left]:
     """As accelerate.py says. Models of diffusers that are not known are left, with all that is in them."""
     if f"{_MODELS}.modeling_utils" not in sys.modules:
         return  # without it no model of diffusers was made
-    from diffusers import ModelMixin
+    model_mixin = sys.modules[f"{_MODELS}.modeling_utils"].ModelMixin
 
     strangers: list[str] = []  # prefixes of paths, as the two that follow
     known_models: list[str] = []
@@ -106,7 +109,7 @@ def replacements(model: nn.Module) -> Iterator[Replacement | Left]:
         prefix = f"{path}." if path else ""
         if path.startswith(tuple(strangers)):
             continue
-        if isinstance(module, ModelMixin) and not path.startswith(tuple(known_models)):
+        if isinstance(module, model_mixin) and not path.startswith(tuple(known_models)):
             if not _is_known_model(type(module)):
                 strangers.append(prefix)
                 yield Left(path, type(module).__name__, "nothing to replace is known in this model of diffusers")
@@ -114,10 +117,11 @@ def replacements(model: nn.Module) -> Iterator[Replacement | Left]:
             known_models.append(prefix)
         within = path.startswith(tuple(replaced))
         entry = None if within else _transformer(path, module)
-        if isinstance(entry, Replacement) or (entry is not None and isinstance(module, Mixin)):
+        is_ours = isinstance(module, Mixin)
+        if isinstance(entry, Replacement) or (entry is not None and is_ours):
             replaced.append(prefix)
         entry = entry or _attention(path, module)
-        if entry is not None and not (within and (isinstance(entry, Replacement) or isinstance(module, Mixin))):
+        if entry is not None and not (within and (isinstance(entry, Replacement) or is_ours)):
             yield entry
 
 
@@ -195,12 +199,19 @@ def _attention(path: str, module: nn.Module) -> Replacement | Left | None:
             return Left(path, what, f"its processor is a {type(processor).__name__}, which is not known")
         if why := _why_not_attention(module):
             return Left(path, what, why)
-        return Replacement(path, what, ATTENTION.why, NO_RECORD, _swap([module]))
+        return Replacement(path, what, ATTENTION.why, _gain(module), _swap([module]))
     if type(processor) is not host:
         ours = type(processor) is _ours(host)
         return Left(path, what, "it is replaced already" if ours else f"its processor is made from {host.__name__}")
     done = f"{host.__name__}: its attention as joint_attention, masks of pairs and backends of your choice as before"
-    return Replacement(path, what, done, NO_RECORD, _swap([processor]))
+    return Replacement(path, what, done, _gain(module), _swap([processor]))
+
+
+def _gain(attention: Any) -> str:
+    weight = attention.to_q.weight if isinstance(getattr(attention, "to_q", None), nn.Module) else None
+    if isinstance(weight, Tensor) and has_matrix_unit(weight.device, weight.dtype):
+        return "none on this processor in bfloat16: PyTorch's attention is called, on its matrix unit (AMX)"
+    return NO_RECORD
 
 
 def _processor_host(cls: type) -> type | None:

@@ -12,6 +12,7 @@ Source: diffusers 0.42.1, `AnimateDiffTransformer3D`, `TransformerTemporalModel`
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from ._mixin import Mixin
 from .diffusers_attention import is_bare, knows_frames
 
+_HOST = "diffusers.models"
 NORMS = ("layer_norm", "ada_norm_single")  # of blocks that treat each token alone but for attention
 
 
@@ -70,33 +72,36 @@ class OurTemporalBlock(Mixin):
         return y + x if self.is_res else y
 
 
-def _is_ready(block: nn.Module) -> bool:
+def _is_ready(block: Any) -> bool:
     """Whether a temporal block may be given the grid."""
-    if not isinstance(block, OurTemporalBlock) and block.norm_type not in NORMS:
-        return False
-    if not isinstance(block, OurTemporalBlock | OurPlacedBlock) and block.pos_embed is not None:
+    known = isinstance(block, OurTemporalBlock) or block.norm_type in NORMS
+    if not known or not (isinstance(block, OurTemporalBlock | OurPlacedBlock) or block.pos_embed is None):
         return False
     return block._chunk_size is None and all(map(knows_frames, (block.attn1, block.attn2)))
 
 
-def _are_ready(blocks: Iterable[nn.Module], cls: type) -> bool:
-    """cls: the host's; blocks of a class of its own may do more."""
-    return all(
-        (type(block) is cls or (isinstance(block, Mixin) and isinstance(block, cls))) and is_bare(block) and _is_ready(block)
-        for block in blocks
-    )
+def is_of_host(block: nn.Module, name: str) -> bool:
+    """A block of the host, or ours in its place; one of a class of its own may do more."""
+    return type(block).__name__ == name and (type(block).__module__ == f"{_HOST}.attention" or isinstance(block, Mixin))
+
+
+def _are_ready(blocks: Iterable[nn.Module], name: str) -> bool:
+    return all(is_of_host(block, name) and is_bare(block) and _is_ready(block) for block in blocks)
+
+
+def _result(file: str, name: str, sample: Tensor, return_dict: bool) -> Any:
+    """The host's class of this name, which is imported wherever its models are."""
+    return getattr(sys.modules[f"{_HOST}.{file}"], name)(sample=sample) if return_dict else (sample,)
 
 
 class OurTransformer(Mixin):
     """Of `AnimateDiffTransformer3D` and `TransformerTemporalModel`: what both do on `[B*T, E, Y, X]`."""
 
     def _fits(self, x: Tensor, T: int, *conditions: Any) -> bool:
-        from diffusers.models.attention import BasicTransformerBlock as Host
-
         if any(condition is not None for condition in conditions) or x.dim() != 4 or x.shape[0] % T:
             return False
         places = [block.pos_embed.pe.shape[1] for block in self.transformer_blocks if block.pos_embed is not None]
-        return all(T <= count for count in places) and _are_ready(self.transformer_blocks, Host)
+        return all(count >= T for count in places) and _are_ready(self.transformer_blocks, "BasicTransformerBlock")
 
     def _on_grid(self, x: Tensor, T: int) -> Tensor:
         clips = x.unflatten(0, (-1, T))  # [B, T, E, Y, X]
@@ -142,13 +147,11 @@ class OurTemporalTransformer(OurTransformer):
         cross_attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Any:
-        from diffusers.models.transformers.transformer_temporal import TransformerTemporalModelOutput
-
         conditions = (encoder_hidden_states, timestep, class_labels, cross_attention_kwargs or None)
         if not self._fits(hidden_states, num_frames, *conditions):
             return super().forward(hidden_states, *conditions[:3], num_frames, cross_attention_kwargs, return_dict)
         sample = self._on_grid(hidden_states, num_frames)
-        return TransformerTemporalModelOutput(sample=sample) if return_dict else (sample,)
+        return _result("transformers.transformer_temporal", "TransformerTemporalModelOutput", sample, return_dict)
 
 
 class OurSpatioTemporalTransformer(Mixin):
@@ -164,12 +167,14 @@ class OurSpatioTemporalTransformer(Mixin):
         image_only_indicator: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
-        from diffusers.models.attention import TemporalBasicTransformerBlock as Host
-        from diffusers.models.transformers.transformer_temporal import TransformerTemporalModelOutput
-
         x, context = hidden_states, encoder_hidden_states
         T = 0 if image_only_indicator is None else image_only_indicator.shape[-1]
-        if context is None or T == 0 or x.shape[0] % T or not _are_ready(self.temporal_transformer_blocks, Host):
+        if (
+            context is None
+            or T == 0
+            or x.shape[0] % T
+            or not _are_ready(self.temporal_transformer_blocks, "TemporalBasicTransformerBlock")
+        ):
             return super().forward(hidden_states, encoder_hidden_states, image_only_indicator, return_dict)
         of_clips = context.unflatten(0, (-1, T))[:, 0]  # [B, N_k, E_k]
         tokens = self.proj_in(self.norm(x).permute(0, 2, 3, 1).flatten(1, 2))  # [B*T, S, E]
@@ -184,7 +189,7 @@ class OurSpatioTemporalTransformer(Mixin):
             mixed = temporal(tokens + moment, num_frames=T, encoder_hidden_states=of_clips)
             tokens = self.time_mixer(x_spatial=tokens, x_temporal=mixed, image_only_indicator=image_only_indicator)
         sample = x + self.proj_out(tokens).transpose(1, 2).unflatten(2, x.shape[2:])
-        return TransformerTemporalModelOutput(sample=sample) if return_dict else (sample,)
+        return _result("transformers.transformer_temporal", "TransformerTemporalModelOutput", sample, return_dict)
 
 
 class OurLatte(Mixin):
@@ -202,12 +207,13 @@ class OurLatte(Mixin):
         enable_temporal_attentions: bool = True,
         return_dict: bool = True,
     ) -> Any:
-        from diffusers.models.attention import BasicTransformerBlock as Host
-        from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
         x = hidden_states
         fits = x.dim() == 5 and encoder_hidden_states is not None and encoder_attention_mask is None
-        if not fits or not enable_temporal_attentions or not _are_ready(self.temporal_transformer_blocks, Host):
+        if (
+            not fits
+            or not enable_temporal_attentions
+            or not _are_ready(self.temporal_transformer_blocks, "BasicTransformerBlock")
+        ):
             return super().forward(
                 hidden_states, timestep, encoder_hidden_states, encoder_attention_mask,
                 enable_temporal_attentions, return_dict,
@@ -219,26 +225,22 @@ class OurLatte(Mixin):
         timestep, embedded = self.adaln_single(
             timestep, added_cond_kwargs=conditions, batch_size=B, hidden_dtype=tokens.dtype
         )
-        caption = self.caption_projection(encoder_hidden_states)  # [B, N_k, E]
+        caption: Tensor = self.caption_projection(encoder_hidden_states)  # [B, N_k, E]
         tokens = self._blocks(tokens, timestep.repeat_interleave(T, 0), caption, T)
         shift, scale = (self.scale_shift_table[None] + embedded.repeat_interleave(T, 0)[:, None]).chunk(2, dim=1)
         tokens = self.proj_out(self.norm_out(tokens) * (1 + scale) + shift)
         tokens = tokens.unflatten(1, (Y // p, X // p)).unflatten(-1, (p, p, self.out_channels)).unflatten(0, (B, T))
         sample = tokens.permute(0, 6, 1, 2, 4, 3, 5).reshape(B, self.out_channels, T, Y // p * p, X // p * p)
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+        return _result("modeling_outputs", "Transformer2DModelOutput", sample, return_dict)
 
     def _blocks(self, tokens: Tensor, timestep: Tensor, caption: Tensor, T: int) -> Tensor:
         """`[B*T, S, E]` through all blocks; timestep `[B*T, 6*E]`, of which the host has a second copy by position."""
-        from diffusers.models.attention import BasicTransformerBlock
-
         checkpointed = torch.is_grad_enabled() and self.gradient_checkpointing
-        repeated: Tensor | None = None
         for i, (spatial, temporal) in enumerate(
             zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True)
         ):
-            context = caption
-            if type(spatial) is not BasicTransformerBlock or not is_bare(spatial) or not knows_frames(spatial.attn2):
-                context = repeated = caption.repeat_interleave(T, 0) if repeated is None else repeated
+            known = is_of_host(spatial, "BasicTransformerBlock") and is_bare(spatial) and knows_frames(spatial.attn2)
+            context = caption if known else caption.repeat_interleave(T, 0)
             for block, around, options in ((spatial, context, None), (temporal, None, {"frames": T})):
                 if i == 0 and block is temporal and T > 1:
                     place = self.temp_pos_embed.to(tokens.dtype)[0, :, None]  # [T, 1, E]
