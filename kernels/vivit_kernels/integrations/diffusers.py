@@ -38,13 +38,9 @@ class Known(NamedTuple):
     temporal: str = ""  # of a whole transformer: the name of its blocks with temporal attention
 
 
-_IN_PLACE = (
-    "temporal attention on the grid of tokens, no permutation; hooks of its blocks are kept, the host's way then"
-)
+_IN_PLACE = "temporal attention on the grid of tokens, no permutation; as before while blocks in it have hooks"
 ATTENTION = Known(
-    "attention_processor",
-    OurAttention,
-    "attention in O(N) memory, while its processor is the default one; not with a mask",
+    "attention_processor", OurAttention, "as joint_attention, while its processor is the default one; not with a mask"
 )
 BLOCKS = {
     "BasicTransformerBlock": Known("attention", grid.OurPlacedBlock),
