@@ -222,11 +222,11 @@ class OurLatte(Mixin):
         p = self.config.patch_size
         tokens = self.pos_embed(x.transpose(1, 2).flatten(0, 1))  # [B*T, S, E]
         conditions = {"resolution": None, "aspect_ratio": None}
-        timestep, embedded = self.adaln_single(
+        moment, embedded = self.adaln_single(
             timestep, added_cond_kwargs=conditions, batch_size=B, hidden_dtype=tokens.dtype
         )
         caption: Tensor = self.caption_projection(encoder_hidden_states)  # [B, N_k, E]
-        tokens = self._blocks(tokens, timestep.repeat_interleave(T, 0), caption, T)
+        tokens = self._blocks(tokens, moment.repeat_interleave(T, 0), caption, T)
         shift, scale = (self.scale_shift_table[None] + embedded.repeat_interleave(T, 0)[:, None]).chunk(2, dim=1)
         tokens = self.proj_out(self.norm_out(tokens) * (1 + scale) + shift)
         tokens = tokens.unflatten(1, (Y // p, X // p)).unflatten(-1, (p, p, self.out_channels)).unflatten(0, (B, T))
