@@ -171,6 +171,7 @@ def write(folder: Path, chosen: native.Plan | None) -> list[Path]:
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "build.toml").is_file():
         raise native.BuildError(f"{folder} holds something else than a kernel, and would be emptied", "another --out")
     shutil.rmtree(folder, ignore_errors=True)
+    native.write_changed(folder / "build.toml", MANIFEST)  # first: the folder of a build that failed is known by it
     variants = [write_variant(folder / "build" / f"torch-{backend}", backend) for backend in ("cpu", "cuda")]
     if chosen and chosen.kind != "none":
         library = build_library(chosen)
@@ -181,7 +182,6 @@ def write(folder: Path, chosen: native.Plan | None) -> list[Path]:
             name = f"torch-stable-abi{STABLE_ABI}-{tag}-{platform.machine()}-{sys.platform}"
             variants.append(write_variant(folder / "build" / name, backend, library))
     shutil.copytree(variants[0], folder / "torch-ext" / FOLDER, ignore=shutil.ignore_patterns("metadata.json"))
-    (folder / "build.toml").write_text(MANIFEST)
     (folder / "CARD.md").write_text(card())
     shutil.copy(ROOT / "LICENSE", folder)
     return variants
