@@ -251,3 +251,40 @@ def test_epic_kitchens_from_the_command_line(tmp_path, capsys):
     assert "verb" in capsys.readouterr().out.split()[0]
     assert main(["train", str(tmp_path / "tiny.toml"), "--data", file, "--videos", str(tmp_path / "out")]) == 2
     assert "none of its 8 videos is in" in capsys.readouterr().err
+
+
+def test_torchcodec_is_taken_where_it_loads_and_gives_the_same_video(tmp_path, monkeypatch):
+    """By a stand-in with its interface: torchcodec's wheels load with few builds of torch."""
+    import sys
+    import types
+
+    from vivit import video
+
+    path = write(tmp_path / "a.mp4", frames=24)
+
+    class VideoDecoder:
+        def __init__(self, file):
+            self.frames = torch.from_numpy(open_video(file, "pyav").read(range(24), 32, 48)).permute(0, 3, 1, 2)
+            self.metadata = types.SimpleNamespace(
+                num_frames=24, average_fps=12.0, height=32, width=48, duration_seconds=2.0
+            )
+
+        def get_frames_at(self, indices):
+            return types.SimpleNamespace(data=self.frames[indices])
+
+    assert "pyav" in video.decoder_line("pyav")
+    module = types.ModuleType("torchcodec.decoders")
+    monkeypatch.setattr(module, "VideoDecoder", VideoDecoder, raising=False)
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", module)
+    monkeypatch.setitem(sys.modules, "torchcodec", types.ModuleType("torchcodec"))
+    video.which_decoder.cache_clear()
+    try:
+        assert video.decoder_line("auto") == "video is decoded by torchcodec"
+        for source in (path, Segment(path, 0.5, 1.5)):
+            theirs, ours = open_video(source, "auto"), open_video(source, "pyav")
+            assert (theirs.frames, theirs.fps, theirs.height) == (ours.frames, ours.fps, ours.height)
+            assert [theirs.at(s) for s in (0.0, 0.5, 9.0)] == [ours.at(s) for s in (0.0, 0.5, 9.0)]
+            assert (theirs.read([5, 0, 5], 32, 48) == ours.read([5, 0, 5], 32, 48)).all()
+            assert theirs.read([1], 16, 24).shape == (1, 16, 24, 3)
+    finally:
+        video.which_decoder.cache_clear()
