@@ -1,9 +1,9 @@
-"""transformers: Vivit, VideoMAE, TimeSformer, VideoPrism and V-JEPA 2, module by module, each by its class.
+"""transformers: Vivit, VideoMAE, TimeSformer, VideoPrism, V-JEPA 2 and Qwen-VL-like towers, each module by its class.
 
 Our classes are made where they are first asked for: a mixin of the files beside this one and the class of the host.
 They bear the host's names, which device maps and wrapping policies go by, and are attributes of this file, where pickle
 finds them. For models that are yet to be made, `register_attention` and `patch_mapping` reach what accelerate() does.
-Source: transformers 5.23 and 4.57.6, models/{vivit,videomae,timesformer,videoprism,vjepa2}.
+Source: transformers 5.23 and 4.57.6, models/{vivit,videomae,timesformer,videoprism,vjepa2,qwen2_vl,...,glm4v}.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ..linear import Linear, is_faster
 from . import transformers_embeddings as embeddings
 from . import transformers_mlp as mlps
 from . import transformers_timesformer as timesformer
+from . import transformers_towers as towers
 from ._mixin import Mixin
 from .transformers_attention import (
     OurAttention,
@@ -111,6 +112,19 @@ FAMILIES: dict[str, dict[str, Known]] = {
         "VJEPA2MLP": _MLP,
     },
 }
+_FLAT = Known(towers.OurFlatPatches, "its convolution as the linear layer that it is", refusal=towers.why_no_patches)
+_FRAMES = Known(
+    towers.OurVisionAttention,
+    "frames of one length in one call, no loop over them; those of several lengths, and under torch.compile, in the "
+    "host's loop by this package's attention",
+)
+FAMILIES |= {
+    "qwen2_vl": {"PatchEmbed": _FLAT, "VisionAttention": _FRAMES},
+    "qwen2_5_vl": {"Qwen2_5_VisionPatchEmbed": _FLAT, "Qwen2_5_VLVisionAttention": _FRAMES},
+    "qwen3_vl": {"Qwen3VLVisionPatchEmbed": _FLAT, "Qwen3VLVisionAttention": _FRAMES},
+    "glm4v": {"Glm4vVisionPatchEmbed": _FLAT, "Glm4vVisionAttention": _FRAMES},
+}
+_WITH_TEXT = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v")  # their linear layers are mostly a language model's
 _ACTIVATIONS = {
     "FastGELUActivation": Known(embeddings.TanhGELU, _FAST_GELU),
     "GELUActivation": Known(embeddings.ExactGELU, _FAST_GELU),
@@ -174,7 +188,8 @@ def _linear(model: nn.Module, path: str, module: nn.Module) -> Replacement | Non
     """A linear layer right within a module of a known model, where this CPU has a faster product for it."""
     if type(module) is not nn.Linear or not path or not is_faster() or module.weight.device.type == "cuda":
         return None
-    if (family := _family_around(model, path)) is None:
+    family = _family_around(model, path)
+    if family is None or family in _WITH_TEXT:
         return None
     return Replacement(path, "Linear", _PRODUCT, _gain(family, module), swap_class(module, Linear))
 
@@ -270,8 +285,8 @@ def patch_mapping(*families: str) -> dict[str, type[nn.Module]]:
     Embeddings and TimeSformer's layers. Attention goes by `attn_implementation=register_attention()`: transformers
     changes for good which class gives `attentions` once that class is patched.
 
-    families: of "vivit", "videomae", "timesformer", "videoprism", "vjepa2"; none named: all that the host has. Raises
-    ValueError for another name.
+    families: of "vivit", "videomae", "timesformer", "videoprism", "vjepa2", "qwen2_vl", "qwen2_5_vl", "qwen3_vl",
+        "glm4v"; none named: all that the host has. Raises ValueError for another name.
 
         from transformers.monkey_patching import register_patch_mapping
         register_patch_mapping(patch_mapping("vivit"))

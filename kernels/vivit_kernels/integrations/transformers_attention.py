@@ -53,7 +53,7 @@ def attention(
     key_mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
     plain = attention_mask is None or (key_mask is not None and key_mask.dtype == torch.bool)
     same_heads = query.shape[1] == key.shape[1] and query.shape[-1] == value.shape[-1]
-    if not plain or not same_heads or (causal and query.shape[2] > 1) or _wants_probabilities(module, kwargs):
+    if not plain or not same_heads or (causal and query.shape[2] > 1) or wants_probabilities(module, kwargs):
         return _host(module)(
             module, query, key, value, attention_mask,
             scaling=scaling, dropout=dropout, is_causal=causal, **({} if softcap is None else {"softcap": softcap}),
@@ -195,7 +195,7 @@ def _eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
     )
 
 
-def _wants_probabilities(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+def wants_probabilities(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     """Only the host's textbook returns them. transformers 5 collects them by hooks, which a context variable turns on;
     4.57 by a forward of the instance, a function around its own; that of `kernelize` is a method."""
     if _chosen(module) != "eager":
