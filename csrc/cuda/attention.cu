@@ -15,25 +15,12 @@ extern template int launch_float32<true>(const AttentionParams&, void*);
 namespace {
 
 template <int kSteps>
-int32_t resident_bytes(int32_t N, bool backward, bool rotary) {
+int32_t bytes_of(int32_t N, bool backward, bool rotary) {
     return backward ? Layout<kSteps, true>(N).bytes(rotary) : Layout<kSteps, false>(N).bytes(rotary);
 }
 
 int32_t resident_bytes(int32_t N, int32_t D, bool backward, bool rotary) {
-    switch (steps_of(D)) {
-        case 2:
-            return resident_bytes<2>(N, backward, rotary);
-        case 4:
-            return resident_bytes<4>(N, backward, rotary);
-        case 5:
-            return resident_bytes<5>(N, backward, rotary);
-        case 6:
-            return resident_bytes<6>(N, backward, rotary);
-        case 8:
-            return resident_bytes<8>(N, backward, rotary);
-        default:
-            return resident_bytes<10>(N, backward, rotary);
-    }
+    return with_steps(D, [&](auto steps) { return bytes_of<steps>(N, backward, rotary); });
 }
 
 }  // namespace

@@ -3,13 +3,12 @@
 
 #include "hopper.cuh"
 #include "packed.cuh"
+#include "steps.cuh"
 
 namespace vivit::cuda {
 
 constexpr int kPackedWarps = 4;
 
-// Steps of 16 channels that kernels are compiled for: a head of 40 channels is run as one of 64.
-VIVIT_BOTH int steps_of(int32_t D) { return D <= 32 ? 2 : D <= 64 ? 4 : D <= 80 ? 5 : D <= 96 ? 6 : D <= 128 ? 8 : 10; }
 VIVIT_BOTH int blocks_of_32(int steps) { return (steps + 1) / 2; }
 
 VIVIT_BOTH bool is_packed(int32_t N) { return N <= kPackedTokens; }
@@ -154,20 +153,7 @@ int launch_steps(const AttentionParams& p, void* stream) {
 
 template <class T, bool kBackward>
 int launch_attention(const AttentionParams& p, void* stream) {
-    switch (steps_of(p.D)) {
-        case 2:
-            return launch_steps<T, 2, kBackward>(p, stream);
-        case 4:
-            return launch_steps<T, 4, kBackward>(p, stream);
-        case 5:
-            return launch_steps<T, 5, kBackward>(p, stream);
-        case 6:
-            return launch_steps<T, 6, kBackward>(p, stream);
-        case 8:
-            return launch_steps<T, 8, kBackward>(p, stream);
-        default:
-            return launch_steps<T, 10, kBackward>(p, stream);
-    }
+    return with_steps(p.D, [&](auto steps) { return launch_steps<T, steps, kBackward>(p, stream); });
 }
 
 }  // namespace vivit::cuda

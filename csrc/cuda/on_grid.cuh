@@ -37,7 +37,7 @@ struct Sequence {
     }
 };
 
-// The rows of a sequence in one tensor.
+// The rows of a sequence in one tensor, or some neighbours of them.
 struct Rows {
     char* first;
     int64_t step;  // bytes from token to token
@@ -47,6 +47,8 @@ struct Rows {
         first = static_cast<char*>(x.data) + element_bytes * (at.b * x.stride_b + at.g * of_group + at.h * x.stride_h);
         step = element_bytes * (axis.over_time ? x.stride_t : x.stride_s);
     }
+
+    VIVIT_DEVICE Rows(char* first_row, int64_t row_bytes) : first(first_row), step(row_bytes) {}
 
     VIVIT_DEVICE char* row(int32_t i) const { return first + i * step; }
 };

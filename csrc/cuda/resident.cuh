@@ -2,7 +2,7 @@
 // warp takes 16 rows at a time and goes over the other rows. What its forward and backward have in common.
 #pragma once
 
-#include "shared_rows.cuh"
+#include "weights.cuh"
 
 namespace vivit::cuda {
 
@@ -27,7 +27,7 @@ struct Layout {
     VIVIT_BOTH int32_t bytes(bool rotary) const {
         return before_scratch() + (kBackward && rotary ? kResidentWarps * scratch_bytes() : 0);
     }
-    static VIVIT_BOTH int32_t scratch_bytes() { return 16 * (16 * kSteps + 4) * 4; }
+    static VIVIT_BOTH int32_t scratch_bytes() { return 16 * kTurnedPitch<kSteps> * 4; }
 
     // Warps of a block: of the numbers that need the fewest rounds for its tiles of 16 rows, the smallest.
     VIVIT_BOTH int32_t warps() const {
@@ -72,8 +72,10 @@ struct Block {
     template <class T>
     VIVIT_DEVICE void turn(const AttentionParams& p, const Axis& axis) const {
         for (int32_t s = 0; s < sequences; ++s) {
-            turn_rows<T, kSteps>(p, rows(0, s), Sequence(first + s, axis), axis, thread(), threads());
-            turn_rows<T, kSteps>(p, rows(1, s), Sequence(first + s, axis), axis, thread(), threads());
+            const Sequence at(first + s, axis);
+            const auto token = [&](int32_t row) { return at.token(row, axis, p.S); };
+            turn_rows<T, kSteps>(p, rows(0, s), axis.N, thread(), threads(), token);
+            turn_rows<T, kSteps>(p, rows(1, s), axis.N, thread(), threads(), token);
         }
         block_barrier();
     }

@@ -15,18 +15,7 @@ VIVIT_DEVICE void load_statistics(const AttentionParams& p, const Axis& axis, co
         const int32_t s = i / rows, row = i % rows;
         const Sequence at(block.first + s, axis);
         const char* o = Rows(p.o, at, axis).row(row);
-        float delta = 0.f;
-        for (int32_t chunk = t; chunk < p.D / 8; chunk += 4) {
-            const uint4 x = load_16(o + 16 * chunk, row < axis.N);
-            const uint4 y = *reinterpret_cast<const uint4*>(block.rows(3, s) + Pitch<kSteps>::place(row, chunk));
-            const uint32_t ours[4] = {x.x, x.y, x.z, x.w}, theirs[4] = {y.x, y.y, y.z, y.w};
-#pragma unroll
-            for (int w = 0; w < 4; ++w) {
-                const float2 a = unpacked<T>(ours[w]), b = unpacked<T>(theirs[w]);
-                delta += a.x * b.x + a.y * b.y;
-            }
-        }
-        delta = sum_of_row(delta);
+        const float delta = delta_of_row<T, kSteps>(o, row < axis.N, block.rows(3, s), row, p.D);
         if (t == 0) {
             const bool there = row < axis.N;
             block.floats(s)[row] = there ? load_one(p.lse + query_number(p, at, axis, row)) : kInfinity;
@@ -53,7 +42,8 @@ VIVIT_DEVICE void store_gradient(const Block<kSteps, true>& block, const Rules<k
     const AttentionParams& p = rules.p;
     const Rows to(x, at, rules.axis);
     if (!kPlain && p.cos != nullptr) {
-        store_turned_rows<T>(p, to, sums, at, rules.axis, first, block.scratch());
+        store_turned_rows<T>(p, to, first, rules.axis.N, sums, block.scratch(),
+                             [&](int32_t row) { return at.token(row, rules.axis, p.S); });
     } else {
         store_rows<T>(p, to, first, rules.axis.N, sums, p.scale, p.scale);
     }
@@ -65,28 +55,18 @@ VIVIT_DEVICE void queries_step(RowSums<kSteps>& dq, const Operand<kSteps>& q, co
                                const char* values, const Places<kSteps>& places, const float (&lse)[2],
                                const float (&delta)[2], const Rules<kPlain>& rules, const Sequence& at,
                                int32_t first_row, int32_t first_key) {
-    const int32_t g = lane_number() / 4, t = lane_number() % 4;
     Pairs<1> x, dp;
     const Operand<kSteps> d_o(d_outputs);  // read once more in each step, as v by keys_step
     across_both<T>(x, q, keys, dp, d_o, values, places.across);
     if (rules.drops()) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int n = i / 2, r = i % 2;
-            const int64_t row = query_number(rules.p, at, rules.axis, first_row + g + 8 * r);
-            const float2 keep = rules.dropout.factors(row, first_key + 8 * n + 2 * t);
-            dp.of[0][n][2 * r] *= keep.x, dp.of[0][n][2 * r + 1] *= keep.y;
-        }
+        multiply_dropped(dp.of[0], rules.dropout, first_key, [&](int r) {
+            return query_number(rules.p, at, rules.axis, first_row + lane_number() / 4 + 8 * r);
+        });
     }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        float& y = x.of[0][i / 4][i % 4];
-        const int32_t key = first_key + 8 * (i / 4) + 2 * t + i % 2;
-        float weight = exp2_fast(rules.scores.of(y) - lse[i % 4 / 2]);
-        if (!kPlain && !may_be_attended(rules.p, at, rules.axis, key)) weight = 0.f;
-        if (kPlain && !kWhole && key >= rules.axis.N) weight = 0.f;
-        y = weight * (dp.of[0][i / 4][i % 4] - delta[i % 4 / 2]) * rules.scores.slope(y);
-    }
+    score_gradients(x, dp, rules.scores, lse, delta, [&](int32_t column) {
+        const int32_t key = first_key + column;
+        return kPlain ? kWhole || key < rules.axis.N : may_be_attended(rules.p, at, rules.axis, key);
+    });
     uint32_t a[4];
     as_operand<T>(a, x.of[0][0], x.of[0][1]);
     along_rows<T>(dq, a, keys, places.along);
@@ -126,7 +106,6 @@ VIVIT_DEVICE void keys_step(RowSums<kSteps>& dk, RowSums<kSteps>& dv, const Oper
                             const char* queries, const char* d_outputs, const float* floats, int32_t rows,
                             const Places<kSteps>& places, const bool (&may)[2], const Rules<kPlain>& rules,
                             const Sequence& at, int32_t first_row, int32_t first_key) {
-    const int32_t g = lane_number() / 4, t = lane_number() % 4;
     Pairs<1> x, dp;
     if constexpr (kDk) {
         // v is read once more in each step: its registers are needed
@@ -136,19 +115,11 @@ VIVIT_DEVICE void keys_step(RowSums<kSteps>& dk, RowSums<kSteps>& dv, const Oper
 #pragma unroll
         for (int s = 0; s < kSteps; ++s) across_step<T>(x, k, queries, places.across, s);
     }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        float &y = x.of[0][i / 4][i % 4], &dy = dp.of[0][i / 4][i % 4];
-        const int32_t place = 8 * (i / 4) + i % 2;
-        float weight = exp2_fast(rules.scores.of(y) - floats[place]), keep = 1.f;
-        if (!kPlain && !may[i % 4 / 2]) weight = 0.f;
-        if (rules.drops()) {
-            const int64_t row = query_number(rules.p, at, rules.axis, first_row + place + 2 * t);
-            keep = rules.dropout.factor(row, first_key + g + 8 * (i % 4 / 2));
-        }
-        if (kDk) dy = weight * (dy * keep - floats[rows + place]) * rules.scores.slope(y);
-        y = weight * keep;
-    }
+    weigh_keys_first<kDk>(x, dp, rules.scores, floats, floats + rows, may, [&](int32_t column, int r) {
+        if (!rules.drops()) return 1.f;
+        const int64_t number = query_number(rules.p, at, rules.axis, first_row + column);
+        return rules.dropout.factor(number, first_key + lane_number() / 4 + 8 * r);
+    });
     uint32_t a[4];
     if (kDv) {
         as_operand<T>(a, x.of[0][0], x.of[0][1]);

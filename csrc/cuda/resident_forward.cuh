@@ -5,12 +5,10 @@
 
 namespace vivit::cuda {
 
-// 16 queries on their way over the keys: their weighted sum of v, and of rows g and g + 8 the largest score so far and
-// the lane's share of the sum of 2^(score - largest).
+// 16 queries on their way over the keys, with their weighted sum of v.
 template <int kSteps>
-struct Attended {
+struct Attended : Softmax {
     RowSums<kSteps> o;
-    float most[2] = {-kInfinity, -kInfinity}, total[2] = {0.f, 0.f};
 };
 
 // The next 16 kGroups keys: the sums are rescaled once. bias: of the first of them; kWhole: it is 0 for all of them.
@@ -18,46 +16,25 @@ template <class T, int kSteps, int kGroups, bool kPlain, bool kWhole>
 VIVIT_DEVICE void attend_step(Attended<kSteps>& sums, const Operand<kSteps>& q, const char* keys, const char* values,
                               const float* bias, const Places<kSteps>& places, const Rules<kPlain>& rules,
                               int64_t sequence, int32_t first_row, int32_t first_key) {
-    const int32_t g = lane_number() / 4, t = lane_number() % 4;
     Pairs<kGroups> x;
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) across_step<T>(x, q, keys, places.across, s);
     // a plain score is the product times a positive number, so that the largest is found before it is scaled
     const float unit = kPlain ? rules.scores.unit : 1.f;
-    float highest[2] = {-kInfinity, -kInfinity}, base[2];
 #pragma unroll
     for (int i = 0; i < 8 * kGroups; ++i) {
-        float& y = x.of[i / 8][i / 4 % 2][i % 4];
+        float& y = product(x, i);
         if (!kPlain) y = rules.scores.of(y);
-        if (!kWhole) y += bias[8 * (i / 4) + 2 * t + i % 2];
-        highest[i % 4 / 2] = fmaxf(highest[i % 4 / 2], y);
+        if (!kWhole) y += bias[column_of(i)];
     }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        highest[r] = fmaxf(sums.most[r], largest_of_row(highest[r]) * unit);
-        base[r] = highest[r] == -kInfinity ? 0.f : highest[r];
-        const float shrink = exp2_fast(sums.most[r] - base[r]);
-        sums.most[r] = highest[r], sums.total[r] *= shrink;
-#pragma unroll
-        for (int i = 0; i < 4 * kSteps; ++i) sums.o.of[i / 2][2 * r + i % 2] *= shrink;
-    }
-#pragma unroll
-    for (int i = 0; i < 8 * kGroups; ++i) {
-        float& y = x.of[i / 8][i / 4 % 2][i % 4];
-        y = exp2_fast(y * unit - base[i % 4 / 2]);
-        sums.total[i % 4 / 2] += y;
-    }
+    shrink_rows(sums.o, weigh(sums, x, unit));
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
         if (rules.drops()) {
             const Sequence at(sequence, rules.axis);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int n = i / 2, r = i % 2;
-                const int64_t row = query_number(rules.p, at, rules.axis, first_row + g + 8 * r);
-                const float2 keep = rules.dropout.factors(row, first_key + 16 * j + 8 * n + 2 * t);
-                x.of[j][n][2 * r] *= keep.x, x.of[j][n][2 * r + 1] *= keep.y;
-            }
+            multiply_dropped(x.of[j], rules.dropout, first_key + 16 * j, [&](int r) {
+                return query_number(rules.p, at, rules.axis, first_row + lane_number() / 4 + 8 * r);
+            });
         }
         uint32_t weights[4];
         as_operand<T>(weights, x.of[j][0], x.of[j][1]);
@@ -69,18 +46,8 @@ VIVIT_DEVICE void attend_step(Attended<kSteps>& sums, const Operand<kSteps>& q, 
 template <class T, int kSteps>
 VIVIT_DEVICE void store_attended(const AttentionParams& p, const Axis& axis, const Sequence& at, int32_t first_row,
                                  const Attended<kSteps>& sums) {
-    float over[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        const int32_t row = first_row + lane_number() / 4 + 8 * r;
-        const float total = sum_of_row(sums.total[r]);
-        over[r] = total > 0.f ? 1.f / total : 0.f;
-        if (p.lse != nullptr && lane_number() % 4 == 0 && row < axis.N) {
-            const float lse = total > 0.f ? sums.most[r] + log2_fast(total) : kInfinity;
-            store_one(p.lse + query_number(p, at, axis, row), lse);
-        }
-    }
-    store_rows<T>(p, Rows(p.o, at, axis), first_row, axis.N, sums.o, over[0], over[1]);
+    store_attended<T>(p, Rows(p.o, at, axis), first_row, axis.N, sums.o, sums,
+                      [&](int32_t row) { return query_number(p, at, axis, row); });
 }
 
 // o of 16 queries, and their lse where it is wanted.

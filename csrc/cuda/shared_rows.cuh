@@ -37,17 +37,17 @@ VIVIT_DEVICE void copy_rows(char* to, const Rows& from, int32_t N, int32_t padde
     }
 }
 
-// Rows of q or k turned where they lie in shared memory, once all of them are there.
-template <class T, int kSteps>
-VIVIT_DEVICE void turn_rows(const AttentionParams& p, char* rows, const Sequence& at, const Axis& axis, int32_t thread,
-                            int32_t threads) {
+// `count` rows of q or k turned where they lie in shared memory, once all of them are there. token(row): of the clip.
+template <class T, int kSteps, class Token>
+VIVIT_DEVICE void turn_rows(const AttentionOptions& p, char* rows, int32_t count, int32_t thread, int32_t threads,
+                            const Token& token) {
     const int32_t pairs = p.D / 4;  // of two neighbours and their two partners
-    for (int32_t i = thread; i < axis.N * pairs; i += threads) {
+    for (int32_t i = thread; i < count * pairs; i += threads) {
         const int32_t row = i / pairs, e = i % pairs * 2, far = e + p.D / 2;
         uint32_t& first = *reinterpret_cast<uint32_t*>(rows + Pitch<kSteps>::place(row, e / 8) + e % 8 * 2);
         uint32_t& second = *reinterpret_cast<uint32_t*>(rows + Pitch<kSteps>::place(row, far / 8) + far % 8 * 2);
         const float2 x = unpacked<T>(first), y = unpacked<T>(second);
-        const int64_t angle = angles_of(p, at.token(row, axis, p.S)) + e;
+        const int64_t angle = angles_of(p, token(row)) + e;
         first = packed<T>(turned(p, angle, x.x, y.x, -1.f), turned(p, angle + 1, x.y, y.y, -1.f));
         second = packed<T>(turned(p, angle, y.x, x.x, 1.f), turned(p, angle + 1, y.y, x.y, 1.f));
     }
@@ -58,6 +58,7 @@ template <int kSteps>
 struct Operand {
     uint32_t of[kSteps][4];
 
+    Operand() = default;
     VIVIT_DEVICE explicit Operand(const char* rows) {
         const int32_t at = Pitch<kSteps>::place(lane_number() % 16, lane_number() / 16);
 #pragma unroll
@@ -116,7 +117,7 @@ VIVIT_DEVICE void along_rows(RowSums<kSteps>& sums, const uint32_t (&a)[4], cons
 // Rows first + g and first + g + 8 of N, times a factor each. Neighbouring lanes change words so that each has 8 bytes
 // in a row and four of them 32, a whole sector of memory.
 template <class T, int kSteps>
-VIVIT_DEVICE void store_rows(const AttentionParams& p, const Rows& to, int32_t first, int32_t N,
+VIVIT_DEVICE void store_rows(const AttentionOptions& p, const Rows& to, int32_t first, int32_t N,
                              const RowSums<kSteps>& sums, float factor_0, float factor_1) {
     const int32_t g = lane_number() / 4, t = lane_number() % 4;
     const bool odd = t % 2 != 0;
@@ -136,11 +137,16 @@ VIVIT_DEVICE void store_rows(const AttentionParams& p, const Rows& to, int32_t f
     }
 }
 
-// The gradient of rows that were turned, turned back through a warp's scratch [16][16 kSteps + 4] of floats.
-template <class T, int kSteps>
-VIVIT_DEVICE void store_turned_rows(const AttentionParams& p, const Rows& to, const RowSums<kSteps>& sums,
-                                    const Sequence& at, const Axis& axis, int32_t first, float* scratch) {
-    constexpr int kPitch = 16 * kSteps + 4;
+// Floats of a warp's scratch for turning 16 rows back: rows of 16 kSteps, apart by banks.
+template <int kSteps>
+constexpr int kTurnedPitch = 16 * kSteps + 4;
+
+// The gradient of rows first, ... of N that were turned, turned back through a warp's scratch [16][kTurnedPitch].
+// token(row): of the clip.
+template <class T, int kSteps, class Token>
+VIVIT_DEVICE void store_turned_rows(const AttentionOptions& p, const Rows& to, int32_t first, int32_t N,
+                                    const RowSums<kSteps>& sums, float* scratch, const Token& token) {
+    constexpr int kPitch = kTurnedPitch<kSteps>;
     const int32_t g = lane_number() / 4, t = lane_number() % 4;
     warp_barrier();
 #pragma unroll
@@ -150,7 +156,7 @@ VIVIT_DEVICE void store_turned_rows(const AttentionParams& p, const Rows& to, co
     warp_barrier();
     store_turned_back<T>(p, scratch, kPitch, p.scale, [&](int32_t number) -> TurnedRow {
         const int32_t row = first + number;
-        return {row < axis.N, at.token(row, axis, p.S), to.row(row)};
+        return {row < N, token(row), to.row(row)};
     });
 }
 
