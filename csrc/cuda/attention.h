@@ -1,7 +1,9 @@
 // What a caller of the CUDA attention kernels fills in. Torch-free; bindings.cpp and the host simulator include it.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <limits>
 
 namespace vivit::cuda {
 
@@ -21,6 +23,14 @@ struct AttentionOptions {
     float keep_scale = 1.f;         // 1 / (1 - p), or 0 where everything is dropped
     uint32_t keep_from = 0;         // a pair is kept iff its 32 bits are at least this
 };
+
+// Of the probability that a pair is dropped.
+inline void set_dropout(AttentionOptions& options, double p) {
+    const double threshold = std::ceil(p * 4294967296.0);  // 2^32: as many pairs as there are 32-bit words
+    const bool keeps_some = threshold < 4294967296.0;
+    options.keep_from = keeps_some ? static_cast<uint32_t>(threshold) : std::numeric_limits<uint32_t>::max();
+    options.keep_scale = keeps_some ? static_cast<float>(1 / (1 - p)) : 0.f;
+}
 
 // A tensor [B, T, S, H, D] of any strides (in elements) but a unit last one, each row at a multiple of 16 bytes.
 struct Grid {

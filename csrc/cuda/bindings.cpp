@@ -4,128 +4,61 @@
 // a wrong launcher from reading foreign memory.
 #if defined(VIVIT_CUDA)
 
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <cmath>
-#include <cstdint>
-#include <limits>
-#include <optional>
-
-#include "attention.h"
-#include "launching.h"
+#include "bindings.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using vivit::cuda::AttentionParams;
+using vivit::cuda::Checks;
 using vivit::cuda::DType;
 using vivit::cuda::Grid;
-using MaybeTensor = std::optional<Tensor>;
+using vivit::cuda::kShortTokens;
+using vivit::cuda::MaybeTensor;
+using vivit::cuda::ScalarType;
+using vivit::cuda::Tensor;
 
 constexpr const char* kWho = "vivit_kernels_native.cuda_attention: ";
-constexpr int64_t kRowAlignment = 16;  // bytes; a row is read and written 16 at a time
-
-DType dtype_of(const Tensor& x) {
-    const ScalarType type = x.scalar_type();
-    if (type == ScalarType::BFloat16) return DType::kBFloat16;
-    if (type == ScalarType::Half) return DType::kFloat16;
-    STD_TORCH_CHECK(type == ScalarType::Float, kWho, "bfloat16, float16 or float32 expected");
-    return DType::kFloat32;
-}
-
-const char* name_of(DType dtype) {
-    return dtype == DType::kBFloat16 ? "bfloat16" : dtype == DType::kFloat16 ? "float16" : "float32";
-}
-
-int32_t size_of(const Tensor& x, int dim) {
-    STD_TORCH_CHECK(x.size(dim) <= std::numeric_limits<int32_t>::max(), kWho, "dimension ", dim, " is ", x.size(dim),
-                    ", 2^31 - 1 at most");
-    return static_cast<int32_t>(x.size(dim));
-}
 
 // Tensors of one call: on one device, their sizes those of its parameters.
-struct Call {
+struct Call : Checks {
     AttentionParams params;
-    int32_t device = 0;
-
-    void check_device(const Tensor& x, const char* name) const {
-        STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == device, kWho, name, " is not on the CUDA device of q");
-    }
 
     Grid grid(const Tensor& x, const char* name) const {
-        check_device(x, name);
+        same_device(x, name);
         const AttentionParams& p = params;
         const bool fits = x.dim() == 5 && x.size(0) == p.B && x.size(1) == p.T && x.size(2) == p.S &&
-                          x.size(3) == p.H && x.size(4) == p.D && x.stride(4) == 1 && dtype_of(x) == p.dtype;
+                          x.size(3) == p.H && x.size(4) == p.D && x.stride(4) == 1 && dtype(x) == p.dtype;
         STD_TORCH_CHECK(fits, kWho, name, " is not a grid [B, T, S, H, D] of this call with unit stride along D");
-        const int64_t bytes = p.dtype == DType::kFloat32 ? 4 : 2;
-        bool aligned = reinterpret_cast<uintptr_t>(x.data_ptr()) % kRowAlignment == 0;
-        for (int i = 0; i < 4; ++i) aligned = aligned && (x.size(i) == 1 || x.stride(i) * bytes % kRowAlignment == 0);
-        STD_TORCH_CHECK(aligned, kWho, "rows of ", name, " do not begin at multiples of 16 bytes");
+        aligned_rows(x, name);
         return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
     }
-
-    template <class T>
-    T* flat(const MaybeTensor& x, ScalarType type, int64_t numel, const char* name) const {
-        if (!x.has_value()) return nullptr;
-        check_device(*x, name);
-        const bool fits = x->scalar_type() == type && x->numel() == numel && x->is_contiguous();
-        STD_TORCH_CHECK(fits, kWho, name, " must be contiguous, of ", numel, " elements");
-        return static_cast<T*>(x->data_ptr());
-    }
 };
-
-void set_dropout(AttentionParams& p, double dropout_p) {
-    const double threshold = std::ceil(dropout_p * 4294967296.0);  // 2^32: as many pairs as there are 32-bit words
-    const bool keeps_some = threshold < 4294967296.0;
-    p.keep_from = keeps_some ? static_cast<uint32_t>(threshold) : std::numeric_limits<uint32_t>::max();
-    p.keep_scale = keeps_some ? static_cast<float>(1 / (1 - dropout_p)) : 0.f;
-}
 
 Call call_of(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& lse, const MaybeTensor& mask,
              const MaybeTensor& seed, const MaybeTensor& cos, const MaybeTensor& sin, int64_t temporal_heads,
              double scale, double softcap, double dropout_p) {
     STD_TORCH_CHECK(q.is_cuda(), kWho, "q is not on a CUDA device");
     STD_TORCH_CHECK(q.dim() == 5, kWho, "q must be [B, T, S, H, D]");
-    Call call;
-    call.device = q.get_device_index();
+    Call call{{kWho, q.get_device_index()}, {}};
     AttentionParams& p = call.params;
-    p.B = size_of(q, 0), p.T = size_of(q, 1), p.S = size_of(q, 2), p.H = size_of(q, 3), p.D = size_of(q, 4);
+    p.B = call.size(q, 0), p.T = call.size(q, 1), p.S = call.size(q, 2), p.H = call.size(q, 3), p.D = call.size(q, 4);
     STD_TORCH_CHECK(p.B > 0 && p.T > 0 && p.S > 0 && p.H > 0, kWho, "an empty grid");
     const int64_t most = static_cast<int64_t>(p.B) * p.H * (p.T > p.S ? p.T : p.S);  // and blocks of a launch
     STD_TORCH_CHECK(most <= std::numeric_limits<int32_t>::max(), kWho, most, " sequences, 2^31 - 1 at most");
-    STD_TORCH_CHECK(p.D % 8 == 0 && p.D >= 16 && p.D <= 160, kWho, "head size ", p.D, " is not 16, 24, ..., 160");
+    call.head_size(p.D);
     STD_TORCH_CHECK(0 <= temporal_heads && temporal_heads <= p.H, kWho, "temporal_heads ", temporal_heads);
     p.temporal_heads = static_cast<int32_t>(temporal_heads);
-    p.dtype = dtype_of(q);
+    p.dtype = call.dtype(q);
     p.q = call.grid(q, "q"), p.k = call.grid(k, "k"), p.v = call.grid(v, "v");
     const int64_t tokens = static_cast<int64_t>(p.T) * p.S;
     p.lse = call.flat<float>(lse, ScalarType::Float, tokens * p.B * p.H, "lse");
-    p.mask = call.flat<const bool>(mask, ScalarType::Bool, tokens * p.B, "mask");
-    p.cos = call.flat<const float>(cos, ScalarType::Float, tokens * (p.D / 2), "cos");
-    p.sin = call.flat<const float>(sin, ScalarType::Float, tokens * (p.D / 2), "sin");
-    STD_TORCH_CHECK((p.cos == nullptr) == (p.sin == nullptr), kWho, "cos without sin");
-    p.scale = static_cast<float>(scale), p.softcap = static_cast<float>(softcap);
-    p.seed = call.flat<const int64_t>(seed, ScalarType::Long, 2, "seed");
-    if (p.seed != nullptr) set_dropout(p, dropout_p);
+    call.options(p, mask, seed, cos, sin, tokens * p.B, tokens, scale, softcap, dropout_p);
     return call;
-}
-
-void* current_stream(int32_t device) {
-    void* stream = nullptr;
-    const char* why = vivit::cuda::find_current_stream(device, &stream);
-    STD_TORCH_CHECK(why == nullptr, kWho, why);
-    return stream;
 }
 
 void check_launch(int error, const AttentionParams& p, const char* direction) {
     STD_TORCH_CHECK(error == 0, "factorized_attention: the ", direction, " of backend 'cuda' did not start for q [",
-                    p.B, ", ", p.T, ", ", p.S, ", ", p.H, ", ", p.D, "], ", name_of(p.dtype),
+                    p.B, ", ", p.T, ", ", p.S, ", ", p.H, ", ", p.D, "], ", vivit::cuda::name_of(p.dtype),
                     ", temporal_heads=", p.temporal_heads, ": ", vivit::cuda::why_not(error), "\n  (CUDA error ", error,
                     ")");
 }
@@ -136,7 +69,7 @@ void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
     Call call = call_of(q, k, v, lse, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p);
     call.params.o = call.grid(o, "o");
     const torch::stable::accelerator::DeviceGuard guard(call.device);
-    check_launch(vivit::cuda::launch_forward(call.params, current_stream(call.device)), call.params, "forward");
+    check_launch(vivit::cuda::launch_forward(call.params, call.current_stream()), call.params, "forward");
 }
 
 void attention_bwd(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& o,
@@ -147,15 +80,15 @@ void attention_bwd(const Tensor& d_o, const Tensor& q, const Tensor& k, const Te
     AttentionParams& p = call.params;
     const bool reads_output = vivit::cuda::keeps_output(p.T, p.S, p.H, p.temporal_heads, p.dtype);
     STD_TORCH_CHECK(!reads_output || (o.has_value() && p.lse != nullptr), kWho,
-                    "the backward of sequences longer than ", vivit::cuda::kShortTokens, " tokens needs o and lse");
-    STD_TORCH_CHECK(!reads_output || !o_again.has_value(), kWho, "the backward of sequences longer than ",
-                    vivit::cuda::kShortTokens, " tokens does not write o again");
+                    "the backward of sequences longer than ", kShortTokens, " tokens needs o and lse");
+    STD_TORCH_CHECK(!reads_output || !o_again.has_value(), kWho, "the backward of sequences longer than ", kShortTokens,
+                    " tokens does not write o again");
     if (o.has_value()) p.o = call.grid(*o, "o");
     if (o_again.has_value()) p.o_again = call.grid(*o_again, "o_again");
     p.d_o = call.grid(d_o, "do"), p.dq = call.grid(dq, "dq");
     p.dk = call.grid(dk, "dk"), p.dv = call.grid(dv, "dv");
     const torch::stable::accelerator::DeviceGuard guard(call.device);
-    check_launch(vivit::cuda::launch_backward(p, current_stream(call.device)), p, "backward");
+    check_launch(vivit::cuda::launch_backward(p, call.current_stream()), p, "backward");
 }
 
 // element_bytes: 4 of float32, else 2.
