@@ -38,7 +38,7 @@ NONE_IS_FINE = || [ $$? -eq 5 ]
 # Kernels as the host simulator compiles them. Left out: linkage, as a kernel's header is all of its source; products of
 # two 32-bit numbers as offsets, which are in bounds and cheap.
 CUDA_SOURCES = $(addprefix csrc/cuda/,attention.cu forward_bf16.cu backward_bf16.cu forward_f32.cu backward_f32.cu \
-	tubelet.cu tubelet_forward_bf16.cu tubelet_backward_bf16.cu)
+	tubelet.cu tubelet_forward_bf16.cu tubelet_backward_bf16.cu joint.cu joint_forward_bf16.cu joint_backward_bf16.cu)
 TIDY_OFF = --checks=-misc-use-internal-linkage,-bugprone-implicit-widening-of-multiplication-result
 CPP = $(shell git ls-files '*.cu' '*.cuh' '*.cpp' '*.h')
 

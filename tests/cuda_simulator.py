@@ -92,12 +92,14 @@ def maybe(x: Tensor | None) -> tuple | None:
     return None if x is None else view(x)
 
 
-def _call(q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None, options: dict) -> Any:
+def _call(kind: str, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None, options: dict) -> Any:
+    """A Call or a JointCall."""
     given: dict[str, Any] = {"scale": q.shape[-1] ** -0.5, "softcap": 0.0, "dropout_p": 0.0, "schedule_seed": 0}
     given |= {"arch": 90} | options
     given.setdefault("shared_bytes", MOST_SHARED[f"sm_{given['arch']}"])
     tensors = {name: maybe(given.pop(name, None)) for name in ("mask", "cos", "sin", "seed")}
-    return made().Call(q=view(q), k=view(k), v=view(v), lse=maybe(lse), dtype=DTYPES[q.dtype], **tensors, **given)
+    qkv = {"q": view(q), "k": view(k), "v": view(v)}
+    return getattr(made(), kind)(**qkv, lse=maybe(lse), dtype=DTYPES[q.dtype], **tensors, **given)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor | None = None, **options: Any) -> None:
@@ -108,7 +110,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor | None = Non
     softcap, dropout_p; schedule_seed (0: in order), arch (of the GPU, 80 or 90), shared_bytes (what a block may have).
     Raises RuntimeError for what hardware leaves undefined, and for a launch that it would refuse.
     """
-    made().attention_forward(_call(q, k, v, lse, options), view(o))
+    made().attention_forward(_call("Call", q, k, v, lse, options), view(o))
 
 
 def backward(
@@ -118,7 +120,19 @@ def backward(
     """Writes dq, dk, dv, and where o is not read o once more into o_again: `launch_backward` of csrc/cuda; o and lse
     are the forward's, where it keeps them."""
     gradients = view(dq), view(dk), view(dv)
-    made().attention_backward(_call(q, k, v, lse, options), maybe(o), view(do), *gradients, maybe(o_again))
+    made().attention_backward(_call("Call", q, k, v, lse, options), maybe(o), view(do), *gradients, maybe(o_again))
+
+
+def joint_forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor | None = None, **options: Any) -> None:
+    """Writes o and, if given, lse: `launch_joint_forward` of csrc/cuda. q, o: `[B, N_q, H, D]`; k, v: `[B, N_k, H, D]`;
+    lse: float32 `[B, H, N_q]`; options as of `forward`, but temporal_heads."""
+    made().joint_forward(_call("JointCall", q, k, v, lse, options), view(o))
+
+
+def joint_backward(do, q, k, v, o, lse, delta, dq, dk, dv, **options: Any) -> None:
+    """Writes delta, float32 `[B, H, N_q]`, and dq, dk, dv: `launch_joint_backward` of csrc/cuda."""
+    tensors = o, do, delta, dq, dk, dv
+    made().joint_backward(_call("JointCall", q, k, v, lse, options), *map(view, tensors))
 
 
 def regime_of(N: int, D: int, dtype: torch.dtype, backward: bool, rotary: bool, shared_bytes: int) -> int:

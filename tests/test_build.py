@@ -135,7 +135,12 @@ def test_instruction_sets_are_compiled_for_their_processors_and_linked_in_rising
 def test_files_named_bindings_see_torch_and_know_whether_there_are_cuda_kernels():
     for kind in ("cpu", "cuda"):
         some = toolchain.Plan(kind, "", cxx=("g++",), torch=Path("torch"))
-        for name, sees in (("bindings.cpp", True), ("cuda/bindings.cpp", True), ("cpu/dispatch.cpp", False)):
+        for name, sees in (
+            ("bindings.cpp", True),
+            ("cuda/bindings.cpp", True),
+            ("cuda/joint/bindings.cpp", True),
+            ("cpu/dispatch.cpp", False),
+        ):
             assert build.CSRC / name in build.sources(kind)
             flags = build.host_flags(some, build.CSRC / name, sanitize=False)
             assert (str(Path("torch/include")) in flags) == (build.TORCH_ABI in flags) == sees

@@ -17,7 +17,6 @@ from vivit_kernels._attention import cuda_grid
 from vivit_kernels._dispatch import Call, Refusal
 from vivit_kernels.factorized_attention import cuda_kernels
 from vivit_kernels.factorized_attention.support import SUPPORT
-from vivit_kernels.joint_attention.support import SUPPORT as JOINT
 from vivit_kernels.numerics import judge
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
@@ -110,10 +109,6 @@ def test_a_library_without_its_kernels_comes_first(monkeypatch):
     monkeypatch.setattr(_native, "NO_CUDA", "no nvcc took part")
     (found,) = refused()
     assert found.reason == "no nvcc took part" and "--no-build-isolation on a machine with nvcc" in found.remedy
-
-
-def test_other_ops_have_none():
-    assert "cuda" not in JOINT
 
 
 BOTH = False, True

@@ -212,7 +212,8 @@ def test_kernels_are_what_they_were_written_to_be():
     kernels = cuda_gate.read(_library.library_path())
     found = [f"sm_{x.arch} {name}: {why}" for name, x in kernels for why in cuda_gate.complaints(name, x)]
     assert not found, "\n".join(found)
-    assert {"packed", "resident", "float32", "tubelet", "parameter"} <= {name.partition("_")[0] for name, _ in kernels}
+    words = {name.partition("_")[0] for name, _ in kernels}
+    assert {"packed", "resident", "float32", "streaming", "tubelet", "parameter"} <= words
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         assert {80, 90} <= {x.arch for _, x in kernels}
     for arch in {x.arch for _, x in kernels}:  # the same kernels for each

@@ -12,7 +12,7 @@ import torch
 from cuda_simulator import expect, view
 
 VERBS = ["multiply_add", "transposed", "load_blocks", "load_blocks_transposed", "packed", "unpacked", "exp2", "lane"]
-VERBS += ["fours", "fours at once", "fours too early"]
+VERBS += ["lanes where", "fours", "fours at once", "fours too early"]
 FAULTS = ["none", "no barrier", "no wait", "waits too little", "wrong lane", "barrier in a branch", "verb in a branch"]
 FAULTS += ["returns early", "reads beyond", "misaligned", "shared beyond", "copy beyond", "writes input"]
 FAULTS += ["writes twice", "no warp barrier"]
@@ -85,6 +85,12 @@ def test_from_lane_xor(mask):
     words = random_bits(32, 2)
     found = one_verb("lane", words, mask=mask)
     assert np.array_equal(found[:, :2], words[LANES ^ mask])
+
+
+def test_lanes_where():
+    words = random_bits(32, 1)
+    found = one_verb("lanes where", words)[:, 0]
+    assert (found == sum((int(word) & 1) << lane for lane, word in enumerate(words[:, 0]))).all()
 
 
 @pytest.mark.parametrize("mask", [0, 1, 31])

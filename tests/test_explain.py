@@ -71,6 +71,7 @@ def short(ladder: Ladder) -> Ladder:
 
 
 def test_report_of_a_call(monkeypatch):
+    monkeypatch.setattr(_native, "CUDA", True)
     monkeypatch.setitem(joint_order.LADDERS, "cpu", short(joint_order.LADDERS["cpu"]))
     found = explain(joint_attention, QKV.clone().requires_grad_(), softcap=3.0)
     assert str(found) == (
@@ -83,6 +84,10 @@ def test_report_of_a_call(monkeypatch):
         "  cpu         runs\n"
         "  torch       runs\n"
         "not tried, only by name or in VIVIT_KERNELS_BACKENDS\n"
+        "  cuda        the tensors are on cpu\n"
+        "              -> move them to a CUDA device\n"
+        "              float32: its products are those of tensor cores, of 16 bits\n"
+        "              -> use backend='triton' or 'torch'\n"
         "  triton      the tensors are on cpu\n"
         "              -> move them to a GPU; or set TRITON_INTERPRET=1 before the start, to check a kernel slowly\n"
         "  sdpa        softcap: scaled_dot_product_attention has no soft-cap\n"

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 OPS = ("best_isa", "resident_keys", "attention_fwd", "attention_bwd")
 CUDA_OPS = ("cuda_regime", "cuda_keeps_output", "cuda_attention_fwd", "cuda_attention_bwd")
-CUDA_OPS += ("cuda_tubelet_fwd", "cuda_tubelet_bwd")
+CUDA_OPS += ("cuda_tubelet_fwd", "cuda_tubelet_bwd", "cuda_joint_fwd", "cuda_joint_bwd")
 loaded = pytest.mark.skipif(not _native.AVAILABLE, reason=f"{_native.WHY} -> {_native.REMEDY}")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="libraries are ELF files")
 

@@ -24,11 +24,11 @@ WEIGHT = torch.zeros(8, 3, 2, 8, 8)
 
 def test_a_backend_that_is_asked_for_never_falls_back():
     with pytest.raises(NotImplementedError) as error:
-        joint_attention(Q.expand(1, 9, 2, 8), Q, Q, backend="cuda")
+        spatial_attention(GRID, GRID, GRID, backend="sdpa")
     assert str(error.value) == (
-        "joint_attention: backend 'cuda' cannot run this call.\n"
-        "  call    (1, 9, 2, 8) float32 on cpu, needs_grad=False\n"
-        "  cuda    this release has no cuda kernel for joint_attention\n"
+        "factorized_attention: backend 'sdpa' cannot run this call.\n"
+        "  call    (1, 3, 4, 2, 8) float32 on cpu, needs_grad=False, temporal_heads=0\n"
+        "  sdpa    this release has no sdpa kernel for factorized_attention\n"
         "          -> use backend='torch', or leave backend out\n"
         "  `python -m vivit_kernels` shows what this install can run."
     )

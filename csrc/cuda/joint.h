@@ -24,6 +24,12 @@ struct JointParams : AttentionOptions {
     float* delta = nullptr;  // backward only, [B, H, N_q]: sum(d_o * o) of each query, written and then read
 };
 
+// Of one launch, at most: a block keeps at least 64 rows.
+constexpr int64_t most_joint_blocks(const JointParams& p) {
+    const int64_t rows = p.N_q > p.N_k ? p.N_q : p.N_k;
+    return static_cast<int64_t>(p.B) * p.H * ((rows + 63) / 64);
+}
+
 // On `stream` (a cudaStream_t) of the current device. Returns a cudaError_t, 0 for success.
 int launch_joint_forward(const JointParams& params, void* stream);
 int launch_joint_backward(const JointParams& params, void* stream);

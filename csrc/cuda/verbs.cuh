@@ -114,6 +114,8 @@ VIVIT_DEVICE float from_lane_xor(float x, int mask) { return __shfl_xor_sync(0xf
 VIVIT_DEVICE uint32_t from_lane_xor(uint32_t x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 // A number that all lanes have, which the compiler then knows: what depends on it is computed once for the warp.
 VIVIT_DEVICE int32_t same_in_warp(int32_t x) { return __shfl_sync(0xffffffffu, x, 0); }
+// A bit for each lane: whether x is true there; all lanes take part.
+VIVIT_DEVICE uint32_t lanes_where(bool x) { return __ballot_sync(0xffffffffu, x); }
 VIVIT_DEVICE void warp_barrier() { __syncwarp(); }
 VIVIT_DEVICE void block_barrier() { __syncthreads(); }
 

@@ -17,6 +17,7 @@ enum class Verb : int32_t {
     kUnpacked,
     kExp2,
     kFromLane,
+    kLanesWhere,
     kFours,         // written, a barrier, read from lane xor mask, a barrier, written again
     kFoursAtOnce,   // the same without the first barrier
     kFoursTooEarly  // without the second, and all lanes read those of lane 0, which the last lane overwrites
@@ -58,6 +59,7 @@ __global__ void one_verb(VerbParams p) {
         result[0] = __float_as_uint(from_lane_xor(__uint_as_float(word[0]), p.mask));
         result[1] = from_lane_xor(word[1], p.mask);
     }
+    if (p.verb == Verb::kLanesWhere) result[0] = lanes_where((word[0] & 1u) != 0);
     if (p.verb >= Verb::kFours) {
         float* memory = reinterpret_cast<float*>(shared_memory());
         float x[4], y[4];

@@ -1,7 +1,5 @@
 // The Python module cuda_sim: the launchers of csrc/cuda, and the simulator's own examples, on tensors in CPU memory.
 // A Failure becomes a RuntimeError. tests/cuda_simulator.py makes it and calls it.
-#include <algorithm>
-#include <cmath>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -14,6 +12,7 @@
 namespace vivit::cuda::sim {
 
 void add_copies(pybind11::module_& m);        // copies_module.cpp
+void add_joint(pybind11::module_& m);         // joint_module.cpp
 void add_joint_hopper(pybind11::module_& m);  // joint_hopper_module.cpp
 
 }  // namespace vivit::cuda::sim
@@ -57,11 +56,7 @@ AttentionParams params_of(const Call& call, Run& run, bool writes_lse) {
     p.cos = run.add<const float>("cos", call.cos), p.sin = run.add<const float>("sin", call.sin);
     p.scale = static_cast<float>(call.scale), p.softcap = static_cast<float>(call.softcap);
     p.seed = run.add<const int64_t>("seed", call.seed);
-    if (p.seed != nullptr) {
-        const double threshold = std::ceil(call.dropout_p * 4294967296.0);
-        p.keep_scale = threshold < 4294967296.0 ? static_cast<float>(1 / (1 - call.dropout_p)) : 0.f;
-        p.keep_from = static_cast<uint32_t>(std::min(threshold, 4294967295.0));
-    }
+    if (p.seed != nullptr) set_dropout(p, call.dropout_p);
     return p;
 }
 
@@ -168,6 +163,7 @@ PYBIND11_MODULE(cuda_sim, m) {
         return keeps_output(T, S, H, temporal_heads, static_cast<DType>(dtype));
     });
     define_tubelet(m);
+    sim::add_joint(m);
     m.def("products_of_launch", [] { return sim::products_of_launch; });
     m.def("one_verb", one_verb);
     m.def("product", product);

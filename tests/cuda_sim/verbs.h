@@ -182,6 +182,19 @@ struct SameInWarp {
     }
 };
 
+struct LanesWhere {
+    bool x;
+    uint32_t result;
+
+    static void work(const Site&, void* const* lanes) {
+        uint32_t found = 0;
+        for (int lane = 0; lane < kLanes; ++lane) {
+            if (static_cast<const LanesWhere*>(lanes[lane])->x) found |= 1u << lane;
+        }
+        for (int lane = 0; lane < kLanes; ++lane) static_cast<LanesWhere*>(lanes[lane])->result = found;
+    }
+};
+
 }  // namespace sim
 
 template <class T>
@@ -219,6 +232,12 @@ inline uint32_t from_lane_xor(uint32_t x, int mask, VIVIT_SIM_CALLER) {
 inline int32_t same_in_warp(int32_t x, VIVIT_SIM_CALLER) {
     sim::SameInWarp mine{x, 0};
     sim::together({"same_in_warp", file, line}, &mine, sim::SameInWarp::work);
+    return mine.result;
+}
+
+inline uint32_t lanes_where(bool x, VIVIT_SIM_CALLER) {
+    sim::LanesWhere mine{x, 0};
+    sim::together({"lanes_where", file, line}, &mine, sim::LanesWhere::work);
     return mine.result;
 }
 

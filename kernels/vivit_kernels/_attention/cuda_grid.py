@@ -68,7 +68,7 @@ def keeps_output(T: int, S: int, H: int, temporal_heads: int, itemsize: int) -> 
     return itemsize < 4 and long
 
 
-def _rows(x: Tensor) -> Tensor:
+def aligned_rows(x: Tensor) -> Tensor:
     """x, copied once where a row of it does not begin at a multiple of 16 bytes, or has gaps."""
     size = x.element_size()
     starts = zip(x.shape[:-1], x.stride()[:-1], strict=True)
@@ -77,7 +77,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
-def _flat(options: Options) -> tuple[Tensor | None, ...]:
+def flat(options: Options) -> tuple[Tensor | None, ...]:
     """Mask, seed and tables as the kernels read them: without gaps."""
     _, _, _, mask, seed, cos, sin = options
     return tuple(None if x is None else x.contiguous() for x in (mask, seed, cos, sin))
@@ -96,7 +96,7 @@ def launch_fwd(
     kept = keep and keeps_output(T, S, H, temporal_heads, q.element_size())
     lse = q.new_empty((B, H, T * S), dtype=torch.float32) if kept else None
     if q.numel():
-        given = _rows(q), _rows(k), _rows(v), o, lse, *_flat(options)
+        given = *map(aligned_rows, (q, k, v)), o, lse, *flat(options)
         torch.ops.vivit_kernels_native.cuda_attention_fwd(*given, *_scalars(temporal_heads, options))
     return lse
 
@@ -117,5 +117,5 @@ def launch_bwd(
             "  -> leave it out: such a backward reads o, which the forward's caller keeps"
         )
     if q.numel():
-        given = _rows(do), _rows(q), _rows(k), _rows(v), o, lse, dq, dk, dv, *_flat(options)
+        given = *map(aligned_rows, (do, q, k, v)), o, lse, dq, dk, dv, *flat(options)
         torch.ops.vivit_kernels_native.cuda_attention_bwd(*given, *_scalars(temporal_heads, options), o_again)

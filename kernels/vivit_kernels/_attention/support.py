@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from .. import _native
 from .._dispatch import Call, Refusal
 from .._triton import triton_refusals
@@ -28,6 +30,17 @@ def cuda_attention_refusals(call: Call) -> list[Refusal]:
     option, and sequences as long as shared memory holds: those of the backward where one follows."""
     found = _native.cuda_refusals(call) + _head_size_refusals(call)
     return found or _length_refusals(call)
+
+
+def cuda_joint_refusals(call: Call) -> list[Refusal]:
+    """The native library's CUDA kernels of joint attention: 16 bits, head sizes 16 to 160 in steps of 8, every option,
+    any number of queries and keys."""
+    found = _native.cuda_refusals(call) + _head_size_refusals(call)
+    if call.dtype == torch.float32:
+        found.append(
+            Refusal("float32: its products are those of tensor cores, of 16 bits", "use backend='triton' or 'torch'")
+        )
+    return found
 
 
 def _length_refusals(call: Call) -> list[Refusal]:

@@ -25,8 +25,8 @@ def _cpu_saves(q: tuple, k: tuple, dtype: torch.dtype, _: int) -> tuple[int, ...
     return (count, B, H, N) if count else None
 
 
-def _peer_saves(q: tuple, k: tuple, dtype: torch.dtype, _: int) -> tuple[int, ...]:
-    """Logsumexp of each row of scores, natural: one form for all of them, whichever of their kernels made it."""
+def _lse(q: tuple, k: tuple, dtype: torch.dtype, _: int) -> tuple[int, ...]:
+    """Logsumexp of each row of scores: of others' kernels natural, one form for all of them; of `cuda` to base 2."""
     B, N, H, _ = q
     return B, H, N
 
@@ -34,8 +34,9 @@ def _peer_saves(q: tuple, k: tuple, dtype: torch.dtype, _: int) -> tuple[int, ..
 _SAVED = {
     "triton": _triton_saves,
     "cpu": _cpu_saves,
-    "sdpa": _peer_saves,
-    "flash_attn": _peer_saves,
-    "xformers": _peer_saves,
+    "cuda": _lse,
+    "sdpa": _lse,
+    "flash_attn": _lse,
+    "xformers": _lse,
 }
 register("joint_attention", __package__ or "", _flops, _SAVED)

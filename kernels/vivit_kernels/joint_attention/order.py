@@ -61,10 +61,12 @@ CPU_RUNGS = (
 )
 LADDERS = {
     "cuda": Ladder(
-        ("cuda", "triton", "flash_attn", "sdpa", "xformers", "torch"),
-        "This project's kernels; then those of others, which keep o and lse and have a fused backward; last the "
-        "composition of PyTorch ops, which has none. One H200, 2026-11-26, bf16, 8 clips of 3136 tokens, 12 heads of "
-        "64, forward, then forward + backward: triton 583 and 2271 us, sdpa 616 and 2167, torch 634 and 13033.",
+        ("triton", "flash_attn", "sdpa", "xformers", "cuda", "torch"),
+        "This project's Triton kernels; then those of others, which keep o and lse and have a fused backward; last the "
+        "composition of PyTorch ops, which has none. Just before it, for who has neither Triton nor a call without "
+        "options, this project's CUDA C++ kernels: proved on a simulator, they have not run on a GPU and are in no "
+        "record. One H200, 2026-11-26, bf16, 8 clips of 3136 tokens, 12 heads of 64, forward, then forward + backward: "
+        "triton 583 and 2271 us, sdpa 616 and 2167, torch 634 and 13033.",
         RUNGS,
     ),
     "cpu": Ladder(

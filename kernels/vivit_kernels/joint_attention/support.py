@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 
 from .. import _environment
-from .._attention.support import cpu_attention_refusals, torch_refusals, triton_attention_refusals
+from .._attention.support import (
+    cpu_attention_refusals,
+    cuda_joint_refusals,
+    torch_refusals,
+    triton_attention_refusals,
+)
 from .._dispatch import Call, Refusal
 from .order import decide, is_deterministic, order  # noqa: F401  for those outside of this op
 
@@ -112,6 +117,7 @@ def xformers_refusals(call: Call) -> list[Refusal]:
 
 
 SUPPORT = {
+    "cuda": cuda_joint_refusals,
     "triton": triton_attention_refusals,
     "cpu": cpu_attention_refusals,
     "sdpa": sdpa_refusals,

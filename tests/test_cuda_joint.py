@@ -1,0 +1,176 @@
+"""The CUDA C++ kernels of joint attention (csrc/cuda/joint.h) on the host simulator: the parity grid, and what only
+they can get wrong. Those for every GPU from sm_80 on: they take what Hopper's (test_cuda_joint_hopper.py) do not.
+
+Outputs are views of buffers of NaN, and so is what a backward keeps: a number that nobody wrote is seen, and the
+simulator ends a run that reads or writes anything but rows of this call's tensors, or writes one twice.
+"""
+
+from __future__ import annotations
+
+import math
+
+import cuda_simulator
+import pytest
+import test_joint_attention as joint
+import torch
+from cuda_simulator import expect
+from parity_grid import grid
+from test_cuda_attention import poisoned
+
+from vivit_kernels._attention.options import check_options
+from vivit_kernels.numerics import judge
+
+DTYPES = [torch.bfloat16, torch.float16]
+# Queries are kept by 128 or 64, keys by 64; both go by in tiles of 64 or 32, in steps of 16 to 64.
+TOKENS = [1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200]
+AXES = joint.AXES | {
+    "dtype": DTYPES,
+    "D": [16, 24, 40, 64, 72, 80, 96, 128, 160],
+    "N": TOKENS,
+    "N_k": ["same", "same", 1, 17, 33, 65, 150],
+    "schedule": [0, 1, 2, 3, 4],
+    "arch": [80, 90],
+}
+EVERY_RUN = {"N": [1, 15, 17, 64, 65, 129], "N_k": ["same", "same", 1, 33, 150], "schedule": [0, 1, 2]}
+CROSSES = [["D", "extra", "mask"], ["N", "N_k"], ["D", "layout", "schedule"]]
+
+
+class Simulated(torch.autograd.Function):
+    """As the launchers of a GPU call it."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, packed, options):
+        o, lse = poisoned(q), torch.full((q.shape[0], q.shape[2], q.shape[1]), math.nan)
+        cuda_simulator.joint_forward(q, k, v, o, lse, **options)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.call = packed, options
+        return o
+
+    @staticmethod
+    def backward(ctx, *grads):
+        q, k, v, o, lse = ctx.saved_tensors
+        packed, options = ctx.call
+        gradients = poisoned(torch.stack([q, k, v], 2)).unbind(2) if packed else [poisoned(x) for x in (q, k, v)]
+        delta, do = torch.full_like(lse, math.nan), grads[0].contiguous()
+        cuda_simulator.joint_backward(do, q, k, v, o, lse, delta, *gradients, **options)
+        return *gradients, None, None
+
+
+def simulated(q, k=None, v=None, *, schedule=0, arch=80, backend="", **options):
+    """joint_attention by the simulator."""
+    packed = k is None
+    q, k, v = q.unbind(2) if k is None or v is None else (q, k, v)
+    N, N_k = q.shape[1], k.shape[1]
+    given = {"scale": None, "key_mask": None, "rotary": None, "softcap": None, "dropout_p": 0.0, "seed": None} | options
+    checked = check_options("joint_attention", q, N, (N,), key_grid=(N_k,), **given)._asdict()
+    return Simulated.apply(q, k, v, packed, checked | {"schedule_seed": schedule, "arch": arch})
+
+
+@pytest.mark.parametrize("case", grid(AXES, CROSSES, EVERY_RUN))
+def test_parity(case, monkeypatch):
+    def run(*x, **given):
+        return simulated(*x, schedule=case["schedule"], arch=case["arch"], **given)
+
+    monkeypatch.setattr(joint, "joint_attention", run)
+    joint.check_case(case, torch.device("cpu"), "cuda", B=2 if case["mask"] == "a clip has none" else 1)
+
+
+def step(q, k, v, do, **options):
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    o = simulated(*leaves, **options)
+    return o, *torch.autograd.grad(o, leaves, do)
+
+
+def tensors(N, N_k, D=32, dtype=torch.bfloat16, B=1, H=2):
+    """q, k, v, do."""
+    return [torch.randn(B, n, H, D, dtype=dtype) for n in (N, N_k, N_k, N)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N, N_k, D", [(130, 70, 64), (20, 129, 80)])
+def test_the_same_bits_in_every_order_of_threads(N, N_k, D, dtype):
+    given = tensors(N, N_k, D, dtype)
+    options = {"dropout_p": 0.2, "seed": torch.tensor([1, 2])}
+    first = step(*given, **options)
+    for schedule in range(1, 4):
+        assert all(map(torch.equal, first, step(*given, schedule=schedule, **options)))
+
+
+@pytest.mark.parametrize("dropped", [0.0, 1.0])
+@pytest.mark.parametrize("N, N_k", [(5, 3), (17, 70)])
+def test_rows_without_a_key_are_zeros(N, N_k, dropped):
+    """No key may be attended, or every pair is dropped."""
+    none = None if dropped else torch.zeros(1, N_k, dtype=torch.bool)
+    for result in step(*tensors(N, N_k), key_mask=none, dropout_p=dropped, seed=torch.tensor([3, 4])):
+        assert (result == 0).all()
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.2, 3.0])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_scores_may_fall_with_their_products(scale, softcap, monkeypatch):
+    options = {"scale": scale, "softcap": softcap, "dropout_p": 0.0, "seed": None}
+    monkeypatch.setattr(joint, "make_options", lambda *_: options)
+    monkeypatch.setattr(joint, "joint_attention", simulated)
+    case = {"N": 33, "N_k": 70, "D": 40, "inputs": "normal", "layout": "separate", "mask": None}
+    joint.check_case(case | {"dtype": torch.bfloat16, "extra": None}, torch.device("cpu"), "cuda", B=1)
+
+
+def test_a_masked_key_is_as_none():
+    """To the bit where those that are left lie as they would without it: behind them, and in a block of their own."""
+    q, k, v, do = tensors(40, 150)
+    mask = torch.arange(150)[None] < 64
+    less = step(q, k[:, :64], v[:, :64], do, softcap=30.0)
+    for i, found in enumerate(step(q, k, v, do, key_mask=mask, softcap=30.0)):
+        assert torch.equal(found[:, :64] if i > 1 else found, less[i])
+        assert i < 2 or (found[:, 64:] == 0).all()
+
+
+@pytest.mark.parametrize("N_k", [1, 64, 100])
+def test_lse(N_k):
+    """To base 2, of every query; of one without a key plus infinity."""
+    q, k, v, o = tensors(70, N_k, 24, torch.float16, B=2, H=3)
+    mask = torch.ones(2, N_k, dtype=torch.bool)
+    mask[1] = False
+    lse = torch.full((2, 3, 70), math.nan)
+    cuda_simulator.joint_forward(q, k, v, o, lse, mask=mask)
+
+    def defined(x, y):
+        return torch.logsumexp(torch.einsum("bqhd,bkhd->bhqk", x, y) * 24**-0.5, -1) / math.log(2)
+
+    assert judge(lse[:1], defined(q[:1].double(), k[:1].double()), defined(q[:1].float(), k[:1].float())).ok
+    assert lse[1].isposinf().all()
+
+
+def test_a_row_at_half_of_16_bytes_is_found():
+    q, k, v, _ = tensors(4, 4, 40)
+    with expect("copy_16 .*not a multiple of 16"):
+        simulated(q[..., 4:36], k[..., :32], v[..., :32])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("N, N_k, D", [(700, 700, 64), (300, 1100, 64), (1100, 130, 128)])
+def test_parity_over_many_tiles(N, N_k, D, monkeypatch):
+    monkeypatch.setattr(joint, "joint_attention", simulated)
+    case = {"N": N, "N_k": N_k, "D": D, "inputs": "large", "layout": "separate", "mask": "some", "dropout_p": 0.3}
+    joint.check_case(case | {"dtype": torch.bfloat16, "extra": "softcap"}, torch.device("cpu"), "cuda", B=1)
+
+
+def test_which_forwards_take_hoppers_kernel(monkeypatch):
+    """Plain ones with heads of 40 to 64 channels, on sm_90; their backward reads the lse that it leaves."""
+
+    def products(N=70, D=64, **options) -> int:
+        q, k, v, o = tensors(N, N, D)
+        cuda_simulator.joint_forward(q, k, v, o, **options)
+        return cuda_simulator.made().products_of_launch()
+
+    assert products(arch=90) > 0 and products(arch=90, D=40) > 0
+    others = [{"arch": 80}, {"D": 72}, {"D": 32}, {"scale": -1.0}, {"softcap": 3.0}]
+    others += [{"mask": torch.ones(1, 70, dtype=torch.bool)}, {"seed": torch.tensor([1, 2]), "dropout_p": 0.5}]
+    assert [products(**{"arch": 90} | options) for options in others] == [0] * len(others)
+
+    def run(*x, **given):
+        return simulated(*x, arch=90, **given)
+
+    monkeypatch.setattr(joint, "joint_attention", run)
+    case = {"N": 130, "N_k": 70, "D": 64, "inputs": "normal", "layout": "separate", "mask": None, "dropout_p": 0.0}
+    joint.check_case(case | {"dtype": torch.bfloat16, "extra": None}, torch.device("cpu"), "cuda", B=1)
