@@ -51,7 +51,7 @@ def expected(host: str, family: str, module: nn.Module) -> str:
         and is_gpu(record) == (device == "cuda")
     ]
     here = [record for record in found if name_of(device) in record["device"]] or found
-    here = [record for record in here if record["device"] == here[-1]["device"]]
+    here = [record for record in here if all(record[name] == here[-1][name] for name in ("device", "model", "clock"))]
     if not here:
         return ""
     last = here[-1]
