@@ -38,7 +38,7 @@ _PACKED = ("HMMA", "MOVM", "LDG.128", "STG.128")
 WANTED = {
     "packed": _PACKED,
     "resident": (*_PACKED, "LDGSTS.128", "LDSM", "STG.64"),
-    "hopper": (*_PACKED, "HGMMA", "LDGSTS.128", "STG.64"),
+    "hopper": (*_PACKED, "HGMMA", "UTMALDG", "LDSM", "STG.64"),
     "pipelined": ("HGMMA", "UTMALDG", "SYNCS", "USETMAXREG", "MUFU.EX2", "STG.64"),
     "streaming": ("HMMA", "LDSM", "LDGSTS.128", "STG.64"),
     "float32": ("FFMA", "LDGSTS.128", "LDS.128", "STG.128"),

@@ -15,6 +15,7 @@ import torch
 from cuda_simulator import expect
 from parity_grid import grid
 
+from vivit_kernels import spatial_attention
 from vivit_kernels._attention import cuda_grid
 from vivit_kernels._attention.options import check_options
 from vivit_kernels.numerics import judge
@@ -55,6 +56,10 @@ HOPPER_AXES = AXES | {
     ],
     "arch": [90, 80],
 }
+# The same with every option, up to lengths that leave rows to single warps.
+HOPPER_OPTION_GRIDS = [(1, 65), (1, 100), (2, 80), (16, 66), (70, 3)]
+HOPPER_OPTION_AXES = AXES | {"D": [64], "grid": [*HOPPER_OPTION_GRIDS, (1, 130), (1, 197), (9, 129)], "arch": [90]}
+HOPPER_OPTION_CROSSES = [["mask", "dropout_p", "extra"], ["grid", "extra"], ["dtype", "extra", "heads"]]
 # Of float32: several short sequences to a block, and rows in fours, eight to a warp.
 FLOAT32_AXES = AXES | {"dtype": [torch.float32]}
 FLOAT32_CROSSES = [["grid", "heads"], ["D", "layout"], ["mask", "dropout_p", "extra", "heads"], ["grid", "schedule"]]
@@ -145,6 +150,11 @@ def test_parity_of_long_sequences(case, monkeypatch):
     check_case(case, monkeypatch)
 
 
+@pytest.mark.parametrize("case", grid(HOPPER_OPTION_AXES, HOPPER_OPTION_CROSSES, {"grid": HOPPER_OPTION_GRIDS}))
+def test_parity_of_long_sequences_with_options(case, monkeypatch):
+    check_case(case, monkeypatch)
+
+
 @pytest.mark.parametrize("case", grid(FLOAT32_AXES, FLOAT32_CROSSES, {"grid": FLOAT32_GRIDS, "schedule": [0, 3]}))
 def test_parity_of_float32(case, monkeypatch):
     check_case(case, monkeypatch)
@@ -200,8 +210,17 @@ def products(options: dict, T=1, S=65, H=2, D=64, temporal_heads=0) -> tuple[int
 
 
 def test_which_calls_take_products_of_a_warpgroup():
-    """Each length at which they start or stop, and each option that a plain call does without."""
+    """Each length at which they start or stop, and each option."""
     assert all(products({})) and all(products({}, T=16, S=65, temporal_heads=1)) and all(products({}, 81, 3, 2, 64, 2))
+    angles = torch.rand(65, 32)
+    for options in (
+        {"scale": -1.0},
+        {"softcap": 3.0},
+        {"mask": torch.ones(1, 65, dtype=torch.bool)},
+        {"seed": torch.tensor([1, 2]), "dropout_p": 0.5},
+        {"cos": angles.cos(), "sin": angles.sin()},
+    ):
+        assert all(products(options)), options
     others = [
         ({"arch": 80}, {}),
         ({}, {"S": 64}),
@@ -209,16 +228,29 @@ def test_which_calls_take_products_of_a_warpgroup():
         ({}, {"D": 72}),
         ({}, {"T": 17, "temporal_heads": 1}),
     ]
-    others += [({"scale": -1.0}, {}), ({"softcap": 3.0}, {}), ({"mask": torch.ones(1, 65, dtype=torch.bool)}, {})]
-    others += [({"seed": torch.tensor([1, 2]), "dropout_p": 0.5}, {})]
     for options, sizes in others:
         assert products(options, **sizes) == (0, 0)
+
+
+def test_what_the_copy_engine_does_not_take_is_copied_by_threads():
+    """Keys and values of one head for all of them: strides of 0."""
+    q = torch.randn(1, 2, 70, 2, 64).bfloat16()
+    k, v = (torch.randn(1, 2, 70, 1, 64).bfloat16() for _ in range(2))
+    for keys, values, by_group in (
+        (k.expand_as(q), v.expand_as(q), False),
+        (k.repeat(1, 1, 1, 2, 1), v.repeat(1, 1, 1, 2, 1), True),
+    ):
+        o = torch.empty_like(q)
+        cuda_simulator.forward(q, keys, values, o, temporal_heads=0)
+        assert (cuda_simulator.made().products_of_launch() > 0) == by_group
+        exact, eager = (spatial_attention(q.to(d), keys.to(d), values.to(d)) for d in (torch.float64, q.dtype))
+        assert judge(o, exact, eager).ok
 
 
 def test_products_of_a_warpgroup_need_room_beyond_the_last_rows():
     """Where a block may have just what a warp's products take, those run."""
     least = least_shared(197, 64, torch.bfloat16)
-    runs = [products({"shared_bytes": least + more}, S=197, H=1) for more in (0, 48 * 128 - 16, 48 * 128)]
+    runs = [products({"shared_bytes": least + more}, S=197, H=1) for more in (0, 16 * 128, 16 * 128 + 16)]
     assert [backward > 0 for _, backward in runs] == [False, False, True]
 
 

@@ -35,43 +35,45 @@ VIVIT_BOTH int64_t blocks_of(const AttentionParams& p, const Axis& axis, int32_t
 
 // What a block does that is number `block` of an axis.
 template <class T, int kSteps, bool kPlain, Kind kKind>
-VIVIT_DEVICE void run_forward(const AttentionParams& p, const Axis& axis, int64_t block) {
+VIVIT_DEVICE void run_forward(const AttentionParams& p, const RowMaps* maps, const Axis& axis, int64_t block) {
     if (kKind == Kind::kPacked || is_packed(axis.N)) {
         const int32_t warp = static_cast<int32_t>(threadIdx.x) / 32, warps = static_cast<int32_t>(blockDim.x) / 32;
         packed_forward<T, blocks_of_32(kSteps), kPlain>(p, axis, block * warps + warp);
     } else if constexpr (kKind == Kind::kHopper) {
-        hopper_forward<T>(p, axis, block);
+        hopper_forward<T, kPlain>(p, *maps, axis, block);
     } else {
         resident_forward<T, kSteps, kPlain>(p, axis, block);
     }
 }
 
 template <class T, int kSteps, bool kPlain, Kind kKind>
-VIVIT_DEVICE void run_backward(const AttentionParams& p, const Axis& axis, int64_t block) {
+VIVIT_DEVICE void run_backward(const AttentionParams& p, const RowMaps* maps, const Axis& axis, int64_t block) {
     if (kKind == Kind::kPacked || is_packed(axis.N)) {
         const int32_t warp = static_cast<int32_t>(threadIdx.x) / 32, warps = static_cast<int32_t>(blockDim.x) / 32;
         char* scratch = shared_memory() + warp * packed_scratch_bytes(kSteps, true);
         packed_backward<T, blocks_of_32(kSteps), kPlain>(p, axis, block * warps + warp,
                                                          reinterpret_cast<float*>(scratch));
     } else if constexpr (kKind == Kind::kHopper) {
-        hopper_backward<T>(p, axis, block);
+        hopper_backward<T, kPlain>(p, *maps, axis, block);
     } else {
         resident_backward<T, kSteps, kPlain>(p, axis, block);
     }
 }
 
-// Space comes first: where both axes are there its blocks are the longer ones.
+// Space comes first: where both axes are there its blocks are the longer ones. Maps of both axes are there for Hopper.
 template <class T, int kSteps, bool kPlain, Kind kKind, bool kBackward>
-VIVIT_DEVICE void run(const AttentionParams& p) {
+VIVIT_DEVICE void run(const AttentionParams& p, const RowMaps* over_space = nullptr,
+                      const RowMaps* over_time = nullptr) {
     int64_t block = blockIdx.x;
     const int32_t warps = static_cast<int32_t>(blockDim.x) / 32;
     Axis axis = space_axis(p);
-    const int64_t over_space = axis.heads > 0 ? blocks_of<kSteps, kBackward>(p, axis, warps) : 0;
-    if (block >= over_space) block -= over_space, axis = time_axis(p);
+    const int64_t space_blocks = axis.heads > 0 ? blocks_of<kSteps, kBackward>(p, axis, warps) : 0;
+    const RowMaps* maps = over_space;
+    if (block >= space_blocks) block -= space_blocks, axis = time_axis(p), maps = over_time;
     if (kBackward) {
-        run_backward<T, kSteps, kPlain, kKind>(p, axis, block);
+        run_backward<T, kSteps, kPlain, kKind>(p, maps, axis, block);
     } else {
-        run_forward<T, kSteps, kPlain, kKind>(p, axis, block);
+        run_forward<T, kSteps, kPlain, kKind>(p, maps, axis, block);
     }
 }
 
@@ -87,22 +89,25 @@ __global__ void __launch_bounds__(32 * kResidentWarps, kSteps <= 4 && kPlain && 
     run<T, kSteps, kPlain, Kind::kResident, kBackward>(p);
 }
 
-template <class T, bool kBackward>
-__global__ void __launch_bounds__(kHopperThreads, 2) hopper_attention(const AttentionParams p) {
-    run<T, 4, true, Kind::kHopper, kBackward>(p);
+template <class T, bool kPlain, bool kBackward>
+__global__ void __launch_bounds__(kHopperThreads, kPlain ? 2 : 1)
+    hopper_attention(const __grid_constant__ HopperCall call) {
+#if defined(VIVIT_SIM) || defined(VIVIT_HOPPER)  // elsewhere it is never launched
+    run<T, 4, kPlain, Kind::kHopper, kBackward>(call.p, &call.over_space, &call.over_time);
+#endif
 }
 
 // ---- launching ----
 
-// A kernel over the blocks of both axes.
-template <int kSteps, bool kBackward>
-int launch_over(void (*kernel)(AttentionParams), const AttentionParams& p, int32_t warps, int32_t shared_bytes,
+// A kernel over the blocks of both axes; call: what it is told, which is or has the parameters p.
+template <int kSteps, bool kBackward, class Call>
+int launch_over(void (*kernel)(Call), const Call& call, const AttentionParams& p, int32_t warps, int32_t shared_bytes,
                 void* stream) {
     int64_t blocks = 0;
     for (const Axis& axis : {space_axis(p), time_axis(p)}) {
         if (axis.heads > 0) blocks += blocks_of<kSteps, kBackward>(p, axis, warps);
     }
-    return launch(kernel, blocks, 32 * warps, shared_bytes, stream, p);
+    return launch(kernel, blocks, 32 * warps, shared_bytes, stream, call);
 }
 
 // Whether Hopper's kernel runs such a call: every sequence is packed or long enough for tiles of 64 rows.
@@ -111,7 +116,8 @@ inline bool is_for_hopper(const AttentionParams& p, bool backward) {
     bool any = false;
     for (const Axis& axis : {space_axis(p), time_axis(p)}) {
         if (axis.heads == 0 || is_packed(axis.N)) continue;
-        if (axis.N <= kGroupRows || hopper_bytes(axis.N, backward) > most_shared_bytes()) return false;
+        const int32_t bytes = hopper_bytes(axis.N, backward, p.cos != nullptr);
+        if (axis.N <= kGroupRows || bytes > most_shared_bytes()) return false;
         any = true;
     }
     return any;
@@ -133,22 +139,58 @@ int launch_with(const AttentionParams& p, void* stream) {
     shared = scratch > shared ? scratch : shared;
     const auto kernel =
         resident ? resident_attention<T, kSteps, kPlain, kBackward> : packed_attention<T, kSteps, kPlain, kBackward>;
-    return launch_over<kSteps, kBackward>(kernel, p, warps, shared, stream);
+    return launch_over<kSteps, kBackward>(kernel, p, p, warps, shared, stream);
+}
+
+// False where the copy engine does not take a tensor, as one that is broadcast: another kernel does.
+inline bool make_maps(HopperCall& call, bool backward) {
+    const AttentionParams& p = call.p;
+    const Grid* tensors[] = {&p.q, &p.k, &p.v, &p.d_o};
+    for (const Axis& axis : {space_axis(p), time_axis(p)}) {
+        if (axis.heads == 0 || is_packed(axis.N)) continue;
+        const int32_t box = box_rows((axis.N + 15) / 16 * 16);
+        for (int i = 0; i < (backward ? 4 : 3); ++i) {
+            const Grid& x = *tensors[i];
+            const TensorShape shape = {x.data,
+                                       2,
+                                       5,
+                                       {p.D, p.H, p.S, p.T, p.B},
+                                       {2, 2 * x.stride_h, 2 * x.stride_s, 2 * x.stride_t, 2 * x.stride_b},
+                                       {p.D, 1, axis.over_time ? 1 : box, axis.over_time ? box : 1, 1}};
+            TensorMap& map = (axis.over_time ? call.over_time : call.over_space).of[i];
+            if (!make_tensor_map(map, shape)) return false;
+        }
+    }
+    return true;
+}
+
+template <class T, bool kPlain, bool kBackward>
+int launch_hopper(const HopperCall& call, void* stream) {
+    const AttentionParams& p = call.p;
+    const bool rotary = p.cos != nullptr;
+    const int32_t longest = p.temporal_heads == p.H || p.T > p.S ? p.T : p.S;
+    const int32_t bytes = hopper_bytes(p.temporal_heads == 0 ? p.S : longest, kBackward, rotary);
+    const int32_t warps = kHopperThreads / 32, scratch = kBackward ? warps * packed_scratch_bytes(4, rotary) : 0;
+    return launch_over<4, kBackward>(hopper_attention<T, kPlain, kBackward>, call, p, warps,
+                                     scratch > bytes ? scratch : bytes, stream);
+}
+
+template <class T, int kSteps, bool kPlain, bool kBackward>
+int launch_steps(const AttentionParams& p, void* stream) {
+    if constexpr (kSteps == 4) {
+        HopperCall call = {p, {}, {}};
+        if (is_for_hopper(p, kBackward) && make_maps(call, kBackward)) {
+            return launch_hopper<T, kPlain, kBackward>(call, stream);
+        }
+    }
+    return launch_with<T, kSteps, kPlain, kBackward>(p, stream);
 }
 
 template <class T, int kSteps, bool kBackward>
 int launch_steps(const AttentionParams& p, void* stream) {
     const bool plain = p.scale > 0.f && p.softcap == 0.f && p.mask == nullptr && p.seed == nullptr && p.cos == nullptr;
-    if (!plain) return launch_with<T, kSteps, false, kBackward>(p, stream);
-    if constexpr (kSteps == 4) {
-        if (is_for_hopper(p, kBackward)) {
-            const int32_t longest = p.temporal_heads == p.H || p.T > p.S ? p.T : p.S;
-            const int32_t N = p.temporal_heads == 0 ? p.S : longest;
-            return launch_over<4, kBackward>(hopper_attention<T, kBackward>, p, kHopperThreads / 32,
-                                             hopper_bytes(N, kBackward), stream);
-        }
-    }
-    return launch_with<T, kSteps, true, kBackward>(p, stream);
+    return plain ? launch_steps<T, kSteps, true, kBackward>(p, stream)
+                 : launch_steps<T, kSteps, false, kBackward>(p, stream);
 }
 
 template <class T, bool kBackward>

@@ -1,44 +1,96 @@
-// The resident regime with Hopper's products: heads of 64 channels, plain scores, sequences of more than 64 tokens. A
-// block of two warpgroups takes one sequence, a warpgroup 64 rows at a time; the other rows go by in steps of 64 or 32,
-// at the end of 16. As in resident.cuh the backward goes over each sequence twice, by keys and by queries.
+// The resident regime with Hopper's products: heads of 64 channels, sequences of more than 64 tokens. A block of two
+// warpgroups takes one sequence, a warpgroup 64 rows at a time; the other rows go by in steps of 64 or 32, at the end
+// of 16. As in resident.cuh the backward goes over each sequence twice, by keys and by queries. Up to 32 rows at a
+// sequence's end are left to one or two warps of a group, and to their own products of 16 rows: of 196 tokens the last
+// four would else keep four warps as busy as sixty-four do. The copy engine brings a sequence's rows, asked by one
+// thread, swizzled as all products want them.
 //
 // Rows of the last 64 that are beyond a tensor's lie in what follows it in shared memory: what comes of them belongs to
 // rows that are not stored.
 #pragma once
 
+#include "resident_backward.cuh"
 #include "resident_forward.cuh"
 #include "resident_short.cuh"
+#include "verbs_hopper.cuh"
 
 namespace vivit::cuda {
 
 constexpr int kGroupRows = 64, kHopperThreads = 256;
 
-// What 64 rows may reach beyond the last tensor.
-VIVIT_BOTH int32_t hopper_bytes(int32_t N, bool backward) {
-    const int32_t bytes = backward ? Layout<4, true>(N).before_scratch() : Layout<4, false>(N).before_scratch();
-    return bytes + (kGroupRows - 16) * Pitch<4>::kBytes;
+// q, k, v and of a backward do as the copy engine knows them, a box of rows at a time.
+struct RowMaps {
+    TensorMap of[4];
+};
+
+// A call as the kernels get it. Of an axis whose sequences are packed there are no maps.
+struct HopperCall {
+    AttentionParams p;
+    RowMaps over_space, over_time;
+};
+
+// What the rows of a last tile may reach beyond the last tensor, of 64 rows 16 at most (see Cut), and a barrier.
+constexpr int32_t kBeyondRows = 16 * Pitch<4>::kBytes, kBeyond = kBeyondRows + 16;
+
+VIVIT_BOTH int32_t hopper_bytes(int32_t N, bool backward, bool rotary) {
+    return kBeyond + (backward ? Layout<4, true>(N).bytes(rotary) : Layout<4, false>(N).bytes(rotary));
 }
 
 // The first of a warp's rows among those of its warpgroup.
 VIVIT_DEVICE int32_t rows_of_warp() { return static_cast<int32_t>(threadIdx.x) / 32 % 4 * 16; }
 
-// A thread's part of copies to and from shared memory: chunk thread % 8 of rows thread / 8, + 32, ...
+// How a sequence, padded to sixteens, is cut: tiles of 64 rows for a warpgroup, and from `rest_from` on up to two
+// sixteens for single warps.
+struct Cut {
+    int32_t tiles, rest, rest_from;
+
+    VIVIT_DEVICE explicit Cut(int32_t rows) : tiles(rows / kGroupRows), rest(rows % kGroupRows / 16) {
+        if (rest > 2) ++tiles, rest = 0;
+        rest_from = tiles * kGroupRows;
+    }
+};
+
+// Rows of a box: as many as a copy may bring, in equal boxes of a sequence that is padded to `rows`.
+VIVIT_BOTH int32_t box_rows(int32_t rows) {
+    int32_t boxes = (rows + 255) / 256;
+    while (rows % (16 * boxes) != 0) ++boxes;
+    return rows / boxes;
+}
+
+// The rows of a block's sequence on their way: of all of its tensors, zeros where the sequence has no more. They are
+// there after phase_wait(barrier, 0).
+template <bool kBackward>
+struct Arriving {
+    PhaseBarrier* barrier;
+
+    VIVIT_DEVICE Arriving(const Block<4, kBackward>& block, const RowMaps& maps, const Axis& axis)
+        : barrier(reinterpret_cast<PhaseBarrier*>(block.memory + block.layout.before_scratch() + kBeyondRows)) {
+        if (block.thread() == 0) {
+            constexpr int32_t kTensors = Layout<4, kBackward>::kTensors;
+            const int32_t rows = block.layout.rows, box = box_rows(rows);
+            const Sequence at(block.first, axis);
+            phase_init(barrier, 1);
+            phase_fence();
+            phase_expect(barrier, kTensors * block.layout.tensor_bytes());
+            for (int32_t tensor = 0; tensor < kTensors; ++tensor) {
+                for (int32_t row = 0; row < rows; row += box) {
+                    char* to = block.rows(tensor, 0) + row * Pitch<4>::kBytes;
+                    copy_box(to, maps.of[tensor], barrier, 0, at.h, axis.over_time ? at.g : row,
+                             axis.over_time ? row : at.g, at.b);
+                }
+            }
+        }
+        block_barrier();
+    }
+    VIVIT_DEVICE void wait() const { phase_wait(barrier, 0); }
+};
+
+// A thread's part of o: chunk thread % 8 of rows thread / 8, + 32, ...
 struct Chunks {
     static constexpr int32_t kRows = kHopperThreads / 8;
     int32_t row, chunk;
 
     VIVIT_DEVICE Chunks() : row(static_cast<int32_t>(threadIdx.x) / 8), chunk(static_cast<int32_t>(threadIdx.x) % 8) {}
-
-    // `padded` rows of a tensor, as copy_rows; the swizzle is the same in all rows of a thread.
-    VIVIT_DEVICE void copy(char* to, const Rows& from, int32_t N, int32_t padded) const {
-        const char* source = from.row(row) + 16 * chunk;
-        char* target = to + Pitch<4>::place(row, chunk);
-#pragma unroll 2
-        for (int32_t i = row; i < padded; i += kRows) {
-            copy_16(target, i < N ? source : from.first, i < N);
-            source += kRows * from.step, target += kRows * Pitch<4>::kBytes;
-        }
-    }
 };
 
 // A step of 16 channels further in a descriptor.
@@ -55,38 +107,18 @@ VIVIT_DEVICE void group_across(float (&x)[kColumns / 8][4], uint64_t a, uint64_t
 
 // ---- forward ----
 
-// The next kColumns keys of 64 queries. kWhole: none of them is padding; else first_key and N say which are.
-template <class T, int kColumns, bool kWhole>
-VIVIT_DEVICE void hopper_attend_step(Attended<4>& sums, uint64_t q, uint64_t keys, uint64_t values, float unit,
-                                     int32_t first_key, int32_t N) {
+// The next kColumns keys of 64 queries, of which the warp has those from first_row on.
+template <class T, int kColumns, bool kPlain, bool kWhole>
+VIVIT_DEVICE void hopper_attend_step(Attended<4>& sums, uint64_t q, uint64_t keys, uint64_t values, const float* bias,
+                                     const Rules<kPlain>& rules, int64_t sequence, int32_t first_row,
+                                     int32_t first_key) {
     float x[kColumns / 8][4];
     group_begin();
     group_across<T, kColumns>(x, q, keys);
     group_commit();
     group_wait<0>();
     group_settle(x);
-    float highest[2] = {-kInfinity, -kInfinity};
-#pragma unroll
-    for (int i = 0; i < kColumns / 2; ++i) {
-        float& y = x[i / 4][i % 4];
-        if (!kWhole && first_key + 8 * (i / 4) + 2 * (lane_number() % 4) + i % 2 >= N) y = -kInfinity;
-        highest[i % 4 / 2] = fmaxf(highest[i % 4 / 2], y);
-    }
-    float base[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        base[r] = fmaxf(sums.most[r], largest_of_row(highest[r]) * unit);
-        const float shrink = exp2_fast(sums.most[r] - base[r]);
-        sums.most[r] = base[r], sums.total[r] *= shrink;
-#pragma unroll
-        for (int i = 0; i < 16; ++i) sums.o.of[i / 2][2 * r + i % 2] *= shrink;
-    }
-#pragma unroll
-    for (int i = 0; i < kColumns / 2; ++i) {
-        float& y = x[i / 4][i % 4];
-        y = exp2_fast(y * unit - base[i % 4 / 2]);
-        sums.total[i % 4 / 2] += y;
-    }
+    weigh_keys<4, kColumns / 8, kPlain, kWhole>(x, sums, bias, rules, sequence, first_row, first_key);
     uint32_t weights[kColumns / 16][4];
 #pragma unroll
     for (int j = 0; j < kColumns / 16; ++j) as_operand<T>(weights[j], x[2 * j], x[2 * j + 1]);
@@ -100,44 +132,48 @@ VIVIT_DEVICE void hopper_attend_step(Attended<4>& sums, uint64_t q, uint64_t key
 }
 
 // o and lse of 64 queries from first_row on, of one sequence.
-template <class T>
-VIVIT_DEVICE void hopper_attend(const Block<4, false>& block, int32_t first_row, const AttentionParams& p,
-                                const Axis& axis) {
-    const float unit = p.scale * kLog2E;
+template <class T, bool kPlain>
+VIVIT_DEVICE void hopper_attend(const Block<4, false>& block, int32_t first_row, const Rules<kPlain>& rules) {
     const uint64_t q = descriptor(block.rows(0, 0) + first_row * Pitch<4>::kBytes);
     const uint64_t keys = descriptor(block.rows(1, 0)), values = descriptor(block.rows(2, 0));
+    const float* bias = block.floats(0);
+    const int32_t mine = first_row + rows_of_warp(), in_steps = kPlain ? rules.axis.N : block.layout.rows;
     Attended<4> sums;
     int32_t key = 0;
 #pragma unroll 1
-    for (; key + 64 <= axis.N; key += 64) {
+    for (; key + 64 <= in_steps; key += 64) {
         const uint64_t skipped = key / 16 * kNextRows;
-        hopper_attend_step<T, 64, true>(sums, q, keys + skipped, values + skipped, unit, key, axis.N);
+        hopper_attend_step<T, 64, kPlain, kPlain>(sums, q, keys + skipped, values + skipped, bias + key, rules,
+                                                  block.first, mine, key);
     }
 #pragma unroll 1
-    for (; key < axis.N; key += 16) {
+    for (; key < in_steps; key += 16) {
         const uint64_t skipped = key / 16 * kNextRows;
-        hopper_attend_step<T, 16, false>(sums, q, keys + skipped, values + skipped, unit, key, axis.N);
+        hopper_attend_step<T, 16, kPlain, false>(sums, q, keys + skipped, values + skipped, bias + key, rules,
+                                                 block.first, mine, key);
     }
-    store_attended<T>(p, axis, Sequence(block.first, axis), first_row + rows_of_warp(), sums);
+    store_attended<T>(rules.p, rules.axis, Sequence(block.first, rules.axis), mine, sums);
 }
 
-template <class T>
-VIVIT_DEVICE void hopper_forward(const AttentionParams& p, const Axis& axis, int64_t number) {
-    const Block<4, false> block(axis, p.B, number);
-    const Sequence at(block.first, axis);
-    const Chunks chunks;
-    chunks.copy(block.rows(0, 0), Rows(p.q, at, axis), axis.N, block.layout.rows);
-    chunks.copy(block.rows(1, 0), Rows(p.k, at, axis), axis.N, block.layout.rows);
-    chunks.copy(block.rows(2, 0), Rows(p.v, at, axis), axis.N, block.layout.rows);
-    copies_commit();
-    copies_wait<0>();
-    group_fence();
-    block_barrier();
-    const int32_t group = same_in_warp(block.thread() / 128), groups = kHopperThreads / 128;
-#pragma unroll 1
-    for (int32_t first = group * kGroupRows; first < axis.N; first += groups * kGroupRows) {
-        hopper_attend<T>(block, first, p, axis);
+template <class T, bool kPlain>
+VIVIT_DEVICE void hopper_forward(const AttentionParams& p, const RowMaps& maps, const Axis& axis, int64_t number) {
+    const Block<4, false> block(axis, p.B, number, kBeyond);
+    const Arriving<false> arriving(block, maps, axis);
+    if (!kPlain) write_bias(p, axis, block);
+    arriving.wait();
+    if (!kPlain) {
+        if (p.cos != nullptr) block.template turn<T>(p, axis);
+        group_fence();
+        block_barrier();
     }
+    const Rules<kPlain> rules(p, axis);
+    const int32_t group = same_in_warp(block.thread() / 128), groups = kHopperThreads / 128;
+    const Cut cut(block.layout.rows);
+    int32_t tile = group;
+#pragma unroll 1
+    for (; tile < cut.tiles; tile += groups) hopper_attend<T>(block, tile * kGroupRows, rules);
+    const int32_t mine = same_in_warp(rows_of_warp());
+    if (tile == cut.tiles && mine < 16 * cut.rest) attend<T, 4>(block, 0, cut.rest_from + mine, rules);
 }
 
 // ---- backward ----
@@ -154,19 +190,16 @@ VIVIT_DEVICE void group_across_both(float (&x)[kColumns / 8][4], uint64_t a, uin
     group_settle(x), group_settle(y);
 }
 
-// The next kColumns queries, in dk and dv of 64 keys. floats: lse of the first of them, delta after `rows` more.
-template <class T, int kColumns>
+// The next kColumns queries, in dk and dv of 64 keys, of which the warp has those from first_key on. floats, may: as
+// differentiate_keys has them.
+template <class T, int kColumns, bool kPlain>
 VIVIT_DEVICE void hopper_keys_step(RowSums<4>& dk, RowSums<4>& dv, uint64_t k, uint64_t v, uint64_t queries,
-                                   uint64_t d_outputs, const float* floats, int32_t rows, float unit) {
+                                   uint64_t d_outputs, const float* floats, int32_t rows, const bool (&may)[2],
+                                   const Rules<kPlain>& rules, const Sequence& at, int32_t first_row,
+                                   int32_t first_key) {
     float x[kColumns / 8][4], dp[kColumns / 8][4];
     group_across_both<T, kColumns>(x, k, queries, dp, v, d_outputs);
-#pragma unroll
-    for (int i = 0; i < kColumns / 2; ++i) {
-        float &y = x[i / 4][i % 4], &dy = dp[i / 4][i % 4];
-        const int32_t place = 8 * (i / 4) + 2 * (lane_number() % 4) + i % 2;
-        y = exp2_fast(y * unit - floats[place]);
-        dy = y * (dy - floats[rows + place]);
-    }
+    differentiate_keys<true>(x, dp, floats, rows, may, rules, at, first_row, first_key);
     uint32_t weights[kColumns / 16][4], ds[kColumns / 16][4];
 #pragma unroll
     for (int j = 0; j < kColumns / 16; ++j) {
@@ -185,23 +218,17 @@ VIVIT_DEVICE void hopper_keys_step(RowSums<4>& dk, RowSums<4>& dv, uint64_t k, u
     group_settle(weights), group_settle(ds), group_settle(dv.of), group_settle(dk.of);
 }
 
-// The next kColumns keys, in dq of 64 queries.
-template <class T, int kColumns, bool kWhole>
+// The next kColumns keys, in dq of 64 queries, of which the warp has those from first_row on.
+template <class T, int kColumns, bool kPlain, bool kWhole>
 VIVIT_DEVICE void hopper_queries_step(RowSums<4>& dq, uint64_t q, uint64_t d_o, uint64_t keys, uint64_t values,
-                                      const float (&lse)[2], const float (&delta)[2], float unit, int32_t first_key,
-                                      int32_t N) {
+                                      const float (&lse)[2], const float (&delta)[2], const Rules<kPlain>& rules,
+                                      const Sequence& at, int32_t first_row, int32_t first_key) {
     float x[kColumns / 8][4], dp[kColumns / 8][4];
     group_across_both<T, kColumns>(x, q, keys, dp, d_o, values);
-#pragma unroll
-    for (int i = 0; i < kColumns / 2; ++i) {
-        float &y = x[i / 4][i % 4], &dy = dp[i / 4][i % 4];
-        y = exp2_fast(y * unit - lse[i % 4 / 2]);
-        if (!kWhole && first_key + 8 * (i / 4) + 2 * (lane_number() % 4) + i % 2 >= N) y = 0.f;
-        dy = y * (dy - delta[i % 4 / 2]);
-    }
+    differentiate_queries<kWhole>(x, dp, lse, delta, rules, at, first_row, first_key);
     uint32_t ds[kColumns / 16][4];
 #pragma unroll
-    for (int j = 0; j < kColumns / 16; ++j) as_operand<T>(ds[j], dp[2 * j], dp[2 * j + 1]);
+    for (int j = 0; j < kColumns / 16; ++j) as_operand<T>(ds[j], x[2 * j], x[2 * j + 1]);
     group_settle(ds), group_settle(dq.of);
     group_begin();
 #pragma unroll
@@ -212,39 +239,44 @@ VIVIT_DEVICE void hopper_queries_step(RowSums<4>& dq, uint64_t q, uint64_t d_o, 
 }
 
 // dk and dv of 64 keys.
-template <class T>
-VIVIT_DEVICE void hopper_gradients_of_keys(const Block<4, true>& block, int32_t first_key, const AttentionParams& p,
-                                           const Axis& axis) {
-    const float unit = p.scale * kLog2E;
+template <class T, bool kPlain>
+VIVIT_DEVICE void hopper_gradients_of_keys(const Block<4, true>& block, int32_t first_key, const Rules<kPlain>& rules) {
+    const AttentionParams& p = rules.p;
+    const Axis& axis = rules.axis;
     const int32_t skip = first_key * Pitch<4>::kBytes, rows = block.layout.rows;
     const uint64_t k = descriptor(block.rows(1, 0) + skip), v = descriptor(block.rows(2, 0) + skip);
     const uint64_t queries = descriptor(block.rows(0, 0)), d_outputs = descriptor(block.rows(3, 0));
-    const float* floats = block.floats(0);
+    const float* floats = block.floats(0) + 2 * (lane_number() % 4);
+    const int32_t mine = first_key + rows_of_warp(), g = lane_number() / 4;
+    const Sequence at(block.first, axis);
+    const bool may[2] = {kPlain || may_be_attended(p, at, axis, mine + g),
+                         kPlain || may_be_attended(p, at, axis, mine + g + 8)};
     RowSums<4> dk, dv;
     int32_t row = 0;
 #pragma unroll 1
     for (; row + 32 <= rows; row += 32) {
         const uint64_t skipped = row / 16 * kNextRows;
-        hopper_keys_step<T, 32>(dk, dv, k, v, queries + skipped, d_outputs + skipped, floats + row, rows, unit);
+        hopper_keys_step<T, 32>(dk, dv, k, v, queries + skipped, d_outputs + skipped, floats + row, rows, may, rules,
+                                at, row, mine);
     }
     if (row < rows) {
         const uint64_t skipped = row / 16 * kNextRows;
-        hopper_keys_step<T, 16>(dk, dv, k, v, queries + skipped, d_outputs + skipped, floats + row, rows, unit);
+        hopper_keys_step<T, 16>(dk, dv, k, v, queries + skipped, d_outputs + skipped, floats + row, rows, may, rules,
+                                at, row, mine);
     }
-    const Sequence at(block.first, axis);
-    store_rows<T>(p, Rows(p.dv, at, axis), first_key + rows_of_warp(), axis.N, dv, 1.f, 1.f);
-    store_rows<T>(p, Rows(p.dk, at, axis), first_key + rows_of_warp(), axis.N, dk, p.scale, p.scale);
+    store_rows<T>(p, Rows(p.dv, at, axis), mine, axis.N, dv, 1.f, 1.f);
+    store_gradient<T>(block, rules, p.dk, at, mine, dk);
 }
 
 // dq of 64 queries.
-template <class T>
-VIVIT_DEVICE void hopper_gradient_of_queries(const Block<4, true>& block, int32_t first_row, const AttentionParams& p,
-                                             const Axis& axis) {
-    const float unit = p.scale * kLog2E;
+template <class T, bool kPlain>
+VIVIT_DEVICE void hopper_gradient_of_queries(const Block<4, true>& block, int32_t first_row,
+                                             const Rules<kPlain>& rules) {
+    const Axis& axis = rules.axis;
     const int32_t skip = first_row * Pitch<4>::kBytes, rows = block.layout.rows;
     const uint64_t q = descriptor(block.rows(0, 0) + skip), d_o = descriptor(block.rows(3, 0) + skip);
     const uint64_t keys = descriptor(block.rows(1, 0)), values = descriptor(block.rows(2, 0));
-    const int32_t row = first_row + rows_of_warp() + lane_number() / 4;
+    const int32_t mine = first_row + rows_of_warp(), row = mine + lane_number() / 4;
     const float* floats = block.floats(0);
     float lse[2], delta[2];
 #pragma unroll
@@ -252,20 +284,22 @@ VIVIT_DEVICE void hopper_gradient_of_queries(const Block<4, true>& block, int32_
         const bool there = row + 8 * r < rows;
         lse[r] = there ? floats[row + 8 * r] : 0.f, delta[r] = there ? floats[rows + row + 8 * r] : 0.f;
     }
+    const Sequence at(block.first, axis);
     RowSums<4> dq;
     int32_t key = 0;
 #pragma unroll 1
     for (; key + 32 <= axis.N; key += 32) {
         const uint64_t skipped = key / 16 * kNextRows;
-        hopper_queries_step<T, 32, true>(dq, q, d_o, keys + skipped, values + skipped, lse, delta, unit, key, axis.N);
+        hopper_queries_step<T, 32, kPlain, true>(dq, q, d_o, keys + skipped, values + skipped, lse, delta, rules, at,
+                                                 mine, key);
     }
 #pragma unroll 1
     for (; key < axis.N; key += 16) {
         const uint64_t skipped = key / 16 * kNextRows;
-        hopper_queries_step<T, 16, false>(dq, q, d_o, keys + skipped, values + skipped, lse, delta, unit, key, axis.N);
+        hopper_queries_step<T, 16, kPlain, false>(dq, q, d_o, keys + skipped, values + skipped, lse, delta, rules, at,
+                                                  mine, key);
     }
-    store_rows<T>(p, Rows(p.dq, Sequence(block.first, axis), axis), first_row + rows_of_warp(), axis.N, dq, p.scale,
-                  p.scale);
+    store_gradient<T>(block, rules, rules.p.dq, at, mine, dq);
 }
 
 // o of up to 32 kMost rows on its way to delta: the loads are under way while the other tensors are copied.
@@ -306,40 +340,60 @@ struct Outputs {
     }
 };
 
+// Of the rest, sixteen number `sixteen`: dk, dv and dq by a warp each, which so has the registers for it.
+template <class T, bool kPlain>
+VIVIT_DEVICE void hopper_gradients_of_rest(const Block<4, true>& block, const Cut& cut, int32_t sixteen,
+                                           const Rules<kPlain>& rules) {
+    if (sixteen >= cut.rest) return;
+    const int32_t first = cut.rest_from + 16 * sixteen, which = same_in_warp(rows_of_warp()) / 16;
+    if (which == 0) gradients_of_keys<T, 4, kPlain, true, false>(block, 0, first, rules);
+    if (which == 1) gradients_of_keys<T, 4, kPlain, false, true>(block, 0, first, rules);
+    if (which == 2) gradient_of_queries<T, 4, kPlain>(block, 0, first, rules);
+}
+
+// lse of each row and delta = sum(do * o), where do is on its way.
 template <class T>
-VIVIT_DEVICE void hopper_backward(const AttentionParams& p, const Axis& axis, int64_t number) {
-    const Block<4, true> block(axis, p.B, number);
+VIVIT_DEVICE void load_statistics(const AttentionParams& p, const Axis& axis, const Block<4, true>& block,
+                                  const Arriving<true>& arriving) {
     const Sequence at(block.first, axis);
     const Chunks chunks;
     const int32_t rows = block.layout.rows;
-    chunks.copy(block.rows(3, 0), Rows(p.d_o, at, axis), axis.N, rows);
-    chunks.copy(block.rows(0, 0), Rows(p.q, at, axis), axis.N, rows);
-    chunks.copy(block.rows(1, 0), Rows(p.k, at, axis), axis.N, rows);
-    chunks.copy(block.rows(2, 0), Rows(p.v, at, axis), axis.N, rows);
-    copies_commit();
     float *lse = block.floats(0), *delta = lse + rows;
     Outputs<T> outputs;
     outputs.load(Rows(p.o, at, axis), chunks, 0, axis.N);
     for (int32_t row = block.thread(); row < rows; row += kHopperThreads) {
         lse[row] = row < axis.N ? load_one(p.lse + query_number(p, at, axis, row)) : kInfinity;
     }
-    copies_wait<0>();  // of do a thread reads now what it copied itself
-    group_fence();
+    arriving.wait();
     outputs.store_delta(block.rows(3, 0), chunks, 0, rows, delta);
     constexpr int32_t kPart = Outputs<T>::kMost * Chunks::kRows;
     for (int32_t first = kPart; first < rows; first += kPart) {
         outputs.load(Rows(p.o, at, axis), chunks, first, axis.N);
         outputs.store_delta(block.rows(3, 0), chunks, first, rows, delta);
     }
+}
+
+template <class T, bool kPlain>
+VIVIT_DEVICE void hopper_backward(const AttentionParams& p, const RowMaps& maps, const Axis& axis, int64_t number) {
+    const Block<4, true> block(axis, p.B, number, kBeyond);
+    load_statistics<T>(p, axis, block, Arriving<true>(block, maps, axis));
     block_barrier();
+    if (!kPlain && p.cos != nullptr) {
+        block.template turn<T>(p, axis);
+        group_fence();
+        block_barrier();
+    }
     const int32_t group = same_in_warp(block.thread() / 128), groups = kHopperThreads / 128;
-    const int32_t tiles = (axis.N + kGroupRows - 1) / kGroupRows;
+    const Cut cut(block.layout.rows);
+    const Rules<kPlain> rules(p, axis);
+    // before the tiles: what it needs would else lie in local memory while they are done
+    hopper_gradients_of_rest<T>(block, cut, groups - 1 - group, rules);
 #pragma unroll 1
-    for (int32_t i = group; i < 2 * tiles; i += groups) {  // the longer ones first
-        if (i < tiles) {
-            hopper_gradients_of_keys<T>(block, i * kGroupRows, p, axis);
+    for (int32_t i = group; i < 2 * cut.tiles; i += groups) {  // the longer ones first
+        if (i < cut.tiles) {
+            hopper_gradients_of_keys<T>(block, i * kGroupRows, rules);
         } else {
-            hopper_gradient_of_queries<T>(block, (i - tiles) * kGroupRows, p, axis);
+            hopper_gradient_of_queries<T>(block, (i - cut.tiles) * kGroupRows, rules);
         }
     }
 }

@@ -43,10 +43,11 @@ struct Block {
     Layout<kSteps, kBackward> layout;
     int64_t first;      // number of its first sequence
     int32_t sequences;  // of them
+    int32_t beyond;     // bytes before the scratch that nobody uses
     char* memory;
 
-    VIVIT_DEVICE Block(const Axis& axis, int32_t B, int64_t block)
-        : layout(axis.N), first(block * layout.per), memory(shared_memory()) {
+    VIVIT_DEVICE Block(const Axis& axis, int32_t B, int64_t block, int32_t unused = 0)
+        : layout(axis.N), first(block * layout.per), beyond(unused), memory(shared_memory()) {
         const int64_t left = axis.sequences(B) - first;
         sequences = static_cast<int32_t>(left < layout.per ? left : layout.per);
     }
@@ -58,7 +59,8 @@ struct Block {
         return reinterpret_cast<float*>(rows(layout.kTensors, 0)) + s * layout.kFloats * layout.rows;
     }
     VIVIT_DEVICE float* scratch() const {
-        return reinterpret_cast<float*>(memory + layout.before_scratch() + thread() / 32 * layout.scratch_bytes());
+        const int32_t of_warp = thread() / 32 * layout.scratch_bytes();
+        return reinterpret_cast<float*>(memory + layout.before_scratch() + beyond + of_warp);
     }
     static VIVIT_DEVICE int32_t thread() { return static_cast<int32_t>(threadIdx.x); }
     static VIVIT_DEVICE int32_t threads() { return static_cast<int32_t>(blockDim.x); }

@@ -49,7 +49,23 @@ VIVIT_DEVICE void store_gradient(const Block<kSteps, true>& block, const Rules<k
     }
 }
 
-// The share of 16 keys in dq of 16 queries. kWhole: no key of them is padding.
+// Of 16 queries and 8 kBlocks keys: products q k become dS, products do v are used up. kWhole: no key is padding.
+template <bool kWhole, int kBlocks, bool kPlain>
+VIVIT_DEVICE void differentiate_queries(float (&x)[kBlocks][4], float (&dp)[kBlocks][4], const float (&lse)[2],
+                                        const float (&delta)[2], const Rules<kPlain>& rules, const Sequence& at,
+                                        int32_t first_row, int32_t first_key) {
+    if (rules.drops()) {
+        multiply_dropped(dp, rules.dropout, first_key, [&](int r) {
+            return query_number(rules.p, at, rules.axis, first_row + lane_number() / 4 + 8 * r);
+        });
+    }
+    score_gradients(x, dp, rules.scores, lse, delta, [&](int32_t column) {
+        const int32_t key = first_key + column;
+        return kPlain ? kWhole || key < rules.axis.N : may_be_attended(rules.p, at, rules.axis, key);
+    });
+}
+
+// The share of 16 keys in dq of 16 queries.
 template <class T, int kSteps, bool kPlain, bool kWhole>
 VIVIT_DEVICE void queries_step(RowSums<kSteps>& dq, const Operand<kSteps>& q, const char* d_outputs, const char* keys,
                                const char* values, const Places<kSteps>& places, const float (&lse)[2],
@@ -58,15 +74,7 @@ VIVIT_DEVICE void queries_step(RowSums<kSteps>& dq, const Operand<kSteps>& q, co
     Pairs<1> x, dp;
     const Operand<kSteps> d_o(d_outputs);  // read once more in each step, as v by keys_step
     across_both<T>(x, q, keys, dp, d_o, values, places.across);
-    if (rules.drops()) {
-        multiply_dropped(dp.of[0], rules.dropout, first_key, [&](int r) {
-            return query_number(rules.p, at, rules.axis, first_row + lane_number() / 4 + 8 * r);
-        });
-    }
-    score_gradients(x, dp, rules.scores, lse, delta, [&](int32_t column) {
-        const int32_t key = first_key + column;
-        return kPlain ? kWhole || key < rules.axis.N : may_be_attended(rules.p, at, rules.axis, key);
-    });
+    differentiate_queries<kWhole>(x.blocks(), dp.blocks(), lse, delta, rules, at, first_row, first_key);
     uint32_t a[4];
     as_operand<T>(a, x.of[0][0], x.of[0][1]);
     along_rows<T>(dq, a, keys, places.along);
@@ -99,8 +107,20 @@ VIVIT_DEVICE void gradient_of_queries(const Block<kSteps, true>& block, int32_t 
     store_gradient<T>(block, rules, p.dq, at, first_row, dq);
 }
 
-// The share of 16 queries in dk and dv of 16 keys, those of them that are asked for. floats: lse of the first query
-// that the lane has, delta after `rows` more; may: whether keys g and g + 8 may be attended.
+// Of 16 keys and 8 kBlocks queries: products k q become the weights that dv sums, products v do, if kDk, dS. floats:
+// lse of the first query that the lane has, delta after `rows` more; may: whether keys g and g + 8 may be attended.
+template <bool kDk, int kBlocks, bool kPlain>
+VIVIT_DEVICE void differentiate_keys(float (&x)[kBlocks][4], float (&dp)[kBlocks][4], const float* floats, int32_t rows,
+                                     const bool (&may)[2], const Rules<kPlain>& rules, const Sequence& at,
+                                     int32_t first_row, int32_t first_key) {
+    weigh_keys_first<kDk>(x, dp, rules.scores, floats, floats + rows, may, [&](int32_t column, int r) {
+        if (!rules.drops()) return 1.f;
+        const int64_t number = query_number(rules.p, at, rules.axis, first_row + column);
+        return rules.dropout.factor(number, first_key + lane_number() / 4 + 8 * r);
+    });
+}
+
+// The share of 16 queries in dk and dv of 16 keys, those of them that are asked for.
 template <class T, int kSteps, bool kPlain, bool kDk, bool kDv>
 VIVIT_DEVICE void keys_step(RowSums<kSteps>& dk, RowSums<kSteps>& dv, const Operand<kSteps>& k, const char* values,
                             const char* queries, const char* d_outputs, const float* floats, int32_t rows,
@@ -115,11 +135,7 @@ VIVIT_DEVICE void keys_step(RowSums<kSteps>& dk, RowSums<kSteps>& dv, const Oper
 #pragma unroll
         for (int s = 0; s < kSteps; ++s) across_step<T>(x, k, queries, places.across, s);
     }
-    weigh_keys_first<kDk>(x, dp, rules.scores, floats, floats + rows, may, [&](int32_t column, int r) {
-        if (!rules.drops()) return 1.f;
-        const int64_t number = query_number(rules.p, at, rules.axis, first_row + column);
-        return rules.dropout.factor(number, first_key + lane_number() / 4 + 8 * r);
-    });
+    differentiate_keys<kDk>(x.blocks(), dp.blocks(), floats, rows, may, rules, at, first_row, first_key);
     uint32_t a[4];
     if (kDv) {
         as_operand<T>(a, x.of[0][0], x.of[0][1]);

@@ -11,7 +11,29 @@ struct Attended : Softmax {
     RowSums<kSteps> o;
 };
 
-// The next 16 kGroups keys: the sums are rescaled once. bias: of the first of them; kWhole: it is 0 for all of them.
+// Products of 16 queries and 8 kBlocks keys become the weights of these keys; the sums are rescaled once. bias: of the
+// first of the keys, where the call is not plain. kWhole: all of them may be attended.
+template <int kSteps, int kBlocks, bool kPlain, bool kWhole>
+VIVIT_DEVICE void weigh_keys(float (&x)[kBlocks][4], Attended<kSteps>& sums, const float* bias,
+                             const Rules<kPlain>& rules, int64_t sequence, int32_t first_row, int32_t first_key) {
+    // a plain score is the product times a positive number, so that the largest is found before it is scaled
+    const float unit = kPlain ? rules.scores.unit : 1.f;
+#pragma unroll
+    for (int i = 0; i < 4 * kBlocks; ++i) {
+        float& y = product(x, i);
+        if (!kPlain) y = rules.scores.of(y);
+        if (!kPlain && !kWhole) y += bias[column_of(i)];
+        if (kPlain && !kWhole && first_key + column_of(i) >= rules.axis.N) y = -kInfinity;
+    }
+    shrink_rows(sums.o, weigh(sums, x, unit));
+    if (!rules.drops()) return;
+    const Sequence at(sequence, rules.axis);
+    multiply_dropped(x, rules.dropout, first_key, [&](int r) {
+        return query_number(rules.p, at, rules.axis, first_row + lane_number() / 4 + 8 * r);
+    });
+}
+
+// The next 16 kGroups keys of 16 queries.
 template <class T, int kSteps, int kGroups, bool kPlain, bool kWhole>
 VIVIT_DEVICE void attend_step(Attended<kSteps>& sums, const Operand<kSteps>& q, const char* keys, const char* values,
                               const float* bias, const Places<kSteps>& places, const Rules<kPlain>& rules,
@@ -19,23 +41,9 @@ VIVIT_DEVICE void attend_step(Attended<kSteps>& sums, const Operand<kSteps>& q, 
     Pairs<kGroups> x;
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) across_step<T>(x, q, keys, places.across, s);
-    // a plain score is the product times a positive number, so that the largest is found before it is scaled
-    const float unit = kPlain ? rules.scores.unit : 1.f;
-#pragma unroll
-    for (int i = 0; i < 8 * kGroups; ++i) {
-        float& y = product(x, i);
-        if (!kPlain) y = rules.scores.of(y);
-        if (!kWhole) y += bias[column_of(i)];
-    }
-    shrink_rows(sums.o, weigh(sums, x, unit));
+    weigh_keys<kSteps, 2 * kGroups, kPlain, kWhole>(x.blocks(), sums, bias, rules, sequence, first_row, first_key);
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
-        if (rules.drops()) {
-            const Sequence at(sequence, rules.axis);
-            multiply_dropped(x.of[j], rules.dropout, first_key + 16 * j, [&](int r) {
-                return query_number(rules.p, at, rules.axis, first_row + lane_number() / 4 + 8 * r);
-            });
-        }
         uint32_t weights[4];
         as_operand<T>(weights, x.of[j][0], x.of[j][1]);
         along_rows<T>(sums.o, weights, values + 16 * j * Pitch<kSteps>::kBytes, places.along);
@@ -75,6 +83,17 @@ VIVIT_DEVICE void attend(const Block<kSteps, false>& block, int32_t s, int32_t f
     store_attended<T>(rules.p, rules.axis, Sequence(block.first + s, rules.axis), first_row, sums);
 }
 
+// What is added to the scores of each key.
+template <int kSteps>
+VIVIT_DEVICE void write_bias(const AttentionParams& p, const Axis& axis, const Block<kSteps, false>& block) {
+    const int32_t rows = block.layout.rows;
+    for (int32_t i = block.thread(); i < block.sequences * rows; i += block.threads()) {
+        const int32_t s = i / rows, key = i % rows;
+        const bool may = may_be_attended(p, Sequence(block.first + s, axis), axis, key);
+        block.floats(s)[key] = may ? 0.f : -kInfinity;
+    }
+}
+
 template <class T, int kSteps, bool kPlain>
 VIVIT_DEVICE void resident_forward(const AttentionParams& p, const Axis& axis, int64_t number) {
     const Block<kSteps, false> block(axis, p.B, number);
@@ -83,11 +102,7 @@ VIVIT_DEVICE void resident_forward(const AttentionParams& p, const Axis& axis, i
         block.copy(0, s, p.q, axis, p.D), block.copy(1, s, p.k, axis, p.D), block.copy(2, s, p.v, axis, p.D);
     }
     copies_commit();
-    for (int32_t i = block.thread(); i < sequences * rows; i += block.threads()) {
-        const int32_t s = i / rows, key = i % rows;
-        const bool may = kPlain ? key < axis.N : may_be_attended(p, Sequence(block.first + s, axis), axis, key);
-        block.floats(s)[key] = may ? 0.f : -kInfinity;
-    }
+    if (!kPlain) write_bias(p, axis, block);
     copies_wait<0>();
     block_barrier();
     if (!kPlain && p.cos != nullptr) block.template turn<T>(p, axis);

@@ -81,6 +81,8 @@ struct Places {
 template <int kGroups>
 struct Pairs {
     float of[kGroups][2][4] = {};  // [16, 16 kGroups], sixteen columns as two blocks of sums
+
+    VIVIT_DEVICE float (&blocks())[2 * kGroups][4] { return reinterpret_cast<float (&)[2 * kGroups][4]>(of); }
 };
 
 // d += a b^T over 16 channels, number s of the steps, b of 16 kGroups rows. Of all groups one step after the other:

@@ -122,7 +122,7 @@ template <int kGroups>
 VIVIT_DEVICE void hide(Pairs<kGroups>& x, const uint32_t (&may)[(kGroups + 1) / 2]) {
 #pragma unroll
     for (int i = 0; i < 8 * kGroups; ++i) {
-        if ((may[i / 16] >> column_of(i % 16) & 1u) == 0) product(x, i) = -kInfinity;
+        if ((may[i / 16] >> column_of(i % 16) & 1u) == 0) product(x.blocks(), i) = -kInfinity;
     }
 }
 

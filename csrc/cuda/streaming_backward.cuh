@@ -74,7 +74,7 @@ VIVIT_DEVICE void queries_step(RowSums<kSteps> (&dq)[kTiles], const Queries<kSte
             }
         }
         if (kPlain && hides) hide(x[tile], may);  // a plain score of minus infinity is that of a product
-        score_gradients(x[tile], dp[tile], rules.scores, own.lse[tile], own.delta[tile],
+        score_gradients(x[tile].blocks(), dp[tile].blocks(), rules.scores, own.lse[tile], own.delta[tile],
                         [&](int32_t column) { return kPlain || (may[column / 32] >> column % 32 & 1u) != 0; });
     }
 #pragma unroll
@@ -191,7 +191,7 @@ VIVIT_DEVICE void keys_step(RowSums<kSteps>& dk, RowSums<kSteps>& dv, const Left
         v.read(left.of[0], s);
         across_step<T>(dp, left, d_outputs + Pitch<kSteps>::further(places.across, s), 0, 0);
     }
-    weigh_keys_first<true>(x, dp, rules.scores, lse, delta, may, [&](int32_t column, int r) {
+    weigh_keys_first<true>(x.blocks(), dp.blocks(), rules.scores, lse, delta, may, [&](int32_t column, int r) {
         if (!rules.drops()) return 1.f;
         const int64_t number = rules.at.query_number(rules.p, first_row + column);
         return rules.dropout.factor(number, first_key + lane_number() / 4 + 8 * r);

@@ -39,11 +39,12 @@ VIVIT_DEVICE void attend_keys(RowSums<kSteps> (&o)[kTiles], Softmax (&sums)[kTil
     for (int tile = 0; tile < kTiles; ++tile) {
         if (!kPlain) {
 #pragma unroll
-            for (int i = 0; i < 8 * kGroups; ++i) product(x[tile], i) = rules.scores.of(product(x[tile], i));
+            for (int i = 0; i < 8 * kGroups; ++i)
+                product(x[tile].blocks(), i) = rules.scores.of(product(x[tile].blocks(), i));
         }
         if (hides) hide(x[tile], may);
         // a plain score is the product times a positive number, so that the largest is found before it is scaled
-        const float2 shrink = weigh(sums[tile], x[tile], kPlain ? rules.scores.unit : 1.f);
+        const float2 shrink = weigh(sums[tile], x[tile].blocks(), kPlain ? rules.scores.unit : 1.f);
         // the longer the way, the more seldom a key has a score larger than all before it
         if (lanes_where(shrink.x != 1.f || shrink.y != 1.f) != 0) shrink_rows(o[tile], shrink);
     }

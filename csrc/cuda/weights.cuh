@@ -1,16 +1,16 @@
-// From a warp's products of queries and keys to weights of values and to gradients of scores: what the kernels share
-// that take rows from shared memory. Columns of a lane: of block i / 4 of eight columns 2 t and 2 t + 1, in rows g and
-// g + 8.
+// From products of queries and keys to weights of values and to gradients of scores: what the kernels share that take
+// rows from shared memory, whether a warp multiplies or a warpgroup. A warp has 16 rows and 8 kBlocks columns of them:
+// a lane of block i / 4 columns 2 t and 2 t + 1, in rows g and g + 8.
 #pragma once
 
 #include "shared_rows.cuh"
 
 namespace vivit::cuda {
 
-// Number i of a lane's 8 kGroups products, and its column among the 16 kGroups.
-template <int kGroups>
-VIVIT_DEVICE float& product(Pairs<kGroups>& x, int i) {
-    return x.of[i / 8][i / 4 % 2][i % 4];
+// Number i of a lane's 4 kBlocks products, and its column.
+template <int kBlocks>
+VIVIT_DEVICE float& product(float (&x)[kBlocks][4], int i) {
+    return x[i / 4][i % 4];
 }
 VIVIT_DEVICE int32_t column_of(int i) { return 8 * (i / 4) + 2 * (lane_number() % 4) + i % 2; }
 
@@ -24,11 +24,11 @@ struct Softmax {
 
 // Scores, over `unit`, become weights 2^(score - largest so far). Returns what sums of earlier weights shrink by, in
 // rows g and g + 8.
-template <int kGroups>
-VIVIT_DEVICE float2 weigh(Softmax& sums, Pairs<kGroups>& x, float unit) {
+template <int kBlocks>
+VIVIT_DEVICE float2 weigh(Softmax& sums, float (&x)[kBlocks][4], float unit) {
     float highest[2] = {-kInfinity, -kInfinity}, base[2], shrink[2];
 #pragma unroll
-    for (int i = 0; i < 8 * kGroups; ++i) highest[i % 4 / 2] = fmaxf(highest[i % 4 / 2], product(x, i));
+    for (int i = 0; i < 4 * kBlocks; ++i) highest[i % 4 / 2] = fmaxf(highest[i % 4 / 2], product(x, i));
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         highest[r] = fmaxf(sums.most[r], largest_of_row(highest[r]) * unit);
@@ -37,7 +37,7 @@ VIVIT_DEVICE float2 weigh(Softmax& sums, Pairs<kGroups>& x, float unit) {
         sums.most[r] = highest[r], sums.total[r] *= shrink[r];
     }
 #pragma unroll
-    for (int i = 0; i < 8 * kGroups; ++i) {
+    for (int i = 0; i < 4 * kBlocks; ++i) {
         float& y = product(x, i);
         y = exp2_fast(y * unit - base[i % 4 / 2]);
         sums.total[i % 4 / 2] += y;
@@ -51,12 +51,12 @@ VIVIT_DEVICE void shrink_rows(RowSums<kSteps>& sums, float2 factors) {
     for (int i = 0; i < 8 * kSteps; ++i) sums.of[i / 4][i % 4] *= i % 4 < 2 ? factors.x : factors.y;
 }
 
-// Each pair of queries and 16 keys by what dropout multiplies its probability by. number(r): of the query of row g + 8
-// r.
-template <class Number>
-VIVIT_DEVICE void multiply_dropped(float (&x)[2][4], const Dropout& dropout, int32_t first_key, const Number& number) {
+// Each pair of queries and keys by what dropout multiplies its probability by. number(r): of the query of row g + 8 r.
+template <int kBlocks, class Number>
+VIVIT_DEVICE void multiply_dropped(float (&x)[kBlocks][4], const Dropout& dropout, int32_t first_key,
+                                   const Number& number) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 2 * kBlocks; ++i) {
         const int n = i / 2, r = i % 2;
         const float2 keep = dropout.factors(number(r), first_key + 8 * n + 2 * (lane_number() % 4));
         x[n][2 * r] *= keep.x, x[n][2 * r + 1] *= keep.y;
@@ -82,11 +82,11 @@ VIVIT_DEVICE void store_attended(const AttentionOptions& p, const Rows& to, int3
 
 // Products of q . k and gradients of the weights, in dp, become gradients of scores over the scale, in x. Of rows g and
 // g + 8 lse and delta; may(column): whether its key may be attended.
-template <int kGroups, bool kPlain, class May>
-VIVIT_DEVICE void score_gradients(Pairs<kGroups>& x, Pairs<kGroups>& dp, const Scores<kPlain>& scores,
+template <int kBlocks, bool kPlain, class May>
+VIVIT_DEVICE void score_gradients(float (&x)[kBlocks][4], float (&dp)[kBlocks][4], const Scores<kPlain>& scores,
                                   const float (&lse)[2], const float (&delta)[2], const May& may) {
 #pragma unroll
-    for (int i = 0; i < 8 * kGroups; ++i) {
+    for (int i = 0; i < 4 * kBlocks; ++i) {
         float& y = product(x, i);
         float weight = exp2_fast(scores.of(y) - lse[i % 4 / 2]);
         if (!may(column_of(i))) weight = 0.f;
@@ -116,11 +116,11 @@ VIVIT_DEVICE float delta_of_row(const char* o, bool there, const char* d_outputs
 // Products of k . q become probabilities that dropout has been at; gradients of the weights, in dp, those of scores
 // over the scale. lse, delta: of the query of the lane's first column, the others beside it; may: whether keys g and
 // g + 8 may be attended; keep(column, r): what dropout does to a query and key g + 8 r. kGradients: dp is wanted.
-template <bool kGradients, bool kPlain, class Keep>
-VIVIT_DEVICE void weigh_keys_first(Pairs<1>& x, Pairs<1>& dp, const Scores<kPlain>& scores, const float* lse,
-                                   const float* delta, const bool (&may)[2], const Keep& keep) {
+template <bool kGradients, int kBlocks, bool kPlain, class Keep>
+VIVIT_DEVICE void weigh_keys_first(float (&x)[kBlocks][4], float (&dp)[kBlocks][4], const Scores<kPlain>& scores,
+                                   const float* lse, const float* delta, const bool (&may)[2], const Keep& keep) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < 4 * kBlocks; ++i) {
         float &y = product(x, i), &dy = product(dp, i);
         const int place = 8 * (i / 4) + i % 2;
         float weight = exp2_fast(scores.of(y) - lse[place]);
