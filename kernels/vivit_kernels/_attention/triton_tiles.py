@@ -94,9 +94,10 @@ class Override:
 # heads of 64, single calls with the caches flushed, time on the device, at most 0.24 of the error budget; forward /
 # backward: along time 60 / 99, within frames 101 / 283, half of the heads each way 85 / 208, all tokens 584 / -
 #
-# Why a block takes one tile and is done (compiled for sm_90 by Triton 3.6, not measured): in a persistent loop over tiles
-# the forward of (64, 64) takes 202 registers instead of 117, so that 2 blocks share a multiprocessor instead of 4, and
-# (128, 64) 172 instead of 121, 1 instead of 2. What such a loop hides, the ends of a tile, the other blocks hide now.
+# Why a block takes one tile and is done (compiled for sm_90 by Triton 3.6, not measured): in a persistent loop over
+# tiles the forward of (64, 64) takes 202 registers instead of 117, so that 2 blocks share a multiprocessor instead of
+# 4, and (128, 64) 172 instead of 121, 1 instead of 2. What such a loop hides, the ends of a tile, the other blocks hide
+# now.
 #
 # Why dq has a pass of its own and no atomic variant beside it (computed, not measured): in blocks of 64 keys these 8 x
 # 3136 tokens add 49 times to each of 19 million sums, 944 million reductions of 4 bytes. An H100's L2, taken as 96
