@@ -1,8 +1,8 @@
 """`python -m bench report`: the records become tables in Markdown, and figures beside them.
 
-README's tables stand between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`, NAME one of `ops`, `models`, `memory`
-and `figures`; every other case and dtype goes to a README.md in the folder of the records. The same records give the
-same text, byte for byte; `--check` compares and writes nothing.
+README's tables stand between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`, NAME one of `ops`, `models`, `memory`,
+`gains` and `figures`; every other case and dtype goes to a README.md in the folder of the records. The same records
+give the same text, byte for byte; `--check` compares and writes nothing.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ import sys
 from pathlib import Path
 
 from vivit.config import nearest
+from vivit_kernels import gains
 
-from . import plots, tables
+from . import gain_tables, plots, tables
 from .record import RESULTS, ROOT, Record, read
 
 _NOTHING = {
     "ops": "No record yet: `python -m bench --out bench/results` measures.",
     "models": "No record of a whole model yet: `python -m bench models --out bench/results` measures.",
     "memory": "No record of memory yet: `python -m bench memory --out bench/results` measures.",
+    "gains": "No record yet: `python -m bench accelerate --keep` measures.",
     "figures": "No figure yet: there is no record to draw.",
 }
 _MARKER = re.compile(r"^<!-- (/?)bench:(\S+) -->$")
@@ -34,6 +36,7 @@ def sections(records: list[Record], figures: str, details: str) -> dict[str, lis
         "ops": [*ops, "", f"All cases, dtypes and figures: [{details}]({details})."] if ops else [],
         "models": tables.models(records),
         "memory": tables.memory(records),
+        "gains": gain_tables.lines(gains.records()),
         "figures": _pictures(records, figures),
     }
     return {name: lines or [_NOTHING[name]] for name, lines in found.items()}

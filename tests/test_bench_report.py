@@ -420,7 +420,8 @@ def test_what_cannot_be_used_says_what_to_do(folder, capsys):
     assert "no <!-- /bench:ops --> after" in complaint()
 
 
-def test_no_record_is_said_and_not_hidden():
+def test_no_record_is_said_and_not_hidden(monkeypatch):
+    monkeypatch.setattr(report.gains, "records", lambda: ())
     sections = report.sections([], "figures", "records/README.md")
     assert all(len(lines) == 1 and lines[0].startswith("No ") for lines in sections.values())
     assert plots.planned([]) == []
