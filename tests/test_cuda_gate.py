@@ -90,7 +90,7 @@ def test_what_is_planted_is_noticed(planted):
     assert len(found) == 1 and found[0].startswith("name: begins with neither packed nor resident nor hopper")
     name, (kernel, _) = "hopper_attention<bfloat16>", planted["packed_good<float4, true>"]
     assert cuda_gate.complaints(name, kernel) == [
-        f"opcode: no {opcode}" for opcode in ("HMMA", "MOVM", "HGMMA", "LDGSTS.128", "STG.64")
+        f"opcode: no {opcode}" for opcode in ("HMMA", "MOVM", "HGMMA", "UTMALDG", "LDSM", "STG.64")
     ]
     assert cuda_gate.complaints(name, dataclasses.replace(kernel, arch=80)) == []
 
