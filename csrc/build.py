@@ -114,6 +114,7 @@ def device_flags(chosen: Plan) -> list[str]:
     of the forward in one dtype, nvcc 13.0) for a tenth of a second, unpacked when the GPU loads it."""
     codes = [f"arch=compute_{re.sub(r'^[a-z]+_', '', arch)},code={arch}" for arch in chosen.arches]
     host = ["-ccbin", chosen.cxx[-1], "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
+    host += ["-DVIVIT_SM90A"] if "sm_90a" in chosen.arches else []  # launchers ask for Hopper's kernels only then
     return ["-std=c++17", "-O3", "-Xfatbin=-compress-all", *host] + [
         flag for code in codes for flag in ("-gencode", code)
     ]

@@ -37,6 +37,7 @@ ISA_FLAGS = {"portable": [], "avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": [*
 # PTX 8.0 for what comes later, which a driver compiles at the first call. It is what sm_80 is made from, so it takes no
 # time here; machine code for one more GPU takes half as much again.
 CUDA_ARCHES = ["sm_80", "compute_80", "sm_90a"]
+SPECIFIC = {90: "a"}  # machine code for 9.0 is that of 9.0a: the same GPUs, with their warpgroups' products
 OLDEST_ARCH = 80
 
 
@@ -176,7 +177,8 @@ def cuda_arches(chosen: str, known: str) -> tuple[str, ...]:
             raise BuildError(
                 f"TORCH_CUDA_ARCH_LIST={chosen!r}: this nvcc does not know {entry}", "leave it out, or a newer CUDA"
             )
-        arches += [f"sm_{number}{letter}"] + [f"compute_{number}{letter}"] * bool(ptx)
+        machine = letter or SPECIFIC.get(number, "")
+        arches += [f"sm_{number}{machine}"] + [f"compute_{number}{letter}"] * bool(ptx)
     if not arches:
         raise BuildError(f"TORCH_CUDA_ARCH_LIST={chosen!r}: no GPU of it runs the CUDA kernels", "name sm_80 or newer")
     return tuple(dict.fromkeys(arches))

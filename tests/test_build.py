@@ -102,7 +102,7 @@ CODES = "sm_75\nsm_80\nsm_90\nsm_100\ncompute_75\n"
         ("", CODES, ("sm_80", "compute_80", "sm_90a")),
         ("", "sm_75\nsm_80\n", ("sm_80", "compute_80")),
         ("8.0;9.0a+PTX", CODES, ("sm_80", "sm_90a", "compute_90a")),
-        ("5.0 7.5 9.0+PTX", CODES, ("sm_90", "compute_90")),
+        ("5.0 7.5 9.0+PTX", CODES, ("sm_90a", "compute_90")),
         ("10.0", CODES, ("sm_100",)),
         ("7.5", CODES, "no GPU of it runs the CUDA kernels"),
         ("Hopper", CODES, "'Hopper' is no GPU\n  -> write it like"),
@@ -281,16 +281,20 @@ def test_cuda_sources_are_compiled_by_nvcc_for_the_chosen_gpus(tree, tmp_path):
     write(tree, {"bindings.cpp": CUDA_BINDINGS, "cuda/kernel.cu": "int cuda_number() { return 1; }\n"})
     done = run_build(tree, CUDA_HOME=str(home), TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX", CXX="g++")
     assert {"kernel.cu", "bindings.cpp", "_C.so"} <= compiled(done)
-    line = "native library: CPU and CUDA (sm_80 sm_90 compute_90): nvcc 13.0 is here; g++"
+    line = "native library: CPU and CUDA (sm_80 sm_90a compute_90): nvcc 13.0 is here; g++"
     assert done.stdout.startswith(line)
     commands = log.read_text().splitlines()
     compiling = next(command for command in commands if "kernel.cu" in command)
-    for arch in ("arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"):
+    for arch in ("arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_90,code=compute_90"):
         assert f"-gencode {arch}" in compiling
+    assert "-DVIVIT_SM90A" in compiling
     assert any("-shared" in command for command in commands)
     record = library.read_record(built(tree))
     assert record and record.kind == "cuda" and answer_of(built(tree)) == 1
     assert compiled(run_build(tree, CUDA_HOME=str(home), TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX", CXX="g++")) == set()
+    assert "kernel.cu" in compiled(run_build(tree, CUDA_HOME=str(home), TORCH_CUDA_ARCH_LIST="8.0+PTX", CXX="g++"))
+    compiling = [command for command in log.read_text().splitlines() if "kernel.cu" in command][-1]
+    assert "-DVIVIT_SM90A" not in compiling  # on a Hopper its PTX has no such kernels
 
 
 @pytest.mark.full

@@ -112,7 +112,7 @@ int launch_over(void (*kernel)(Call), const Call& call, const AttentionParams& p
 
 // Whether Hopper's kernel runs such a call: every sequence is packed or long enough for tiles of 64 rows.
 inline bool is_for_hopper(const AttentionParams& p, bool backward) {
-    if (p.D != 64 || current_arch() != 90) return false;
+    if (p.D != 64 || !has_hopper_kernels()) return false;
     bool any = false;
     for (const Axis& axis : {space_axis(p), time_axis(p)}) {
         if (axis.heads == 0 || is_packed(axis.N)) continue;

@@ -56,7 +56,7 @@ int launch_dtype(const JointParams& p, void* stream) {
 bool joint_hopper_runs(const JointParams& p) {
     const bool plain = p.scale > 0.f && p.softcap == 0.f && p.mask == nullptr && p.seed == nullptr && p.cos == nullptr;
     if (!plain || p.dtype == DType::kFloat32 || p.D <= 32 || p.D > 64 || p.D % 8 != 0) return false;
-    if (p.N_q < 1 || p.N_k < 1 || current_arch() != 90) return false;
+    if (p.N_q < 1 || p.N_k < 1 || !has_hopper_kernels()) return false;
     JointHopperParams made;
     return prepare(made, p, HopperMemory<Chosen>::kQueries);
 }

@@ -316,6 +316,16 @@ inline int current_arch() {
     return 10 * major + minor;
 }
 
+// Whether kernels that are for sm_90a alone run on the current device: elsewhere, and in PTX of an older architecture
+// that the driver compiles for it, they are empty. csrc/build.py says whether their machine code is in the library.
+inline bool has_hopper_kernels() {
+#if defined(VIVIT_SM90A)
+    return current_arch() == 90;
+#else
+    return false;
+#endif
+}
+
 }  // namespace vivit::cuda
 
 #endif  // VIVIT_SIM

@@ -347,6 +347,7 @@ int launch(void (*kernel)(Params), int64_t blocks, int threads, int shared_bytes
 }
 
 inline int current_arch() { return sim::schedule.arch; }
+inline bool has_hopper_kernels() { return current_arch() == 90; }
 inline int most_shared_bytes() { return sim::schedule.most_shared_bytes; }
 
 }  // namespace vivit::cuda
