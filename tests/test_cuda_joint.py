@@ -7,6 +7,7 @@ simulator ends a run that reads or writes anything but rows of this call's tenso
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import cuda_simulator
@@ -17,21 +18,24 @@ from cuda_simulator import expect
 from parity_grid import grid
 from test_cuda_attention import poisoned
 
+from vivit_kernels import joint_attention
 from vivit_kernels._attention.options import check_options
+from vivit_kernels._attention.support import cuda_joint_refusals
+from vivit_kernels._dispatch import Call
 from vivit_kernels.numerics import judge
 
 DTYPES = [torch.bfloat16, torch.float16]
 # Queries are kept by 128 or 64, keys by 64; both go by in tiles of 64 or 32, in steps of 16 to 64.
-TOKENS = [1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200]
+TOKENS = [15, 16, 17, 63, 64, 65, 127, 128, 129, 200]
 AXES = joint.AXES | {
     "dtype": DTYPES,
     "D": [16, 24, 40, 64, 72, 80, 96, 128, 160],
     "N": TOKENS,
-    "N_k": ["same", "same", 1, 17, 33, 65, 150],
+    "N_k": ["same", "same", 17, 33, 65, 150],
     "schedule": [0, 1, 2, 3, 4],
     "arch": [80, 90],
 }
-EVERY_RUN = {"N": [1, 15, 17, 64, 65, 129], "N_k": ["same", "same", 1, 33, 150], "schedule": [0, 1, 2]}
+EVERY_RUN = {"N": [15, 17, 64, 65, 129], "N_k": ["same", "same", 33, 150], "schedule": [0, 1, 2]}
 CROSSES = [["D", "extra", "mask"], ["N", "N_k"], ["D", "layout", "schedule"]]
 
 
@@ -73,6 +77,19 @@ def test_parity(case, monkeypatch):
 
     monkeypatch.setattr(joint, "joint_attention", run)
     joint.check_case(case, torch.device("cpu"), "cuda", B=2 if case["mask"] == "a clip has none" else 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N, N_k", [(1, 1), (1, 65), (200, 1)])
+def test_a_single_query_or_key(N, N_k, dtype):
+    """Forward alone: with gradients support.py refuses the call."""
+    q, k, v, _ = tensors(N, N_k, dtype=dtype)
+    exact, eager = (joint_attention(q.to(d), k.to(d), v.to(d), backend="torch") for d in (torch.float64, dtype))
+    assert judge(simulated(q, k, v), exact, eager).ok
+    call = Call("joint_attention", tuple(q.shape), dtype, "cuda", True, arch=90, keys=N_k)
+    assert any("single query or key" in refusal.reason for refusal in cuda_joint_refusals(call))
+    call = dataclasses.replace(call, needs_grad=False)
+    assert not any("single query or key" in refusal.reason for refusal in cuda_joint_refusals(call))
 
 
 def step(q, k, v, do, **options):
