@@ -4,6 +4,7 @@
 
 #include "cuda/joint.h"
 #include "cuda_sim/calls.h"
+#include "cuda_sim/options.h"
 
 namespace vivit::cuda::sim {
 
@@ -29,14 +30,8 @@ JointParams params_of(const JointCall& call, Run& run, bool writes_lse) {
     JointParams p;
     p.B = size(call.q, 0), p.N_q = size(call.q, 1), p.H = size(call.q, 2), p.D = size(call.q, 3);
     p.N_k = size(call.k, 1);
-    p.dtype = static_cast<DType>(call.dtype);
     p.q = tokens(run, "q", call.q), p.k = tokens(run, "k", call.k), p.v = tokens(run, "v", call.v);
-    p.lse = run.add<float>("lse", call.lse, writes_lse);
-    p.mask = run.add<const bool>("mask", call.mask);
-    p.cos = run.add<const float>("cos", call.cos), p.sin = run.add<const float>("sin", call.sin);
-    p.scale = static_cast<float>(call.scale), p.softcap = static_cast<float>(call.softcap);
-    p.seed = run.add<const int64_t>("seed", call.seed);
-    if (p.seed != nullptr) set_dropout(p, call.dropout_p);
+    sim::set_options(p, call, run, writes_lse);
     return p;
 }
 

@@ -8,6 +8,7 @@
 #include "cuda_sim/calls.h"
 #include "cuda_sim/examples.cuh"
 #include "cuda_sim/group_examples.cuh"
+#include "cuda_sim/options.h"
 
 namespace vivit::cuda::sim {
 
@@ -49,14 +50,8 @@ AttentionParams params_of(const Call& call, Run& run, bool writes_lse) {
     const auto size = [&](int i) { return static_cast<int32_t>(sizes.at(i)); };
     p.B = size(0), p.T = size(1), p.S = size(2), p.H = size(3), p.D = size(4);
     p.temporal_heads = call.temporal_heads;
-    p.dtype = static_cast<DType>(call.dtype);
     p.q = grid(run, "q", call.q), p.k = grid(run, "k", call.k), p.v = grid(run, "v", call.v);
-    p.lse = run.add<float>("lse", call.lse, writes_lse);
-    p.mask = run.add<const bool>("mask", call.mask);
-    p.cos = run.add<const float>("cos", call.cos), p.sin = run.add<const float>("sin", call.sin);
-    p.scale = static_cast<float>(call.scale), p.softcap = static_cast<float>(call.softcap);
-    p.seed = run.add<const int64_t>("seed", call.seed);
-    if (p.seed != nullptr) set_dropout(p, call.dropout_p);
+    sim::set_options(p, call, run, writes_lse);
     return p;
 }
 
