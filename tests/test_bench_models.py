@@ -171,7 +171,9 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize(
+    "dtype", ["autocast", *(pytest.param(x, marks=pytest.mark.full) for x in ("float32", "bfloat16"))]
+)
 def test_a_wrong_kernel_is_found_in_the_whole_model(monkeypatch, tmp_path, dtype):
     spec, path = replace(TINY, dtype=dtype, step="train"), str(tmp_path / "expected.pt")
     session(zoo.reference_of(spec)).expect(path)

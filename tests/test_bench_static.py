@@ -258,6 +258,7 @@ def test_a_launcher_that_wants_a_gpu_is_a_line(child):
 
 
 @needs_triton
+@pytest.mark.full
 def test_the_ceilings_kernel_is_compiled_even_where_kernels_are_interpreted(monkeypatch, capfd):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="interpreted, not compiled"):

@@ -60,9 +60,9 @@ def chosen(tmp_path):
 
 def test_an_ordinary_process_leaves_them_to_others(chosen):
     assert chosen() == {"test_plain"}
-    assert chosen("-m", "not gpu") == {"test_plain"}
 
 
+@pytest.mark.full
 def test_on_a_gpu_they_run_in_an_ordinary_process(chosen):
     assert chosen("-m", "gpu and not full") == {"test_kernel[cuda]"}
     assert chosen("-m", "gpu") == {"test_kernel[cuda]", "test_more[cuda]"}
@@ -71,4 +71,10 @@ def test_on_a_gpu_they_run_in_an_ordinary_process(chosen):
 def test_an_interpreting_process_runs_nothing_else(chosen):
     some = {"test_kernel[cpu]", "test_about_the_interpreter"}
     assert chosen(TRITON_INTERPRET="1") == some
-    assert chosen("-m", "not gpu", TRITON_INTERPRET="1") == some | {"test_more[cpu]"}
+
+
+@pytest.mark.full
+def test_every_tier_is_divided_in_the_same_way(chosen):
+    assert chosen("-m", "not gpu") == {"test_plain"}
+    every = {"test_kernel[cpu]", "test_more[cpu]", "test_about_the_interpreter"}
+    assert chosen("-m", "not gpu", TRITON_INTERPRET="1") == every

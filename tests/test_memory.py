@@ -113,7 +113,9 @@ SIZES = dict(frames=8, height=64, width=80, tubelet=(2, 8, 8), embedding=64, mlp
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3], ids=["", "dropout"])
-@pytest.mark.parametrize("precision", ["float64", "float32", "autocast"])
+@pytest.mark.parametrize(
+    "precision", ["autocast", *(pytest.param(x, marks=pytest.mark.full) for x in ("float64", "float32"))]
+)
 @pytest.mark.parametrize("level", memory.LEVELS)
 @pytest.mark.parametrize("attention", MODELS)
 def test_bytes_are_as_predicted(attention, level, precision, p):

@@ -1,5 +1,7 @@
 """The ops as PyTorch sees them: opcheck, torch.compile, export, autocast, FLOPs, dropout's bits."""
 
+import itertools
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -12,15 +14,20 @@ from vivit_kernels._philox import keep_mask, philox
 
 ops = torch.ops.vivit_kernels
 OPTIONS = (0.25, 0.0, 0.0, "torch")
+QUICK = [(True, 0.4, torch.float32), (False, 0.0, torch.bfloat16)]
 
 
 def leaves(*shapes, dtype=torch.float32):
     return [torch.randn(s, dtype=dtype, requires_grad=True) for s in shapes]
 
 
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "packed, dropout_p, dtype",
+    [
+        pytest.param(*case, marks=[] if case in QUICK else [pytest.mark.full])
+        for case in itertools.product((True, False), (0.0, 0.4), (torch.float32, torch.bfloat16))
+    ],
+)
 def test_opcheck_attention(packed, dropout_p, dtype):
     seed = torch.tensor([5, 0]) if dropout_p else None
     mask = torch.ones(2, 12, dtype=torch.bool)
@@ -75,9 +82,10 @@ def small(attention="factorized_encoder", **changes):
 
 VIDEO = torch.arange(3 * 3 * 4 * 16 * 16).view(3, 3, 4, 16, 16).remainder(251).to(torch.uint8)
 MODELS = ["joint", "factorized_encoder", "factorized_self_attention", "factorized_dot_product"]
+ONE_QUICK = [pytest.param(name, marks=[pytest.mark.full] if name != "factorized_encoder" else []) for name in MODELS]
 
 
-@pytest.mark.parametrize("attention", MODELS)
+@pytest.mark.parametrize("attention", ONE_QUICK)
 def test_compile_fullgraph_with_any_batch_size(attention):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -113,7 +121,7 @@ def test_compile_with_inductor_trains():
         torch.testing.assert_close(compiled[name], p.grad, msg=name)
 
 
-@pytest.mark.parametrize("attention", MODELS)
+@pytest.mark.parametrize("attention", ONE_QUICK)
 def test_export_with_a_dynamic_batch(attention, tmp_path):
     model = small(attention).eval()
     program = torch.export.export(model, (VIDEO,), dynamic_shapes=({0: torch.export.Dim("B", min=1, max=64)},))
