@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--init", help="weights to start from: an image ViT or a ViViT")
     train.add_argument("--out", default="", help="folder of the run (runs/<config>)")
     train.add_argument("--memory", default="", metavar="LEVEL", help="fast, balanced, small or smallest (see info)")
+    train.add_argument("--parallel", default="", metavar="KIND", help="of the processes of torchrun: ddp or fsdp")
     train.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly")
     train.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting: optimizer.lr=0.05"
@@ -98,30 +100,40 @@ def parser() -> argparse.ArgumentParser:
 
 
 def command_train(args: argparse.Namespace) -> int:
-    from .train import Run
+    from . import parallel
 
-    config = recipe.load(args.config, [*args.set, *([f"memory={args.memory}"] if args.memory else [])])
+    words = {"memory": args.memory, "parallel": args.parallel}
+    config = recipe.load(args.config, [*args.set, *(f"{key}={word}" for key, word in words.items() if word)])
     config = _with_data(config, path=args.data, val=args.val, videos=args.videos)
     if args.init:
         config = dataclasses.replace(config, init=dataclasses.replace(config.init, path=args.init))
+    with parallel.started(config) as world:
+        return _train(config, Path(args.out or f"runs/{Path(args.config).stem}"), args.resume, world)
+
+
+def _train(config: recipe.TrainConfig, out: Path, resume: bool, world: Any) -> int:
+    from .train import Run
+
     training, validation, config = recipe.datasets(config)
-    out = Path(args.out or f"runs/{Path(args.config).stem}")
-    run = Run(config, training, out, args.resume)
+    run = Run(config, training, out, resume, world)
     held = len(validation) if validation else 0
-    print(decoder_line(config.data.decoder))
+    tell = print if world.first else lambda *_, **__: None
+    tell(decoder_line(config.data.decoder))
     if training.note:
-        print(training.note)
+        tell(training.note)
     parameters = sum(p.numel() for p in run.model.parameters())
-    print(
+    tell(
         f"{len(training)} videos of {config.model.classes} classes, {held} held out; "
-        f"{run.total} steps from {run.step}, {parameters:,} parameters on {run.device}",
+        f"{run.total} steps from {run.step}, {parameters:,} parameters on {run.device}{world}",
         flush=True,
     )
     if run.started:
-        print(run.started, flush=True)
+        tell(run.started, flush=True)
     result = run.fit(validation)
-    print(" ".join(f"{key}={value:.4g}" for key, value in result.items()))
-    print(f"{out}: model.safetensors, run.json, log.jsonl, checkpoint.pt{_curve(out, config.model.classes)}")
+    tell(" ".join(f"{key}={value:.4g}" for key, value in result.items()))
+    if world.first:
+        state = "a checkpoint folder" if world.together else "checkpoint.pt"
+        print(f"{out}: model.safetensors, run.json, log.jsonl, {state}{_curve(out, config.model.classes)}")
     return 0
 
 
@@ -293,6 +305,11 @@ def command_demo(args: argparse.Namespace) -> int:
     return 1 if missed else 0
 
 
+def _who() -> str:
+    """Which of the processes of torchrun this is."""
+    return f" [process {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+
+
 def main(argv: list[str] | None = None) -> int:
     """The exit status; a mistake of the user is one message on stderr and status 2."""
     argv = sys.argv[1:] if argv is None else argv
@@ -311,13 +328,14 @@ def main(argv: list[str] | None = None) -> int:
         return commands[args.command](args)
     except Interrupted as stop:
         again = "" if args.command == "demo" else " with --resume"
-        print(f"vivit {args.command}: {stop}\n  -> the same command{again} goes on", file=sys.stderr)
+        if _who() in ("", " [process 0]"):  # all of them stop together
+            print(f"vivit {args.command}: {stop}\n  -> the same command{again} goes on", file=sys.stderr)
         return stop.code
     except KeyboardInterrupt:
         print(f"vivit {args.command}: stopped", file=sys.stderr)
         return 130
     except (DataError, LoaderError, VideoError, TrainingError, ValueError, ModuleNotFoundError, OSError) as error:
-        print(f"vivit {args.command}: {error}", file=sys.stderr)
+        print(f"vivit {args.command}{_who()}: {error}", file=sys.stderr)
         return 2
 
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .parallel import laid_out, local
+
 
 class Average:
     """After each step `value = decay * value + (1 - decay) * weight`; beginning with the weights as they are.
@@ -24,8 +26,8 @@ class Average:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         for name, p in model.named_parameters():
-            value = self.values[name]
-            value.lerp_(p.detach().to(value.device), 1 - self.decay)
+            value = local(self.values[name])
+            value.lerp_(local(p).to(value.device), 1 - self.decay)
 
     @contextmanager
     def inside(self, model: nn.Module) -> Iterator[None]:
@@ -40,8 +42,14 @@ class Average:
     def _exchange(self, model: nn.Module) -> None:
         for name, p in model.named_parameters():
             value = self.values[name]
-            p.data, self.values[name] = value.to(p.device), p.data.to(value.device)
+            if hasattr(p, "to_local"):  # FSDP gathers from the memory that it gave the parameter: its contents change
+                mine, mean = local(p), local(value)
+                before = mine.clone()
+                mine.copy_(mean)
+                mean.copy_(before)
+            else:
+                p.data, self.values[name] = value.to(p.device), p.data.to(value.device)
 
     def load(self, values: dict[str, Tensor]) -> None:
         for name, value in self.values.items():
-            value.copy_(values[name])
+            value.copy_(laid_out(values[name], value))

@@ -80,5 +80,7 @@ def random_state() -> dict[str, Any]:
 
 def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+    if isinstance(state["cuda"], torch.Tensor):  # of the one device of a process among several
+        torch.cuda.set_rng_state(state["cuda"])
+    elif state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

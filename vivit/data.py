@@ -11,7 +11,7 @@ is counted in `Problems` and reported at the end.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -297,6 +297,19 @@ class Order:
             yield [(epoch, int(i)) for i in order[within * self.batch : (within + 1) * self.batch]]
 
 
+class Share:
+    """The part of each batch of `order` that `part` takes."""
+
+    def __init__(self, order: Order, part: Callable[[list[tuple[int, int]]], list[tuple[int, int]]]):
+        self.order, self.part = order, part
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return map(self.part, self.order)
+
+
 def collate(samples: list[Sample]) -> Batch:
     problems = [problem for sample in samples for problem in sample.problems]
     good = [sample for sample in samples if sample.video is not None]
@@ -308,12 +321,15 @@ class LoaderError(Exception):
     """A loader process died or hung; shown without a traceback."""
 
 
-def training_batches(dataset: Dataset, order: Order, workers: int, timeout: float = 0) -> DataLoader:
+def training_batches(dataset: Dataset, order: Order | Share, workers: int, timeout: float = 0) -> DataLoader:
     return _batches(dataset, order, workers, timeout)
 
 
-def evaluation_batches(dataset: Dataset, batch: int, workers: int, timeout: float = 0) -> DataLoader:
-    keys = [(None, i) for i in range(len(dataset))]
+def evaluation_batches(
+    dataset: Dataset, batch: int, workers: int, timeout: float = 0, indices: Iterable[int] | None = None
+) -> DataLoader:
+    """indices: which of the data set's; None: all."""
+    keys = [(None, i) for i in (range(len(dataset)) if indices is None else indices)]
     return _batches(dataset, [keys[i : i + batch] for i in range(0, len(keys), batch)], workers, timeout)
 
 

@@ -12,6 +12,7 @@ from . import losses
 from .annotations import Classes, Heads
 from .data import ClipSpec, Dataset, Problems, evaluation_batches, evaluation_views, loader_deaths_explained
 from .model import ViViT
+from .parallel import ALONE, World, settled
 from .progress import Bar
 from .video import open_video
 
@@ -73,6 +74,20 @@ class Result:
             self.action_top5_right += int(right.any(-1).sum())
         self.loss_sum += losses.classification(logits, wanted).item() * len(label)
 
+    def add_up(self, world: World) -> None:
+        """Of the processes of a run: each read other videos, none twice."""
+        for head in self.heads.values():
+            head.confusion = world.added(head.confusion)
+        names = ("action_right", "action_top5_right")
+        heads = list(self.heads.values())
+        counts = torch.tensor([*(h.top5_right for h in heads), *(getattr(self, name) for name in names)])
+        *of_heads, self.action_right, self.action_top5_right = world.added(counts).tolist()
+        for head, right in zip(heads, of_heads, strict=True):
+            head.top5_right = right
+        self.loss_sum = world.added(torch.tensor(self.loss_sum, dtype=torch.float64)).item()
+        for pairs in world.gathered(self.problems.pairs()):
+            self.problems.add(pairs)
+
     @property
     def confusion(self) -> Tensor:
         """Of the (first) head."""
@@ -127,22 +142,40 @@ def evaluate(
     workers: int = 0,
     show: str = "",
     timeout: float = 0,
+    world: World = ALONE,
 ) -> Result:
-    """`show`: the name of a progress bar, none if empty. Files that cannot be read are left out and reported."""
+    """`show`: the name of a progress bar, none if empty. Files that cannot be read are left out and reported.
+
+    world: the processes that share the work; each has the result of all.
+    """
     was_training = model.training
     model.to(device).eval()
     result = Result.of(dataset.classes)
     result.problems.note = getattr(dataset, "note", "")
-    with loader_deaths_explained(), Bar(show, len(dataset), quiet=not show) as bar:
-        for part in evaluation_batches(dataset, batch, workers, timeout):
-            result.problems.add(part.problems)
-            if not len(part.label):
+    mine = range(world.data, len(dataset), world.shares)
+    each = max(batch // world.shares, 1)
+    rounds = -(-len(dataset) // (world.shares * each))  # of the process that has the most
+    with loader_deaths_explained(), Bar(show, len(mine), quiet=not show) as bar:
+        batches = iter(evaluation_batches(dataset, each, workers, timeout, mine))
+        for _ in range(rounds):
+            part = next(batches, None)
+            result.problems.add(part.problems if part else [])
+            if part is None or not len(part.label):
+                if world.together:  # the others' weights, or parts of clips, pass through this process
+                    logits_of(model, _nothing(model), autocast)
                 continue
             logits = logits_of(model, part.video, autocast)
             result.add(tuple(x.cpu() for x in logits), part.label)
             bar.advance(len(part.label), steps=len(part.label))
+        result.add_up(world)
+    settled(model)
     model.train(was_training)
     return result
+
+
+def _nothing(model: ViViT) -> Tensor:
+    config = model.config
+    return torch.zeros(1, 1, config.frames, config.height, config.width, config.channels, dtype=torch.uint8)
 
 
 class Prediction(NamedTuple):

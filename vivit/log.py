@@ -44,6 +44,12 @@ class Log:
             self.board.flush()
 
 
+class Silent:
+    """The log of a process that has none."""
+
+    def write(self, **record: Any) -> None: ...
+
+
 def writer(folder: Path, upto: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter

@@ -75,19 +75,20 @@ def _obstacle(block: Block, x: Tensor) -> str:
         return "compiled"
     if not block.ordinary():
         return "made of other modules than this model's own"
-    if not unwatched(*block.modules()):
+    if not unwatched(*(module for module in block.modules() if module is not block)):  # the block's own see x and y
         return "watched by hooks"
     return "" if low_memory.usable(x) else "traced or transformed"
 
 
 def _attention(attention: Attention, norm: nn.LayerNorm, x: Tensor, level: str) -> Tensor:
+    x = attention.enter(x)
     qkv = low_memory.norm_linear(x, norm, attention.qkv).unflatten(-1, (3, attention.heads, -1))  # [..., 3, H, D]
     if level == "small" and attention.longest(x) <= LONGEST_AGAIN:
         seeded = attention.training and attention.attention_dropout > 0
         y = low_memory.attention_linear(qkv, attention.attend, attention.proj, seeded)
     else:
         y = low_memory.linear(attention.attend(qkv).flatten(-2), attention.proj)
-    return _dropout(y, attention.dropout)
+    return attention.leave(_dropout(y, attention.dropout))
 
 
 def _class_row(attention: Attention, norm: nn.LayerNorm, x: Tensor) -> Tensor:  # [..., N, E] -> [..., 1, E]

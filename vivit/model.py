@@ -7,7 +7,7 @@ names; everything else is plain PyTorch. The names in brackets are the sections 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from vivit_kernels import Linear, factorized_attention, joint_attention, mlp, tu
 
 from . import memory
 from .config import ViViTConfig
+
+if TYPE_CHECKING:
+    from .sequence_parallel import Split
 
 
 def uniform_frame_indices(frames: int, wanted: int) -> list[int]:
@@ -48,6 +51,8 @@ class Attention(nn.Module):
     """Multi-head attention over every token ("joint"), within a frame ("space"), along time at a position ("time"),
     or half of the heads along time and half within the frame ("dot_product", model 4: temporal heads first)."""
 
+    split: Split | None = None  # where clips lie on several processes (sequence_parallel.py)
+
     def __init__(
         self,
         embedding: int,
@@ -65,12 +70,22 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, N, E] or [B, T, S, E]
+        x = self.enter(x)
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, T, S, 3, H, D]: read in place, never permuted
-        return self.dropout(self.proj(self.attend(qkv).reshape(x.shape)))
+        return self.leave(self.dropout(self.proj(self.attend(qkv).reshape(x.shape))))
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Of a clip on several processes, the tokens that attention along time needs here; `leave` is the way back."""
+        return self.split.to_positions(x) if self.split is not None and self.over == "time" else x
+
+    def leave(self, x: Tensor) -> Tensor:
+        return self.split.to_frames(x) if self.split is not None and self.over == "time" else x
 
     def attend(self, qkv: Tensor, seed: Tensor | None = None) -> Tensor:  # [..., 3, H, D] -> [..., H, D]
         dropout_p = self.attention_dropout if self.training else 0.0
         options: dict[str, Any] = dict(dropout_p=dropout_p, seed=seed if dropout_p else None, backend=self.backend)
+        if self.split is not None and self.over in ("joint", "dot_product"):
+            return self.split.attend(qkv, self.temporal_heads, options)
         if self.temporal_heads is None:
             return joint_attention(qkv.flatten(1, -4), **options).view(*qkv.shape[:-3], *qkv.shape[-2:])
         return factorized_attention(qkv, temporal_heads=self.temporal_heads, **options)
@@ -88,7 +103,7 @@ class Attention(nn.Module):
     def longest(self, x: Tensor) -> int:
         """Keys of the longest sequence that a query of x, `[B, N, E]` or `[B, T, S, E]`, attends to."""
         if self.temporal_heads is None:
-            return x[0, ..., 0].numel()
+            return x[0, ..., 0].numel() if self.split is None else sum(self.split.rows)
         T, S = x.shape[1:3]
         return max(T if self.temporal_heads else 0, S if self.temporal_heads < self.heads else 0)
 
@@ -142,7 +157,8 @@ class Block(nn.Module):
 
     def ordinary(self) -> bool:
         """Whether it is made of this file's modules and none was replaced: memory.py computes what these would."""
-        return all(type(module) in _ORDINARY for module in self.modules())
+        inner = all(type(module) in _ORDINARY for module in self.modules() if module is not self)
+        return inner and type(self).plain is Block.plain  # FSDP makes a subclass of what it shards
 
 
 _ORDINARY = {Block, Attention, MLP, DropPath, Linear, nn.LayerNorm, nn.Dropout, nn.ModuleList}
@@ -196,6 +212,7 @@ class ViViT(nn.Module):
     """
 
     frame_indices: Tensor
+    split: Split | None = None  # where clips lie on several processes (sequence_parallel.py)
     class_row_alone = True  # a last block that is read in one row computes that row
 
     def __init__(self, config: ViViTConfig, backend: str | None = None, memory: str = "fast"):
@@ -240,7 +257,7 @@ class ViViT(nn.Module):
         config, pool = self.config, self.config.pool or "cls"
         x = self.dropout(self.embed(video, layout))  # [B, N(+1), E], model 2 [B, T, S(+1), E]
         if self.on_grid:
-            x = x.unflatten(1, (config.T, config.S))  # [B, T, S, E]
+            x = x.unflatten(1, (-1, config.S))  # [B, T, S, E]
         *blocks, last = self.blocks
         for block in blocks:
             x = block(x)
@@ -249,13 +266,18 @@ class ViViT(nn.Module):
             x = self.norm(x[..., 0, :])  # [B, E], model 2 [B, T, E]: the class rows are all that is read
         else:
             x = pooled(self.norm(x), pool, (2,) if self.per_frame else (1, 2))
+        if self.split is not None:
+            x = self.split.whole(x, pool)
         if self.per_frame:
             x = self.temporal(x) if self.temporal is not None else x.mean(1)  # [B, E]
         return torch.tanh(self.representation(x)) if self.representation is not None else x
 
     def _only_class_row(self, last: Block) -> bool:
         """Whether the other rows of the last block, 90 % of its work, would go unread: no hook takes them either."""
-        return self.class_token is not None and self.class_row_alone and unwatched(*last.modules())
+        if self.class_token is None or not self.class_row_alone or (self.split is not None and not self.per_frame):
+            return False
+        hooked = "class_row" in vars(last)  # FSDP's hooks on the block, which were put around class_row too
+        return unwatched(*(module for module in last.modules() if not (hooked and module is last)))
 
     def embed(self, video: Tensor, layout: str = "BCFYX") -> Tensor:
         """Tokens with positions and class token (sections 3.1, 3.2)."""
@@ -264,11 +286,14 @@ class ViViT(nn.Module):
         self._check_video(video, layout, frames)
         if config.tokenization == "uniform":
             video = video.index_select(frames, self.frame_indices)
-        return tubelet_embedding(
+        position = self.position
+        if self.split is not None:
+            video, position = self.split.clip(video, position, frames)
+        x = tubelet_embedding(
             video,
             self.tubelet_weight,
             self.tubelet_bias,
-            self.position,
+            position,
             self.class_token,
             class_token_per="frame" if self.per_frame else "clip",
             mean=config.pixel_mean if video.dtype == torch.uint8 else None,
@@ -276,6 +301,7 @@ class ViViT(nn.Module):
             layout=layout,
             backend=self.backend,
         )
+        return x if self.split is None else self.split.without_class_row(x)
 
     def _check_video(self, video: Tensor, layout: str, frames: int) -> None:
         config = self.config

@@ -25,6 +25,7 @@ from .video import DECODERS
 
 CONFIGS = Path(__file__).parent / "configs"
 OPTIMIZERS = ("sgd", "adamw")
+PARALLEL = ("ddp", "fsdp")
 CLIP_KEYS = ("stride", "short_side", "flip", "views", "decoder", "fps", "resize")  # [data] that ClipSpec has too
 
 
@@ -122,6 +123,8 @@ class TrainConfig:
     autocast: bool = False  # bf16
     skip_not_finite: int = 3  # steps in a row left out for a loss or gradient that is no number; one more ends the run
     memory: str = "fast"  # what stays for the backward: fast, balanced, small, smallest (memory.py)
+    parallel: str = "ddp"  # of several processes: each the whole model, or "fsdp", a part of its weights and states
+    sequence_parallel: int = 1  # processes that share the frames of a clip (sequence_parallel.py)
     seed: int = 0
     threads: int = 0  # 0: PyTorch's choice. A curve repeats bit for bit with the same number of threads
     device: str = "auto"  # auto: a GPU where there is one
@@ -130,12 +133,13 @@ class TrainConfig:
 
     def __post_init__(self):
         check_types(self, "")
-        for key in ("epochs", "batch", "accumulate", "checkpoint_every", "evaluate_every"):
+        for key in ("epochs", "batch", "accumulate", "checkpoint_every", "evaluate_every", "sequence_parallel"):
             _check(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
         for key in ("seed", "threads", "skip_not_finite"):
             _check(getattr(self, key) >= 0, key, getattr(self, key), "must not be negative")
         memory_levels.check(self.memory, "recipe")
         _check(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "must be in [0, 1)")
+        _choice("parallel", self.parallel, PARALLEL)
         _choice("ema_on", self.ema_on, ("model", "cpu"))
         _check(0 <= self.ema < 1, "ema", self.ema, "must be in [0, 1): a decay such as 0.999, 0 for none")
         rule = f"is more parts than a batch of {self.batch} has clips"

@@ -2,7 +2,8 @@
 
 A run lives in one folder: log.jsonl, checkpoint.pt (training state), model.safetensors (weights and configuration, for
 users; with `ema` their running mean), run.json (classes, sampling). With the same number of threads on the CPU, a run
-that was killed at any step and resumed has the same loss curve, bit for bit, as one that was not.
+that was killed at any step and resumed has the same loss curve, bit for bit, as one that was not. Of several processes
+(parallel.py) the first writes, and the state is a folder, to which each adds its part (sharded.py).
 """
 
 from __future__ import annotations
@@ -20,22 +21,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, finetune, losses
+from . import checkpoint, finetune, losses, parallel, sharded
 from .augment import augment, mixup_weight
 from .averaging import Average
 from .data import (
     Dataset,
     Order,
     Problems,
+    Share,
     VideoClips,
     augment_rng,
     loader_deaths_explained,
     training_batches,
 )
 from .evaluate import Result, evaluate
-from .log import Log
+from .log import Log, Silent
 from .model import ViViT
 from .optimizers import make_optimizer, set_rate
+from .parallel import ALONE, World
 from .progress import Bar, memory_gib
 from .recipe import CLIP_KEYS, TrainConfig
 from .trouble import NotFinite, Skips, TrainingError, explained, listed, names
@@ -56,12 +59,14 @@ def learning_rate(step: int, base: float, warmup: int, total: int) -> float:
     return base * rise * 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(total - warmup, 1)))
 
 
-def device_of(config: TrainConfig) -> torch.device:
+def device_of(config: TrainConfig, world: World = ALONE) -> torch.device:
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise TrainingError(f"device={name!r}: PyTorch sees no GPU here\n  -> device = 'cpu', or 'auto'")
+    if name == "cuda" and world.together:
+        name = f"cuda:{world.local}"
     try:
         return torch.device(name)
     except RuntimeError as error:
@@ -92,34 +97,40 @@ def signals() -> Iterator[list[int]]:
 class Run:
     """Model, optimizer and position of one training run."""
 
-    def __init__(self, config: TrainConfig, dataset: Dataset, out: Path, resume: bool = False):
+    def __init__(self, config: TrainConfig, dataset: Dataset, out: Path, resume: bool = False, world: World = ALONE):
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.config, self.dataset, self.out, self.device = config, dataset, out, device_of(config)
-        self.steps_per_epoch = Order(len(dataset), config.batch, config.epochs, config.seed).steps_per_epoch
+        self.config, self.dataset, self.out, self.world = config, dataset, out, world
+        self.device = device_of(config, world)
+        order = Order(len(dataset), config.batch, config.epochs, config.seed)
+        world.check(order.batch, config.augment.mixup)
+        self.steps_per_epoch = order.steps_per_epoch
         self.total = config.epochs * self.steps_per_epoch
         self.warmup = int(config.optimizer.warmup_epochs * self.steps_per_epoch)
         out.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(config.seed)
         self.model = ViViT(config.model, memory=config.memory).to(self.device)
-        saved = out / "checkpoint.pt"
+        saved = world.from_first(sharded.latest(out))
         self.started = ""  # what the weights were at the start, in words
-        if config.init.path and not (resume and saved.exists()):
+        if config.init.path and not (resume and saved):
             self.started = finetune.initialise(self.model, config.init)
         finetune.freeze(self.model, config.init.freeze)
+        self.called = world.wrap(self.model, self.device)  # in a step; else the model itself
         self.optimizer = make_optimizer(self.model, config.optimizer, config.init.layer_decay)
         self.average = Average(self.model, config.ema, config.ema_on) if config.ema else None
         self.skips = Skips(config.skip_not_finite)
         self.step, self.problems = 0, Problems(note=getattr(dataset, "note", ""))
         self._place_augmentation()
-        if resume and saved.exists():
-            self._restore(checkpoint.load(saved), saved)
-        elif saved.exists():
+        world.reseed(config.seed, 0)
+        if resume and saved:
+            self._restore(saved)
+        elif saved:
             raise TrainingError(f"{out} holds a run already\n  -> --resume to go on with it, or another --out")
-        self.log = Log(out / "log.jsonl", self.step, config.tensorboard)
-        kept = config.to_dict()["data"]
-        about = {key: kept[key] for key in CLIP_KEYS}
-        write_json(out / "run.json", {"classes": list(dataset.classes), "data": about})
+        self.log = Log(out / "log.jsonl", self.step, config.tensorboard) if world.first else Silent()
+        if world.first:
+            kept = config.to_dict()["data"]
+            about = {key: kept[key] for key in CLIP_KEYS}
+            write_json(out / "run.json", {"classes": list(dataset.classes), "data": about})
 
     def _place_augmentation(self) -> None:
         """Pixels are augmented once: by the loader, or here on the model's device. The clips are the same but for the
@@ -131,7 +142,12 @@ class Run:
         if isinstance(self.dataset, VideoClips):
             self.dataset.spec = dataclasses.replace(self.dataset.spec, augment_here=not self.augments)
 
-    def _restore(self, state: dict[str, Any], path: Path) -> None:
+    def _restore(self, path: Path) -> None:
+        """Of any number of processes; weights and states take the places that they have in this run."""
+        if path.is_dir():
+            state = sharded.load(self.world, path, self.model, self.optimizer)
+        else:
+            state = sharded.laid_out(checkpoint.load(path), self.model, self.optimizer)
         now, then = self._identity(), json.loads(state["config"])
         if now != then:
             changed = [k for k in now if now[k] != then.get(k)] or sorted(set(then) - set(now))
@@ -146,7 +162,11 @@ class Run:
             self.average.load(state["average"])
         self.step = state["step"]
         self.problems.add([tuple(pair) for pair in state["problems"]])
-        checkpoint.set_random_state(state["random"])
+        if path.is_dir() == self.world.together and state["random"] is not None:
+            checkpoint.set_random_state(state["random"])
+        else:  # of other processes than these: the clips are the same, what dropout and stochastic depth draw is not
+            torch.manual_seed(self.config.seed)
+            self.world.reseed(self.config.seed, self.step)
 
     def _identity(self) -> dict[str, Any]:
         """What the curve depends on; workers, threads, device and memory may change between parts of a run."""
@@ -159,6 +179,8 @@ class Run:
             "checkpoint_every",
             "evaluate_every",
             "tensorboard",
+            "parallel",
+            "sequence_parallel",
         ):
             values.pop(key)
         for key in ("workers", "timeout"):
@@ -171,18 +193,23 @@ class Run:
         return flat | {"number of training videos": len(self.dataset), "classes": list(self.dataset.classes)}
 
     def save(self) -> None:
+        for pairs in self.world.gathered(self.problems.pairs()):
+            self.problems.add(pairs)
         state = {
             "config": json.dumps(self._identity()),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "random": checkpoint.random_state(),
             "step": self.step,
             "finished": self.step == self.total,
             "problems": [list(pair) for pair in self.problems.pairs()],
         }
         if self.average is not None:
             state["average"] = self.average.values
-        checkpoint.save(state, self.out / "checkpoint.pt")
+        if self.world.together:
+            sharded.save(self.world, self.out, state)
+            return
+        checkpoint.save({**state, "random": checkpoint.random_state()}, self.out / "checkpoint.pt")
+        sharded.forget(self.out)
 
     def train_step(self, video: Tensor, label: Tensor) -> tuple[float, float, float]:
         """(loss, learning rate, gradient norm before clipping)."""
@@ -193,7 +220,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         value = self._backward(video, label)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), opt.clip_norm or math.inf)
-        size = norm.item()
+        value, size = self.world.agreed(value, norm)
         if not (math.isfinite(value) and math.isfinite(size)):
             what = f"the loss is {value}" if not math.isfinite(value) else f"the gradient norm is {size}"
             self.optimizer.zero_grad(set_to_none=True)
@@ -204,7 +231,8 @@ class Run:
         return value, rate, size
 
     def _backward(self, video: Tensor, label: Tensor) -> float:
-        """The loss of the batch, its gradients left in the parameters; in `accumulate` parts, one after another."""
+        """The loss of this process's part of the batch, the gradients of the whole batch left in the parameters; in
+        `accumulate` parts, one after another."""
         config, alpha = self.config, self.config.augment.mixup
         weight = mixup_weight(alpha, config.seed, self.step) if alpha else None
         wanted = losses.targets(label, config.model.head_sizes, weight)
@@ -215,12 +243,13 @@ class Run:
             if weight is not None:  # clips become floats here, on the device
                 first, second = (losses.normalised(x[rows], config.model) for x in (video, partner))
                 clips = weight * first + (1 - weight) * second
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.autocast):
-                logits = self.model(clips, layout="BFYXC")
-            loss = losses.classification(logits, [y[rows] for y in wanted], config.label_smoothing)
-            if len(part) < len(video):
-                loss = loss * (len(part) / len(video))
-            loss.backward()
+            with self.world.gradients(self.called, last=rows.stop == len(video)):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=config.autocast):
+                    logits = self.called(clips, layout="BFYXC")
+                loss = losses.classification(logits, [y[rows] for y in wanted], config.label_smoothing)
+                if len(part) < len(video):
+                    loss = loss * (len(part) / len(video))
+                loss.backward()
             total += loss.item()
         return total
 
@@ -230,11 +259,13 @@ class Run:
         order = Order(len(self.dataset), config.batch, config.epochs, config.seed, first=self.step)
         result: dict[str, Any] = {}
         begun = time.monotonic()
-        shown = Bar(name, self.total, start=self.step, quiet=quiet)
-        with signals() as caught, loader_deaths_explained(), shown as bar:
+        shown = Bar(name, self.total, start=self.step, quiet=quiet or not self.world.first)
+        lost = parallel.losses_explained(self.world, lambda: self.step)
+        with signals() as caught, loader_deaths_explained(), lost, shown as bar:
             if self.step < self.total:
                 self.model.train()
-                batches = iter(training_batches(self.dataset, order, data.workers, data.timeout))
+                mine = Share(order, self.world.share)
+                batches = iter(training_batches(self.dataset, mine, data.workers, data.timeout))
                 for keys in order:
                     with explained(config, self.step, names(self.dataset, keys)):
                         batch = next(batches)
@@ -243,13 +274,13 @@ class Run:
                             raise TrainingError(f"none of the videos can be read\n{self.problems}")
                         self._one(batch.video[:, 0], batch.label, keys, bar)
                     result = self._after_step(validation, bar) or result
-                    if caught:
+                    if number := self.world.signal(caught):
                         self.save()
-                        raise Interrupted(caught[0], self.step, self.out)
+                        raise Interrupted(number, self.step, self.out)
             if not result and validation is not None:
                 result = self.evaluate(validation).numbers()
             self.save()
-        self._export()
+            self._export()
         if str(self.problems):
             bar.say(str(self.problems))
         return {**result, "seconds": round(time.monotonic() - begun, 1)}
@@ -259,7 +290,14 @@ class Run:
         config, data = self.config, self.config.data
         with self._averaged():
             return evaluate(
-                self.model, validation, config.batch, self.device, config.autocast, data.workers, timeout=data.timeout
+                self.model,
+                validation,
+                config.batch,
+                self.device,
+                config.autocast,
+                data.workers,
+                timeout=data.timeout,
+                world=self.world,
             )
 
     def _averaged(self):
@@ -268,7 +306,7 @@ class Run:
     def _one(self, video: Tensor, label: Tensor, keys: list[tuple[int, int]], bar: Bar) -> None:
         video = video.to(self.device, non_blocking=True)  # bytes cross the bus, floats never do
         if self.augments:
-            rngs = [augment_rng(self.config.seed, *key) for key in keys]
+            rngs = [augment_rng(self.config.seed, *key) for key in self.world.share(keys)]
             video = torch.stack([augment(clip, self.config.augment, r) for clip, r in zip(video, rngs, strict=True)])
         try:
             loss, rate, norm = self.train_step(video, label.to(self.device, non_blocking=True))
@@ -278,7 +316,7 @@ class Run:
         self.skips.good()
         self.step += 1
         epoch = (self.step - 1) // self.steps_per_epoch
-        bar.advance(len(label), note=f"epoch {epoch + 1} loss {loss:.3f}")
+        bar.advance(len(label) * self.world.shares, note=f"epoch {epoch + 1} loss {loss:.3f}")
         self.log.write(
             step=self.step, epoch=epoch, loss=loss, lr=rate, grad_norm=norm, clips_per_s=round(bar.rate(), 1)
         )
@@ -315,7 +353,10 @@ class Run:
         from . import weights
 
         with self._averaged():
-            weights.save(self.model, self.out / "model.safetensors")
+            found = {name: parallel.whole(value) for name, value in self.model.state_dict().items()}
+            if self.world.first:
+                weights.save(self.model, self.out / "model.safetensors", found)
+        self.world.barrier()  # the others may not end while it is being written
 
 
 def write_json(path: Path, value: Any) -> None:

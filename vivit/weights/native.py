@@ -52,10 +52,13 @@ def _check(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], source: st
         )
 
 
-def save(model: ViViT, path: str | Path) -> None:
-    """Weights and configuration in one .safetensors, written whole or not at all; `load(path)` gives the model back."""
+def save(model: ViViT, path: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Weights and configuration in one .safetensors, written whole or not at all; `load(path)` gives the model back.
+
+    weights: the model's, where it holds but a part of them (FSDP); None takes its state dict.
+    """
     metadata = {"format": "pt", _KEY: json.dumps(model.config.to_dict())}
-    write_safetensors(model.state_dict(), Path(path), metadata)
+    write_safetensors(model.state_dict() if weights is None else weights, Path(path), metadata)
 
 
 def load(path: str | Path, backend: str | None = None) -> ViViT:
