@@ -225,16 +225,20 @@ def started(config: TrainConfig) -> Iterator[World]:
     # small agreements go between CPUs even where gradients go between GPUs: no step waits for the device for them
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=patience))
-    world = World(dist.get_rank(), size, local, config.parallel, config.sequence_parallel)
+    yield joined(config.parallel, config.sequence_parallel, "cuda" if cuda else "cpu", local)
+    dist.destroy_process_group()  # after an error the others may be gone, and the process ends anyway
+
+
+def joined(kind: str, sequence: int, device: str, local: int = 0) -> World:
+    """The processes of the default group as `kind`, with `sequence` of them to a clip. All of them call it."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    kind = "cuda" if cuda else "cpu"
-    world.mesh = init_device_mesh(kind, (size,))
-    if world.sequence > 1:  # neighbours, which are on one machine, share clips
-        grid = init_device_mesh(kind, (world.shares, world.sequence), mesh_dim_names=("data", "sequence"))
+    world = World(dist.get_rank(), dist.get_world_size(), local, kind, sequence)
+    world.mesh = init_device_mesh(device, (world.size,))
+    if sequence > 1:  # neighbours, which are on one machine, share clips
+        grid = init_device_mesh(device, (world.shares, sequence), mesh_dim_names=("data", "sequence"))
         world.group = grid["sequence"].get_group()
-    yield world
-    dist.destroy_process_group()  # after an error the others may be gone, and the process ends anyway
+    return world
 
 
 def _on_gpu(device: str) -> bool:
