@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import signal
+import warnings
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,11 @@ def gradients(name: str, dtype: torch.dtype, kind: str = "", sequence: int = 1, 
     """(loss, gradients by name) of a batch of four; `kind`: of the processes that run this."""
     model, video, label = toy(name, dtype, level)
     world = parallel.joined(kind, sequence, "cpu") if kind else parallel.ALONE
+    row_alone = model._only_class_row(model.blocks[-1])
     called = world.wrap(model, torch.device("cpu"))
+    # the hooks of FSDP change neither what a block keeps nor that a last block computes one row
+    assert model._only_class_row(model.blocks[-1]) == row_alone
+    warnings.filterwarnings("error", message=".*has no effect on a block")
     mine = world.share(range(4))
     loss = F.cross_entropy(called(video[mine], layout="BFYXC"), label[mine])
     loss.backward()
@@ -118,6 +123,38 @@ def test_a_batch_on_several_processes_has_its_gradients(count):
     names = ["joint", "factorized_encoder", "factorized_self_attention", "factorized_dot_product"]
     cases = list(itertools.product(names, (torch.float64, torch.float32), ("ddp", "fsdp")))
     hold(cases, together(count, many, cases, seconds=400)[-1])
+
+
+def kept(sequence: int, level: str) -> dict[str, int]:
+    """Bytes that the forward of four clips keeps for its backward, weights aside."""
+    found = {}
+    with parallel.started(config()):
+        for name in ("joint, max", "factorized_encoder", "factorized_self_attention", "factorized_dot_product"):
+            model, video, _ = toy(name, torch.float32, level)
+            called = parallel.joined("ddp", sequence, "cpu").wrap(model, torch.device("cpu"))
+            weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+            storages = {}
+
+            def pack(x, storages=storages, weights=weights):
+                if x.is_floating_point() and (key := x.untyped_storage().data_ptr()) not in weights:
+                    storages[key] = x.untyped_storage()  # held, so that no other takes its place
+                return x
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                called(video, layout="BFYXC")
+            found[name] = sum(storage.nbytes() for storage in storages.values())
+    return found
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("level", ["fast", "balanced"])
+def test_a_process_keeps_its_part_of_a_clip(level):
+    """3 and 2 of 5 temporal tokens: of the clip's bytes three and two fifths; the rest are rows of positions."""
+    whole = together(2, kept, 1, level)[0]
+    parts = together(2, kept, 2, level)
+    for name, size in whole.items():
+        shares = [part[name] / size for part in parts]
+        assert 0.5 < shares[0] < 0.72 and 0.35 < shares[1] < 0.5, (name, shares)
 
 
 def exchanges(sizes: tuple[int, ...], other: tuple[int, ...]):

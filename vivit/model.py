@@ -96,9 +96,12 @@ class Attention(nn.Module):
         return self.dropout(self.proj(o.reshape(x[..., :1, :].shape)))
 
     def attend_class_row(self, qkv: Tensor) -> Tensor:  # [..., N, 3, H, D] -> [B, 1, H, D]
-        q, k, v = qkv.flatten(0, -5).unbind(2)
-        dropout_p = self.attention_dropout if self.training else 0.0
-        return joint_attention(q[:, :1], k, v, dropout_p=dropout_p, backend=self.backend)
+        qkv = qkv.flatten(0, -5)
+        options: dict[str, Any] = dict(dropout_p=self.attention_dropout if self.training else 0.0, backend=self.backend)
+        if self.split is not None and self.over == "joint":
+            return self.split.attend_class_row(qkv, options)
+        q, k, v = qkv.unbind(2)
+        return joint_attention(q[:, :1], k, v, **options)
 
     def longest(self, x: Tensor) -> int:
         """Keys of the longest sequence that a query of x, `[B, N, E]` or `[B, T, S, E]`, attends to."""
@@ -274,7 +277,7 @@ class ViViT(nn.Module):
 
     def _only_class_row(self, last: Block) -> bool:
         """Whether the other rows of the last block, 90 % of its work, would go unread: no hook takes them either."""
-        if self.class_token is None or not self.class_row_alone or (self.split is not None and not self.per_frame):
+        if self.class_token is None or not self.class_row_alone:
             return False
         hooked = "class_row" in vars(last)  # FSDP's hooks on the block, which were put around class_row too
         return unwatched(*(module for module in last.modules() if not (hooked and module is last)))

@@ -118,7 +118,7 @@ class Split:
         E]`, else `[B, E]`, the class row or pooled, of its own."""
         if x.dim() == 3:
             x = F.pad(x, (0, 0, self.first, self.config.T - self.first - self.mine))  # [B, T, E], zero in other frames
-        elif pool == "cls":
+        elif pool == "cls":  # the others' rows are no class rows
             x = x * (1.0 if self.rank == 0 else 0.0)
         elif pool == "mean":
             x = x * (self.mine / self.config.T)
@@ -144,6 +144,13 @@ class Split:
         o_time = factorized_attention(self.to_positions(time), temporal_heads=temporal_heads, **options)
         o_space = factorized_attention(space, temporal_heads=0, **options)  # [B, t, S, H/2, D]
         return torch.cat([self.to_frames(o_time), o_space], -2)
+
+    def attend_class_row(self, qkv: Tensor, options: dict[str, Any]) -> Tensor:
+        """`[B, n, 3, H, D]` -> `[B, 1, H, D]`, o of the clip's class row, which the first process goes on with."""
+        q, k, v = exchange(qkv, self.group, 3, 1, self.heads, self.rows).unbind(2)  # [B, N, h, D]
+        o = joint_attention(q[:, :1], k, v, **options)
+        before, mine = sum(self.heads[: self.rank]), self.heads[self.rank]
+        return summed(F.pad(o, (0, 0, before, self.config.heads - before - mine)), self.group)
 
 
 def exchange(
