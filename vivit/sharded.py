@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -137,21 +138,27 @@ def load(world: World, folder: Path, model: nn.Module, optimizer: torch.optim.Op
     `random` is None where it was written by another number of processes. All processes call it. Raises ValueError for a
     folder that is no whole checkpoint.
     """
-    from torch.distributed.checkpoint.state_dict_loader import load as read
-
     reader = _reader(folder)
     try:
         metadata = reader.read_metadata().state_dict_metadata
         about = {_ABOUT: torch.empty(metadata[_ABOUT].size, dtype=torch.uint8)}
-        read(about, storage_reader=reader, no_dist=not world.together)
+        _read(about, reader, world)
         state = json.loads(bytes(about[_ABOUT].tolist()))
         same = (state["processes"], state["sequence_parallel"]) == (world.size, world.sequence)
         found = _places(metadata, model, optimizer, f"random.{world.rank}." if same else "-")
-        read(found, storage_reader=reader, no_dist=not world.together)
+        _read(found, reader, world)
     except (pickle.UnpicklingError, KeyError, AttributeError, EOFError, ValueError, OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{folder}: no whole checkpoint of `vivit train` ({reason})") from error
     return {**state, **_nested(found, optimizer, same)}
+
+
+def _read(places: dict[str, Tensor], reader: Any, world: World) -> None:
+    from torch.distributed.checkpoint.state_dict_loader import load as read
+
+    with warnings.catch_warnings():  # that there is one process is what is meant
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        read(places, storage_reader=reader, no_dist=not world.together)
 
 
 def _places(metadata: Any, model: nn.Module, optimizer: torch.optim.Optimizer, random: str) -> dict[str, Tensor]:
