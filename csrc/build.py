@@ -37,6 +37,7 @@ from toolchain import (  # noqa: E402
     compiler_name,
     library,
     machine_flags,
+    newer_flags,
     plan,
     torch_version,
     warning_flags,
@@ -102,7 +103,9 @@ def name(path: Path) -> str:
 
 
 def host_flags(chosen: Plan, source: Path, sanitize: bool) -> list[str]:
-    flags = [*FLAGS, *warning_flags(chosen.cxx), *(SANITIZED if sanitize else FAST), *ISA_FLAGS.get(isa_of(source), [])]
+    isa = isa_of(source)
+    flags = [*FLAGS, *warning_flags(chosen.cxx), *(SANITIZED if sanitize else FAST), *ISA_FLAGS.get(isa, [])]
+    flags += newer_flags(chosen.cxx, isa)
     if source.name == "bindings.cpp":
         flags += [TORCH_ABI, "-isystem", str(chosen.torch / "include")]
         flags += ["-DVIVIT_CUDA"] if chosen.kind == "cuda" else []

@@ -5,6 +5,7 @@ Standard library only, and torch is not imported: its headers are enough.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import platform
@@ -14,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +34,10 @@ FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno
 # must be the one that runs everywhere.
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
-ISA_FLAGS = {"portable": [], "avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": [*_AVX512, "-mavx512bf16"]}
+_BFLOAT16 = [*_AVX512, "-mavx512bf16"]
+ISA_FLAGS = {"portable": [], "avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": _BFLOAT16, "avx512_amx": _BFLOAT16}
+# Of compilers that know them (g++ 11, clang++ 12); without, the file compiles to nothing, and best_isa() is another.
+NEWER_FLAGS = {"avx512_amx": ["-mamx-tile", "-mamx-bf16"]}
 # PTX 8.0 for what comes later, which a driver compiles at the first call. It is what sm_80 is made from, so it takes no
 # time here; machine code for one more GPU takes half as much again.
 CUDA_ARCHES = ["sm_80", "compute_80", "sm_90a"]
@@ -93,6 +97,18 @@ def warning_flags(cxx: tuple[str, ...]) -> list[str]:
     return [] if "clang" in answer([*cxx, "--version"]) else ["-Wno-maybe-uninitialized"]
 
 
+def takes(cxx: Iterable[str], flags: Iterable[str]) -> bool:
+    command = [*cxx, *FLAGS, *flags, "-fsyntax-only", "-x", "c++", os.devnull]
+    return subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL).returncode == 0
+
+
+@functools.cache
+def newer_flags(cxx: tuple[str, ...], isa: str) -> list[str]:
+    """Flags of an instruction set beyond ISA_FLAGS, if this compiler knows them."""
+    flags = NEWER_FLAGS.get(isa, [])
+    return flags if flags and takes(cxx, [*ISA_FLAGS[isa], *flags]) else []
+
+
 def machine_flags() -> dict[str, list[str]]:
     return ISA_FLAGS if platform.machine() in ("x86_64", "AMD64") else {"portable": []}
 
@@ -106,8 +122,7 @@ def find_cxx(environ: Mapping[str, str]) -> tuple[str, ...]:
     for name in names:
         if not shutil.which(name[0]):
             continue
-        command = [*name, *FLAGS, *newest, "-fsyntax-only", "-x", "c++", os.devnull]
-        if subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL).returncode == 0:
+        if takes(name, newest):
             return tuple(name)
         old = old or shlex.join(name)
     if old:

@@ -55,7 +55,7 @@ def device(request):
     return torch.device(request.param)
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16", "avx512_amx"])
 def isa(request):
     """Each instruction set that the native library's CPU kernels have here."""
     from vivit_kernels import _native

@@ -122,14 +122,29 @@ def test_instruction_sets_are_compiled_for_their_processors_and_linked_in_rising
     """The linker keeps the first copy of an inline function, and that must be the one that runs everywhere."""
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     names = [path.stem for path in build.sources("cpu")]
-    sets = ["isa_portable", "isa_avx2", "isa_avx512", "isa_avx512_bf16"]
-    assert names[-4:] == sets and {"bindings", "dispatch"} <= set(names[:-4])
+    sets = ["isa_portable", "isa_avx2", "isa_avx512", "isa_avx512_bf16", "isa_avx512_amx"]
+    assert names[-5:] == sets and {"bindings", "dispatch"} <= set(names[:-5])
     some = toolchain.Plan("cpu", "", cxx=("g++",))
-    flags = [build.host_flags(some, path, sanitize=False) for path in build.sources("cpu")[-4:]]
-    assert ["-mavx2" in f for f in flags] == [False, True, True, True]
-    assert ["-mavx512bf16" in f for f in flags] == [False, False, False, True]
+    flags = [build.host_flags(some, path, sanitize=False) for path in build.sources("cpu")[-5:]]
+    assert ["-mavx2" in f for f in flags] == [False, True, True, True, True]
+    assert ["-mavx512bf16" in f for f in flags] == [False, False, False, True, True]
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     assert [path.stem for path in build.sources("cpu") if path.stem.startswith("isa_")] == ["isa_portable"]
+
+
+@builds
+@pytest.mark.skipif("avx512_amx" not in toolchain.machine_flags(), reason="its flags are of another processor")
+def test_a_compiler_without_amx_builds_the_rest(tmp_path):
+    """Its file is empty then, and says so by a null name."""
+    compiler = tmp_path / "old-g++"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *-mamx*) exit 1;; esac\nexec g++ "$@"\n')
+    compiler.chmod(0o755)
+    cxx = toolchain.find_cxx({"CXX": str(compiler)})
+    source = build.CSRC / "cpu" / "isa_avx512_amx.cpp"
+    flags = build.host_flags(toolchain.Plan("cpu", "", cxx=cxx), source, sanitize=False)
+    assert "-mavx512bf16" in flags and not any(flag.startswith("-mamx") for flag in flags)
+    subprocess.run([*cxx, *flags, "-c", str(source), "-o", str(tmp_path / "empty.o")], check=True)
+    assert not toolchain.newer_flags(cxx, "avx512_bf16")
 
 
 def test_files_named_bindings_see_torch_and_know_whether_there_are_cuda_kernels():

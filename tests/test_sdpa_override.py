@@ -278,8 +278,8 @@ def test_without_gradients(mode, has_kernels, taken):
 def test_autocast(has_kernels, taken):
     with torch.autocast(has_kernels.type, torch.bfloat16), sdpa_override():
         assert F.scaled_dot_product_attention(*qkv(has_kernels)).dtype == torch.bfloat16
-    # products in bfloat16 by AMX are PyTorch's alone: its own attention stays first there
-    assert bool(taken) != (_native.call_isa(has_kernels.type) == "avx512_amx")
+    # where products in bfloat16 by AMX are PyTorch's alone, its own attention stays first
+    assert bool(taken) != (_native.call_isa(has_kernels.type) == _native.BESIDE_AMX)
 
 
 def test_modules_of_others_are_reached(has_kernels, taken):

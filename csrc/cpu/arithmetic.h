@@ -10,7 +10,9 @@ namespace vivit::cpu::VIVIT_ISA {
 struct InFloat32 {
     using Element = float;  // a word holds kPack of them
     static constexpr int kPack = 1;
-    static constexpr bool kExact = true;  // probabilities are not rounded
+    static constexpr bool kTiles = false;  // of a matrix unit: tiles.h
+    static constexpr int64_t kStep = 1;    // rows end after a multiple of so many words
+    static constexpr bool kExact = true;   // probabilities are not rounded
     // Products added up in one chain of roundings; fewer in scores, whose errors exp magnifies.
     static constexpr int64_t kChain = 16;
 #if defined(__FMA__)
@@ -32,6 +34,8 @@ struct InFloat32 {
 struct InBFloat16 {
     using Element = BFloat16;
     static constexpr int kPack = 2;
+    static constexpr bool kTiles = false;
+    static constexpr int64_t kStep = 1;
     static constexpr bool kExact = false;
     static constexpr int64_t kChain = 1 << 30, kScoreChain = kChain;
 

@@ -51,8 +51,8 @@ struct AttentionKernels {
 };
 
 // Instruction sets in rising order; which of them are compiled in and run here is not the same everywhere.
-enum class Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
-constexpr int32_t kIsaCount = 4;
+enum class Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAvx512Amx = 4 };
+constexpr int32_t kIsaCount = 5;
 
 // The best that this processor runs.
 Isa best_isa();

@@ -46,13 +46,15 @@ class Backward : OnGrid<E, Arithmetic> {
     }
 
     void lay_out(Carver& carver) {
-        const int64_t words = Pack::words(p_.D), keys = size_.N_k, lanes = kQueryLanes, scores = key_block_ * lanes;
+        const int64_t words = Pack::words(p_.D), keys = size_.N_k, lanes = kQueryLanes,
+                      rows = tile_rows<Arithmetic>(keys);
+        const int64_t scores = tile_rows<Arithmetic>(key_block_) * lanes;
         const bool turns = p_.cos != nullptr;
         q_columns_ = carver.take<uint32_t>(words * lanes), do_columns_ = carver.take<uint32_t>(words * lanes);
         q_pairs_ = carver.take<uint32_t>(Pack::words(lanes) * columns_);
         do_pairs_ = carver.take<uint32_t>(Pack::words(lanes) * columns_);
-        k_words_ = carver.take<uint32_t>(keys * words), v_words_ = carver.take<uint32_t>(keys * words);
-        k_pairs_ = carver.take<uint32_t>(Pack::words(keys) * columns_);
+        k_words_ = carver.take<uint32_t>(rows * words), v_words_ = carver.take<uint32_t>(rows * words);
+        dq_.lay_out(carver, keys, lanes, columns_);
         k_rotated_ = carver.take<E>(turns ? keys * p_.D : 0), q_rotated_ = carver.take<E>(turns ? lanes * p_.D : 0);
         at_.scores = carver.take<float>(scores), at_.dp = carver.take<float>(scores);
         at_.slope = p_.softcap > 0 ? carver.take<float>(scores) : nullptr;
@@ -61,8 +63,7 @@ class Backward : OnGrid<E, Arithmetic> {
         at_.ds_pairs = kPack == 1 ? at_.ds_rows : carver.take<uint32_t>(Pack::words(key_block_) * lanes);
         at_.largest = carver.take<float>(lanes), at_.inverse = carver.take<float>(lanes);
         at_.delta = carver.take<float>(lanes);
-        dq_ = carver.take<float>(lanes * columns_);
-        dk_ = carver.take<float>(keys * columns_), dv_ = carver.take<float>(keys * columns_);
+        dk_ = carver.take<float>(rows * columns_), dv_ = carver.take<float>(rows * columns_);
         row_low_ = carver.take<uint32_t>(lanes), row_high_ = carver.take<uint32_t>(lanes);
     }
 
@@ -82,8 +83,8 @@ class Backward : OnGrid<E, Arithmetic> {
         const Rows<const E> k = this->turned(one.k, one, 0, one.N_k, k_rotated_);
         k_ = this->operand(k, k_words_);
         v_ = this->operand({one.v.data, one.v.stride}, v_words_);
-        Pack::paired(k_pairs_, k, 0, one.N_k, columns_, p_.D);
-        const QueryBlocks blocks(one.N, kQueryLanes);
+        dq_.pack(k, one.N_k, p_.D);
+        const QueryBlocks blocks(one.N, kQueryLanes, kPack * Arithmetic::kStep);
         for (int64_t i = 0; i < blocks.blocks; ++i) queries(one, blocks.first(i), blocks.lanes(i));
         for (int64_t j = 0; j < one.N_k; ++j) {
             store_gradient(one.dk.row(j), dk_ + j * columns_, p_.D, scale_, rotary_, this->token(one, j));
@@ -105,8 +106,9 @@ class Backward : OnGrid<E, Arithmetic> {
             const Block block = this->block_of(one, key, smallest(key_block_, one.N_k - key), lanes);
             first == 0 ? keys<false>(block, count) : keys<true>(block, count);
         }
+        float* dq = dq_.rows(lanes);
         for (int64_t i = 0; i < count; ++i) {
-            store_gradient(one.dq.row(first + i), dq_ + i * columns_, p_.D, scale_, rotary_,
+            store_gradient(one.dq.row(first + i), dq + i * columns_, p_.D, scale_, rotary_,
                            this->token(one, first + i));
         }
     }
@@ -139,24 +141,16 @@ class Backward : OnGrid<E, Arithmetic> {
     void keys(const Block& block, int64_t count) {
         const int64_t lanes = block.lanes, key = block.first_key, n = block.keys;
         const int64_t vectors = columns_ / kLanes, words = Pack::words(p_.D), depth = Pack::words(count);
-        product<Arithmetic, Walk::kRows, false, Arithmetic::kScoreChain>(
+        product_of_rows<Arithmetic, false, Arithmetic::kScoreChain>(
             at_.scores, lanes, k_.words + key * k_.stride, k_.stride, q_columns_, lanes, n, lanes / kLanes, words);
-        product<Arithmetic, Walk::kRows, false>(at_.dp, lanes, v_.words + key * v_.stride, v_.stride, do_columns_,
-                                                lanes, n, lanes / kLanes, words);
+        product_of_rows<Arithmetic, false>(at_.dp, lanes, v_.words + key * v_.stride, v_.stride, do_columns_, lanes, n,
+                                           lanes / kLanes, words);
         softmax(block);
-        product<Arithmetic, Walk::kRows, kLater>(dv_ + key * columns_, columns_, at_.p_rows, lanes / kPack, do_pairs_,
-                                                 columns_, n, vectors, depth);
-        product<Arithmetic, Walk::kRows, kLater>(dk_ + key * columns_, columns_, at_.ds_rows, lanes / kPack, q_pairs_,
-                                                 columns_, n, vectors, depth);
-        const uint32_t* k = k_pairs_ + key / kPack * columns_;
-        const int64_t keys_depth = Pack::words(n);
-        if (key == 0) {
-            product<Arithmetic, Walk::kColumns, false>(dq_, columns_, at_.ds_pairs, lanes, k, columns_, count, vectors,
-                                                       keys_depth);
-        } else {
-            product<Arithmetic, Walk::kColumns, true>(dq_, columns_, at_.ds_pairs, lanes, k, columns_, count, vectors,
-                                                      keys_depth);
-        }
+        product_of_rows<Arithmetic, kLater>(dv_ + key * columns_, columns_, at_.p_rows, lanes / kPack, do_pairs_,
+                                            columns_, n, vectors, depth);
+        product_of_rows<Arithmetic, kLater>(dk_ + key * columns_, columns_, at_.ds_rows, lanes / kPack, q_pairs_,
+                                            columns_, n, vectors, depth);
+        dq_.add(at_.ds_pairs, lanes, count, key, n);
     }
 
     void softmax(const Block& block) {
@@ -176,10 +170,10 @@ class Backward : OnGrid<E, Arithmetic> {
     uint32_t *q_columns_, *do_columns_;  // [words(D)][lanes]
     uint32_t *q_pairs_, *do_pairs_;      // [lanes / kPack][columns]
     uint32_t *k_words_, *v_words_;       // [keys][words(D)]
-    uint32_t* k_pairs_;                  // [keys / kPack][columns]
     E *q_rotated_, *k_rotated_;
     ScoreGradient at_{};
-    float *dq_, *dk_, *dv_;  // [lanes][columns], [keys][columns] twice
+    OverKeys<E, Arithmetic> dq_;
+    float *dk_, *dv_;  // [keys][columns]
 };
 
 }  // namespace vivit::cpu::VIVIT_ISA

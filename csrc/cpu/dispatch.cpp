@@ -6,6 +6,11 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 #include "tubelet.h"
@@ -22,6 +27,9 @@ VIVIT_KERNELS_OF(portable)
 VIVIT_KERNELS_OF(avx2)
 VIVIT_KERNELS_OF(avx512)
 VIVIT_KERNELS_OF(avx512_bf16)
+namespace avx512_amx {
+extern const AttentionKernels kAttention;
+}
 #endif
 
 namespace {
@@ -43,10 +51,31 @@ Kernels kernels_of(Isa isa) {
             return {&avx512::kAttention, &avx512::kTubelets};
         case Isa::kAvx512Bf16:
             return {&avx512_bf16::kAttention, &avx512_bf16::kTubelets};
+        case Isa::kAvx512Amx:
+            if (avx512_amx::kAttention.name == nullptr) return {};  // the compiler had no AMX
+            return {&avx512_amx::kAttention, &avx512_bf16::kTubelets};
 #endif
         default:
             return {};
     }
+}
+
+// AMX in the processor, and the kernel's permission for the process to use it: without, its first instruction would end
+// the process. Asked once; who has it already is told so again.
+bool may_use_tiles() {
+#if defined(__linux__) && defined(__x86_64__)
+    static const bool may = [] {
+        constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24;   // of CPUID 7.0, EDX
+        constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+        unsigned a = 0, b = 0, c = 0, d = 0;
+        if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
+        if ((d & kBFloat16) == 0 || (d & kTile) == 0) return false;
+        return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    }();
+    return may;
+#else
+    return false;
+#endif
 }
 
 }  // namespace
@@ -64,7 +93,8 @@ Isa best_isa() {
     const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (!has_avx512) return Isa::kAvx2;
-    return __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512;
+    if (!__builtin_cpu_supports("avx512bf16")) return Isa::kAvx512;
+    return attention_kernels(Isa::kAvx512Amx) != nullptr && may_use_tiles() ? Isa::kAvx512Amx : Isa::kAvx512Bf16;
 #else
     return Isa::kPortable;
 #endif

@@ -52,13 +52,12 @@ class Forward : OnGrid<E, Arithmetic> {
         const int64_t words = Pack::words(p_.D), keys = size_.N_k, block_keys = smallest(keys, kKeyBlock);
         const int64_t rotated = p_.cos == nullptr ? 0 : (keys > kQueryLanes ? keys : kQueryLanes) * p_.D;
         q_ = carver.take<uint32_t>(words * kQueryLanes);
-        k_words_ = carver.take<uint32_t>(keys * words);
-        v_ = carver.take<uint32_t>(Pack::words(keys) * columns_);
+        k_words_ = carver.take<uint32_t>(tile_rows<Arithmetic>(keys) * words);
+        values_.lay_out(carver, keys, kQueryLanes, columns_);
         k_rotated_ = carver.take<E>(rotated), q_rotated_ = carver.take<E>(rotated);
-        scores_ = carver.take<float>(block_keys * kQueryLanes);
+        scores_ = carver.take<float>(tile_rows<Arithmetic>(block_keys) * kQueryLanes);
         probabilities_ = Pack::kPack == 1 ? reinterpret_cast<uint32_t*>(scores_)  // in place
                                           : carver.take<uint32_t>(Pack::words(block_keys) * kQueryLanes);
-        o_ = carver.take<float>(kQueryLanes * columns_);
         softmax_.largest = carver.take<float>(kQueryLanes), softmax_.sum = carver.take<float>(kQueryLanes);
         softmax_.shrink = carver.take<float>(kQueryLanes);
         row_low_ = carver.take<uint32_t>(kQueryLanes), row_high_ = carver.take<uint32_t>(kQueryLanes);
@@ -74,7 +73,7 @@ class Forward : OnGrid<E, Arithmetic> {
     }
 
     void pack_keys(const Sequence<E>& one) {
-        Pack::paired(v_, {one.v.data, one.v.stride}, 0, one.N_k, columns_, p_.D);
+        values_.pack({one.v.data, one.v.stride}, one.N_k, p_.D);
         k_ = this->operand(this->turned(one.k, one, 0, one.N_k, k_rotated_), k_words_);
     }
 
@@ -87,38 +86,25 @@ class Forward : OnGrid<E, Arithmetic> {
         for (int64_t key = 0; key < one.N_k; key += kKeyBlock) {
             step(block_of(one, key, smallest(kKeyBlock, one.N_k - key), lanes));
         }
-        finish(one, first, count);
+        finish(one, first, count, lanes);
     }
 
     void step(const Block& block) {
-        const int64_t lanes = block.lanes, vectors = columns_ / kLanes, depth = Pack::words(block.keys);
-        product<Arithmetic, Walk::kRows, false, Arithmetic::kScoreChain>(
+        const int64_t lanes = block.lanes;
+        product_of_rows<Arithmetic, false, Arithmetic::kScoreChain>(
             scores_, lanes, k_.words + block.first_key * k_.stride, k_.stride, q_, lanes, block.keys, lanes / kLanes,
             Pack::words(p_.D));
         const bool shrinks = plain_ ? softmax_step<Arithmetic, true>(scores_, probabilities_, rules_, block, softmax_)
                                     : softmax_step<Arithmetic, false>(scores_, probabilities_, rules_, block, softmax_);
-        const uint32_t* v = v_ + block.first_key / Pack::kPack * columns_;
-        if (block.first_key == 0) {
-            product<Arithmetic, Walk::kColumns, false>(o_, columns_, probabilities_, lanes, v, columns_, lanes, vectors,
-                                                       depth);
-            return;
-        }
-        if (shrinks) shrink(lanes);
-        product<Arithmetic, Walk::kColumns, true>(o_, columns_, probabilities_, lanes, v, columns_, lanes, vectors,
-                                                  depth);
+        if (shrinks && block.first_key > 0) values_.scale(softmax_.shrink, lanes);
+        values_.add(probabilities_, lanes, lanes, block.first_key, block.keys);
     }
 
-    void shrink(int64_t lanes) {
-        for (int64_t i = 0; i < lanes; ++i) {
-            float* row = o_ + i * columns_;
-            for (int64_t d = 0; d < columns_; d += kLanes) store(row + d, load<Floats>(row + d) * softmax_.shrink[i]);
-        }
-    }
-
-    void finish(const Sequence<E>& one, int64_t first, int64_t count) {
+    void finish(const Sequence<E>& one, int64_t first, int64_t count, int64_t lanes) {
+        const float* o = values_.rows(lanes);
         for (int64_t i = 0; i < count; ++i) {
             const float inverse = softmax_.sum[i] > 0.f ? 1.f / softmax_.sum[i] : 0.f;  // no key left: zeros
-            store_row(one.o.row(first + i), o_ + i * columns_, p_.D, inverse);
+            store_row(one.o.row(first + i), o + i * columns_, p_.D, inverse);
             if (p_.stats == nullptr) continue;
             const int64_t row = one.first_row + this->token(one, first + i);
             p_.stats[row] = softmax_.largest[i], p_.stats[this->stat_rows() + row] = inverse;
@@ -126,11 +112,11 @@ class Forward : OnGrid<E, Arithmetic> {
     }
 
     typename Base::Operand k_{};
-    uint32_t *q_, *k_words_, *v_;  // [words(D)][lanes], [keys][words(D)], [keys / kPack][columns]
+    uint32_t *q_, *k_words_;  // [words(D)][lanes], [keys][words(D)]
     E *q_rotated_, *k_rotated_;
     float* scores_;            // [keys of a block][lanes]
     uint32_t* probabilities_;  // [keys of a block / kPack][lanes]
-    float* o_;                 // [lanes][columns]
+    OverKeys<E, Arithmetic> values_;
     Softmax softmax_;
 };
 

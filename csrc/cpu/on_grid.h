@@ -1,7 +1,7 @@
 // What forward and backward share: a call on the token grid, its sequences, and their rows as operands.
 #pragma once
 
-#include "pack.h"
+#include "over_keys.h"
 #include "probabilities.h"
 #include "scratch.h"
 
@@ -73,7 +73,7 @@ class OnGrid {
     Operand operand(const Rows<const E>& rows, uint32_t* memory) const {
         const int64_t bytes = rows.stride * static_cast<int64_t>(sizeof(E));
         const bool read_once = size_.N <= kQueryLanes;
-        if (Pack::kNative && (read_once || size_.N_k <= kResidentKeys) && bytes % 4 == 0) {
+        if (Pack::kNative && !Arithmetic::kTiles && (read_once || size_.N_k <= kResidentKeys) && bytes % 4 == 0) {
             return {reinterpret_cast<const uint32_t*>(rows.data), bytes / 4};
         }
         Pack::straight(memory, rows, 0, size_.N_k, p_.D);

@@ -31,10 +31,10 @@ void rotate_row(E* to, const E* from, int64_t D, Rotary table, int64_t token, fl
 template <class E, class Arithmetic>
 struct Packing {
     static constexpr int kPack = Arithmetic::kPack;
-    static constexpr bool kNative = sizeof(E) * kPack == 4;  // a row in memory is its words
+    static constexpr bool kNative = sizeof(E) * kPack == 4;  // a row in memory is its words, but for kStep
     static_assert(kPack == 1 || kNative);
 
-    static VIVIT_INLINE int64_t words(int64_t n) { return (n + kPack - 1) / kPack; }
+    static VIVIT_INLINE int64_t words(int64_t n) { return round_up((n + kPack - 1) / kPack, Arithmetic::kStep); }
 
     static VIVIT_INLINE Words load_words(const E* from, int64_t count) {
         if (count >= kLanes) {
@@ -52,14 +52,14 @@ struct Packing {
         }
     }
 
-    // Rows as words, [rows, words(D)], contiguous.
+    // Rows as words, [rows, words(D)], contiguous; zero behind their elements.
     static void straight(uint32_t* to, const Rows<const E>& from, int64_t first, int64_t count, int64_t D) {
-        const int64_t width = words(D);
+        const int64_t width = words(D), own = (D + kPack - 1) / kPack;
         for (int64_t r = 0; r < count; ++r, to += width) {
             const E* row = from.row(first + r);
             for (int64_t w = 0; w < width; w += kLanes) {
                 const int64_t left = width - w;
-                const Words x = load_words(row + w * kPack, left);
+                const Words x = load_words(row + w * kPack, own - w);
                 if (left >= kLanes)
                     store(to + w, x);
                 else
@@ -71,11 +71,11 @@ struct Packing {
     // Transposed: to[word][lane] = word of row `first + lane`; lanes from `count` up to `lanes` are zero.
     static void transposed(uint32_t* to, const Rows<const E>& from, int64_t first, int64_t count, int64_t lanes,
                            int64_t D) {
-        const int64_t width = words(D);
+        const int64_t width = words(D), own = (D + kPack - 1) / kPack;
         for (int64_t block = 0; block < lanes; block += kLanes) {
             for (int64_t w = 0; w < width; w += kLanes) {
                 Words tile[kLanes];
-                if (block + kLanes <= count && w + kLanes <= width) {
+                if (block + kLanes <= count && w + kLanes <= own) {
 #pragma GCC unroll 16
                     for (int lane = 0; lane < kLanes; ++lane) {
                         tile[lane] = load_words(from.row(first + block + lane) + w * kPack, kLanes);
@@ -83,8 +83,7 @@ struct Packing {
                 } else {
                     for (int lane = 0; lane < kLanes; ++lane) {
                         const bool there = block + lane < count;
-                        tile[lane] =
-                            there ? load_words(from.row(first + block + lane) + w * kPack, width - w) : Words{};
+                        tile[lane] = there ? load_words(from.row(first + block + lane) + w * kPack, own - w) : Words{};
                     }
                 }
                 transpose(tile);
@@ -95,7 +94,7 @@ struct Packing {
     }
 
     // Paired: to[row / kPack][column] holds the elements of kPack neighbouring rows; columns from D up to `columns` and
-    // a missing last row are zero.
+    // missing last rows are zero.
     static void paired(uint32_t* to, const Rows<const E>& from, int64_t first, int64_t count, int64_t columns,
                        int64_t D) {
         for (int64_t r = 0; r < count; r += kPack, to += columns) {
@@ -106,6 +105,36 @@ struct Packing {
                 store(to + d,
                       here == kLanes ? pair<false>(row + d, next, d, kLanes) : pair<true>(row + d, next, d, here));
             }
+        }
+        for (int64_t left = words(count) - (count + kPack - 1) / kPack; left > 0; --left, to += columns) {
+            for (int64_t d = 0; d < columns; d += kLanes) store(to + d, Words{});
+        }
+    }
+
+    // Across: to[column][word] holds the elements of kPack neighbouring rows, kLanes words of a column; columns from D
+    // up to `columns` and missing rows are zero.
+    static void across(uint32_t* to, const Rows<const E>& from, int64_t first, int64_t count, int64_t columns,
+                       int64_t D) {
+        for (int64_t d = 0; d < columns; d += kLanes, to += kLanes * kLanes) {
+            const int here = static_cast<int>(smallest<int64_t>(kLanes, D - d));
+            Words tile[kLanes];
+            if (count == kLanes * kPack && here == kLanes) {
+#pragma GCC unroll 16
+                for (int64_t i = 0; i < kLanes; ++i) {
+                    const E* row = from.row(first + i * kPack);
+                    tile[i] = pair<false>(row + d, kPack == 2 ? row + from.stride : nullptr, d, kLanes);
+                }
+            } else {
+                for (int64_t i = 0; i < kLanes; ++i) {
+                    const int64_t r = i * kPack;
+                    const E* row = r < count ? from.row(first + r) : nullptr;
+                    const E* next = kPack == 2 && r + 1 < count ? from.row(first + r + 1) : nullptr;
+                    tile[i] = row == nullptr ? Words{} : pair<true>(row + d, next, d, here);
+                }
+            }
+            transpose(tile);
+#pragma GCC unroll 16
+            for (int64_t i = 0; i < kLanes; ++i) store(to + i * kLanes, tile[i]);
         }
     }
 

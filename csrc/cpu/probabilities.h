@@ -96,36 +96,88 @@ VIVIT_INLINE void turn(float* scores, const Rules& rules, const Block& block, in
 // The larger of `largest` and a block's scores.
 template <bool kPlain>
 VIVIT_INLINE Floats largest_of(const float* scores, const Block& block, int64_t lane, Floats largest) {
-    Floats other = largest;  // two chains: one would wait for each comparison
+    constexpr int kChains = 8;  // one would wait for each comparison
+    Floats chain[kChains];
+#pragma GCC unroll 8
+    for (int i = 0; i < kChains; ++i) chain[i] = largest;
     int64_t j = 0;
-    for (; kPlain && j + 2 <= block.keys; j += 2) {
-        largest = larger(largest, load<Floats>(scores + j * block.lanes + lane));
-        other = larger(other, load<Floats>(scores + (j + 1) * block.lanes + lane));
+    for (; kPlain && j + kChains <= block.keys; j += kChains) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kChains; ++i) {
+            chain[i] = larger(chain[i], load<Floats>(scores + (j + i) * block.lanes + lane));
+        }
     }
     for (; j < block.keys; ++j) {
         if (kPlain || block.allowed(j)) largest = larger(largest, load<Floats>(scores + j * block.lanes + lane));
     }
-    return larger(largest, other);
+#pragma GCC unroll 8
+    for (int i = 0; i < kChains; ++i) largest = larger(largest, chain[i]);
+    return largest;
 }
 
-// exp of the difference of two scores: exactly 1 where there is none, which a product rounded apart would miss.
+// exp of a score's difference to the largest one of its query. kExact: exactly 1 where there is none, which a product
+// rounded apart would miss.
 template <bool kExact>
-VIVIT_INLINE Floats power_of(Floats score, Floats largest, const Rules& rules) {
-    return exp2<kExact>(score - largest, rules.unit, rules.unit_rest);
-}
+class Power {
+  public:
+    VIVIT_INLINE Power(const Rules& rules, Floats largest)
+        : unit_(rules.unit), rest_(rules.unit_rest), largest_(kCoarse ? largest * rules.unit : largest) {}
+
+    VIVIT_INLINE Floats of(Floats score) const {
+#if defined(__AVX512DQ__)
+        // rounding largest * unit is a factor that all keys of a query have
+        if constexpr (kCoarse) {
+            return coarse_exp2((Floats)_mm512_fmsub_ps((__m512)score, (__m512)all(unit_), (__m512)largest_));
+        }
+#endif
+        return exp2<kExact>(score - largest_, unit_, rest_);
+    }
+
+  private:
+#if defined(__AVX512DQ__)
+    static constexpr bool kCoarse = !kExact;
+#else
+    static constexpr bool kCoarse = false;
+#endif
+    float unit_, rest_;
+    Floats largest_;
+};
 
 template <class Arithmetic, bool kPlain>
-VIVIT_INLINE Floats power(const float* scores, const Rules& rules, const Block& block, int64_t key, int64_t lane,
-                          Floats largest) {
+VIVIT_INLINE Floats power(const Power<Arithmetic::kExact>& of, const float* scores, const Block& block, int64_t key,
+                          int64_t lane) {
     if (!kPlain && !block.allowed(key)) return Floats{};
-    return power_of<Arithmetic::kExact>(load<Floats>(scores + key * block.lanes + lane), largest, rules);
+    return of.of(load<Floats>(scores + key * block.lanes + lane));
+}
+
+// Keys [first, end) of a block, at most kShortSum, as words of `p`, and their sum. kWhole: kShortSum keys, so that the
+// loop has no other ends.
+template <class Arithmetic, bool kPlain, bool kWhole>
+VIVIT_INLINE Floats probabilities_of(const Power<Arithmetic::kExact>& of, const float* scores, uint32_t* p,
+                                     const Rules& rules, const Block& block, int64_t first, int64_t end, int64_t lane,
+                                     Keep& keep) {
+    constexpr int kPack = Arithmetic::kPack;
+    Floats sum[kPack] = {};
+    for (int64_t j = first; j < (kWhole ? first + kShortSum : end); j += kPack) {
+        Floats x[kPack];
+        if (!kPlain && rules.dropout && j % 4 == 0) keep.draw(rules, block, j, lane);
+#pragma GCC unroll 2
+        for (int i = 0; i < kPack; ++i) {
+            const bool there = kWhole || j + i < end;
+            x[i] = there ? power<Arithmetic, kPlain>(of, scores, block, j + i, lane) : Floats{};
+            sum[i] += x[i];
+            if (!kPlain && rules.dropout) x[i] = keep.of(x[i] * rules.keep_scale, rules, j + i);
+        }
+        Arithmetic::store_pair(p + j / kPack * block.lanes + lane, x[0], x[kPack - 1]);
+    }
+    return kPack == 1 ? sum[0] : sum[0] + sum[kPack - 1];
 }
 
 // One step of an online softmax: products q.k in `scores` become the operand `p` of the product with v, in words
 // [keys / kPack][lanes]; with kPack 1 it may lie where the scores lie. True if older sums have to shrink.
 template <class Arithmetic, bool kPlain>
-bool softmax_step(float* scores, uint32_t* p, const Rules& rules, const Block& block, const Softmax& state) {
-    constexpr int kPack = Arithmetic::kPack;
+bool softmax_step(float* scores, uint32_t* p, const Rules& rules, const Block& of_keys, const Softmax& state) {
+    const Block block = of_keys;  // of this function alone: what it stores cannot change it
     bool shrinks = false;
     for (int64_t lane = 0; lane < block.lanes; lane += kLanes) {
         const Floats before = load<Floats>(state.largest + lane);
@@ -134,27 +186,19 @@ bool softmax_step(float* scores, uint32_t* p, const Rules& rules, const Block& b
         store(state.largest + lane, largest);
         // without any key so far there is nothing to shrink, and -inf - -inf must not arise
         const Floats base = largest == all(kNothing) ? Floats{} : largest;
-        const Floats shrink = before == all(kNothing) ? Floats{} : power_of<true>(before, base, rules);
+        const Floats shrink = before == all(kNothing) ? Floats{} : Power<true>(rules, base).of(before);
         store(state.shrink + lane, shrink);
-        for (int i = 0; i < kLanes; ++i) shrinks |= state.shrink[lane + i] != 1.f;
+        shrinks |= any((Ints)(shrink != all(1.f)));
+        const Power<Arithmetic::kExact> power_of(rules, base);
         Floats sum = load<Floats>(state.sum + lane) * shrink;
         Keep keep;
-        for (int64_t first = 0; first < block.keys; first += kShortSum) {
-            Floats part{};
-            for (int64_t j = first; j < smallest(block.keys, first + kShortSum); j += kPack) {
-                Floats x[kPack];
-                if (!kPlain && rules.dropout && j % 4 == 0) keep.draw(rules, block, j, lane);
-#pragma GCC unroll 2
-                for (int i = 0; i < kPack; ++i) {
-                    const bool there = j + i < block.keys;
-                    x[i] = there ? power<Arithmetic, kPlain>(scores, rules, block, j + i, lane, base) : Floats{};
-                    part += x[i];
-                    if (!kPlain && rules.dropout) x[i] = keep.of(x[i] * rules.keep_scale, rules, j + i);
-                }
-                Arithmetic::store_pair(p + j / kPack * block.lanes + lane, x[0], x[kPack - 1]);
-            }
-            sum += part;
+        int64_t first = 0;
+        for (; first + kShortSum <= block.keys; first += kShortSum) {
+            sum += probabilities_of<Arithmetic, kPlain, true>(power_of, scores, p, rules, block, first,
+                                                              first + kShortSum, lane, keep);
         }
+        sum += probabilities_of<Arithmetic, kPlain, false>(power_of, scores, p, rules, block, first, block.keys, lane,
+                                                           keep);
         store(state.sum + lane, sum);
     }
     return shrinks;

@@ -34,11 +34,13 @@ void carve(Pieces& pieces) {
 
 // The queries of a sequence in blocks of whole vectors, as even as can be: 13 vectors of 196 tokens are 4, 3, 3 and 3.
 struct QueryBlocks {
-    int64_t vectors, blocks;
+    int64_t step, steps, blocks;
 
-    QueryBlocks(int64_t N, int64_t most_lanes)
-        : vectors((N + kLanes - 1) / kLanes), blocks((vectors * kLanes + most_lanes - 1) / most_lanes) {}
-    int64_t first(int64_t block) const { return vectors * block / blocks * kLanes; }
+    QueryBlocks(int64_t N, int64_t most_lanes, int64_t least_lanes = kLanes)
+        : step(least_lanes > kLanes ? least_lanes : kLanes),
+          steps((N + step - 1) / step),
+          blocks((steps * step + most_lanes - 1) / most_lanes) {}
+    int64_t first(int64_t block) const { return steps * block / blocks * step; }
     int64_t lanes(int64_t block) const { return first(block + 1) - first(block); }
 };
 

@@ -19,10 +19,10 @@ constexpr uint32_t kDropped = 0x80000000u;
 
 // 2^(score - largest), marked; dp after dropout; the slope of the soft-cap.
 template <class Arithmetic, bool kPlain>
-VIVIT_INLINE void powers_of_key(const ScoreGradient& at, const Rules& rules, const Block& block, int64_t key,
-                                int64_t lane, Floats largest, Keep& keep, Floats& weight, Floats& dp) {
+VIVIT_INLINE void powers_of_key(const Power<Arithmetic::kExact>& of, const ScoreGradient& at, const Rules& rules,
+                                const Block& block, int64_t key, int64_t lane, Keep& keep, Floats& weight, Floats& dp) {
     const int64_t i = key * block.lanes + lane;
-    weight = power<Arithmetic, kPlain>(at.scores, rules, block, key, lane, largest);
+    weight = power<Arithmetic, kPlain>(of, at.scores, block, key, lane);
     dp = load<Floats>(at.dp + i);
     if (kPlain) return;
     if (at.slope != nullptr) {
@@ -68,14 +68,14 @@ void softmax_backward_whole(const ScoreGradient& at, const Rules& rules, const B
     for (int64_t lane = 0; lane < block.lanes; lane += kLanes) {
         if (!kPlain) turn(at.scores, rules, block, lane);
         const Floats found = largest_of<kPlain>(at.scores, block, lane, all(kNothing));
-        const Floats largest = found == all(kNothing) ? Floats{} : found;
+        const Power<Arithmetic::kExact> power_of(rules, found == all(kNothing) ? Floats{} : found);
         Floats sum{}, product_sum{};
         Keep keep;
         for (int64_t first = 0; first < block.keys; first += kShortSum) {
             Floats part{}, product_part{};
             for (int64_t j = first; j < smallest(block.keys, first + kShortSum); ++j) {
                 Floats weight, dp;
-                powers_of_key<Arithmetic, kPlain>(at, rules, block, j, lane, largest, keep, weight, dp);
+                powers_of_key<Arithmetic, kPlain>(power_of, at, rules, block, j, lane, keep, weight, dp);
                 const Floats unmarked = kPlain ? weight : bits<Floats>(bits<Words>(weight) & ~kDropped);
                 part += unmarked, product_part += unmarked * dp;
                 store(at.scores + j * block.lanes + lane, weight);
@@ -105,8 +105,8 @@ void softmax_backward_part(const ScoreGradient& at, const Rules& rules, const Bl
     constexpr int kPack = Arithmetic::kPack;
     for (int64_t lane = 0; lane < block.lanes; lane += kLanes) {
         if (!kPlain) turn(at.scores, rules, block, lane);
-        const Floats largest = load<Floats>(at.largest + lane), inverse = load<Floats>(at.inverse + lane);
-        const Floats delta = load<Floats>(at.delta + lane);
+        const Power<Arithmetic::kExact> power_of(rules, load<Floats>(at.largest + lane));
+        const Floats inverse = load<Floats>(at.inverse + lane), delta = load<Floats>(at.delta + lane);
         Keep keep;
         for (int64_t j = 0; j < block.keys; j += kPack) {
             Floats p[2] = {}, ds[2] = {};
@@ -114,7 +114,7 @@ void softmax_backward_part(const ScoreGradient& at, const Rules& rules, const Bl
             for (int i = 0; i < kPack; ++i) {
                 if (j + i >= block.keys) break;
                 Floats weight, dp;
-                powers_of_key<Arithmetic, kPlain>(at, rules, block, j + i, lane, largest, keep, weight, dp);
+                powers_of_key<Arithmetic, kPlain>(power_of, at, rules, block, j + i, lane, keep, weight, dp);
                 gradient_of_key<kPlain>(at, rules, block, j + i, lane, weight, dp, inverse, delta, p[i], ds[i]);
             }
             store_gradients<Arithmetic>(at, block, j, lane, p, ds);

@@ -23,9 +23,7 @@ class Call:
     arch: int = 0  # 90 for sm_90; 0 where there is none, or where it does not matter
     temporal_heads: int | None = None  # of an op on the token grid: how many of its heads attend along time
     keys: int | None = None  # tokens of k and v, of an op where they may be others than those of q
-    isa: str = (
-        ""  # of a CPU: of its kernels, or avx512_amx (_native.call_isa); "" without kernels, or on another device
-    )
+    isa: str = ""  # of a CPU: of its kernels (_native.call_isa); "" without kernels, or on another device
     channels: int | None = None  # of a token, of an op whose shape does not say it
 
     def __str__(self) -> str:

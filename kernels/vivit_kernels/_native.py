@@ -22,7 +22,7 @@ import torch
 from . import _library
 from ._dispatch import Call, Refusal
 
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16")  # csrc/cpu/attention.h numbers them so
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "avx512_amx")  # csrc/cpu/attention.h numbers them so
 VARIABLE = "VIVIT_KERNELS_CPU_ISA"
 _CHOOSE_BEST = -1
 _OLDEST_ARCH = 80  # bfloat16 products and asynchronous copies
@@ -52,6 +52,8 @@ NO_CUDA: str = (
     else ""
 )
 CUDA_REMEDY = "pip install -e . --no-build-isolation on a machine with nvcc (or there: make build)"
+# Kernels of avx512_bf16 beside a PyTorch whose products have AMX: forced, or the compiler did not know AMX.
+BESIDE_AMX = "avx512_bf16_beside_amx"
 HAS_AMX: bool = torch.cpu._is_amx_tile_supported()
 BEST: str = "" if _problem else ISAS[torch.ops.vivit_kernels_native.best_isa()]
 
@@ -83,11 +85,10 @@ def isa_name() -> str:
 
 
 def call_isa(device: str) -> str:
-    """Of a call on this device, as `Call.isa`: "avx512_amx" where PyTorch's products in bfloat16 have AMX, and the
-    kernels, which are of avx512_bf16 then, do not."""
+    """Of a call on this device, as `Call.isa`: that of the kernels, or BESIDE_AMX."""
     if device != "cpu":
         return ""
-    return "avx512_amx" if HAS_AMX and isa_name() == "avx512_bf16" else isa_name()
+    return BESIDE_AMX if HAS_AMX and isa_name() == "avx512_bf16" else isa_name()
 
 
 @contextmanager

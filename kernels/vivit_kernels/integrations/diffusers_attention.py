@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import _native
 from ..factorized_attention.api import spatial_attention, temporal_attention
 from ..joint_attention.api import joint_attention
 from . import pytorch
@@ -26,10 +27,11 @@ from .transformers_attention import _SHORT as SHORT
 
 _DEFAULT, _FUSED = "AttnProcessor2_0", "FusedAttnProcessor2_0"
 _FILE = "diffusers.models.attention_processor"
-# PyTorch's attention multiplies bfloat16 on the matrix unit of a processor that has one, ours does not. One core of an
-# Intel Xeon with AMX, 2026-11-26, forward, PyTorch / ours: 4 x 1024 tokens, 8 heads of 40, 0.39; 8 x 256, heads of 80,
-# 0.50; 4096 x 120, 16 heads of 72, 0.86; 1024 x 77 1.20. In float32 0.97 to 1.53. Along time ours is faster in both.
-AMX = torch.cpu._is_amx_tile_supported()
+# PyTorch's attention multiplies bfloat16 on the matrix unit of a processor that has one, ours only in avx512_amx. One
+# core of an Intel Xeon with AMX, 2026-11-26, forward, PyTorch / ours in avx512_bf16: 4 x 1024 tokens, 8 heads of 40,
+# 0.39; 8 x 256, heads of 80, 0.50; 4096 x 120, 16 heads of 72, 0.86; 1024 x 77 1.20. In float32 0.97 to 1.53. Along
+# time ours is faster in both.
+AMX = _native.HAS_AMX and _native.isa_name() != "avx512_amx"
 
 
 class OurAttention(Mixin):

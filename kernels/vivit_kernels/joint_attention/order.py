@@ -25,22 +25,23 @@ RUNGS = (
 CPU_RUNGS = (
     Rung(
         "sdpa",
-        isas=("avx512_amx",),
+        isas=("avx512_bf16_beside_amx",),
         dtypes=(torch.bfloat16,),
         needs_grad=True,
         sizes=(("N", 512, MANY), ("N_k", 512, MANY)),
-        reason="One core of an Intel Xeon with AMX, 2026-11-26, bf16, 12 heads of 64, forward + backward: two clips of "
-        "512 tokens sdpa 67 ms, torch 85, cpu 91; one of 1569 sdpa 224, torch 301, cpu 399; 785 tokens, 8 heads of 72, "
+        reason="One core of an Intel Xeon with AMX, which sdpa has and these kernels have not, 2026-11-26, bf16, "
+        "12 heads of 64, forward + backward: two clips of 512 tokens sdpa 67 ms, torch 85, cpu 91; one of 1569 sdpa "
+        "224, torch 301, cpu 399; 785 tokens, 8 heads of 72, "
         "80 and 128: sdpa 105, 102 and 124, cpu 157, 168 and 256. Five of 197 tokens cpu 34, sdpa 47.",
     ),
     Rung(
         "torch",
-        isas=("avx512_amx",),
+        isas=("avx512_bf16_beside_amx",),
         dtypes=(torch.bfloat16,),
         needs_grad=False,
         sizes=(("N", 128, MANY), ("N_k", 128, MANY)),
-        reason="One core of an Intel Xeon with AMX, whose products PyTorch's forward has and cpu has not, 2026-11-26, "
-        "bf16, 12 heads of 64: eight clips of 128 tokens torch 4.6 ms, cpu 6.9; five of 197 5.8 and 9.8; one of 1569 "
+        reason="One core of an Intel Xeon with AMX, which PyTorch's forward has and these kernels have not, "
+        "2026-11-26, bf16, 12 heads of 64: eight clips of 128 tokens torch 4.6 ms, cpu 6.9; five of 197 5.8 and 9.8; one of 1569 "
         "33 and 104; 785 tokens, 8 heads of 32, 72 and 128: 12, 20 and 24, cpu 19, 43 and 67. Of 64 tokens cpu is "
         "first: 4.2 ms, torch 7.6.",
     ),
@@ -74,8 +75,11 @@ LADDERS = {
         "Compiled kernels, then the composition of PyTorch ops, which runs every call, with PyTorch's fused forward "
         "and a backward more accurate than PyTorch's: in float32 that of sdpa misses the error budget in 57 of 135 "
         "cases of the parity grid. 2 cores of an AMD EPYC (Zen 4), 2026-11-26, one clip of 3137 tokens, 12 heads of "
-        "64: bf16, forward + backward, cpu 292 ms, torch 795; fp32, forward, cpu 174 ms, torch 202. Triton's kernels "
-        "run on CPU tensors only interpreted, to be checked. Both by name.",
+        "64: bf16, forward + backward, cpu 292 ms, torch 795; fp32, forward, cpu 174 ms, torch 202. One core of an "
+        "Intel Xeon, products of both on AMX, 2026-11-26, bf16, 12 heads of 64: one clip of 1569 tokens forward cpu 20 "
+        "ms, torch 32, with backward cpu 100, sdpa 305, torch 407; five of 197 cpu 3.2 and torch 6.7, with backward "
+        "11, sdpa 44, torch 43; 32 of 16 cpu 1.0 and torch 5.2. Triton's kernels run on CPU tensors only interpreted, to "
+        "be checked. Both by name.",
         CPU_RUNGS,
     ),
 }

@@ -30,7 +30,7 @@ LADDERS = {
         (
             Rung(
                 "torch",
-                isas=("avx512_amx",),
+                isas=("avx512_amx", "avx512_bf16_beside_amx"),
                 dtypes=(torch.bfloat16,),
                 reason="One core of an Intel Xeon with AMX, whose products torch has and cpu has not, 2026-11-26, "
                 "ViT-B, tubelets of 2x16x16, bf16 weights: 16 frames of 224x224 in uint8 torch 11 ms, cpu 50, with "
