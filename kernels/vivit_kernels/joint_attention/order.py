@@ -41,9 +41,9 @@ CPU_RUNGS = (
         needs_grad=False,
         sizes=(("N", 128, MANY), ("N_k", 128, MANY)),
         reason="One core of an Intel Xeon with AMX, which PyTorch's forward has and these kernels have not, "
-        "2026-11-26, bf16, 12 heads of 64: eight clips of 128 tokens torch 4.6 ms, cpu 6.9; five of 197 5.8 and 9.8; one of 1569 "
-        "33 and 104; 785 tokens, 8 heads of 32, 72 and 128: 12, 20 and 24, cpu 19, 43 and 67. Of 64 tokens cpu is "
-        "first: 4.2 ms, torch 7.6.",
+        "2026-11-26, bf16, 12 heads of 64: eight clips of 128 tokens torch 4.6 ms, cpu 6.9; five of 197 5.8 and 9.8; "
+        "one of 1569 33 and 104; 785 tokens, 8 heads of 32, 72 and 128: 12, 20 and 24, cpu 19, 43 and 67. Of 64 tokens "
+        "cpu is first: 4.2 ms, torch 7.6.",
     ),
     Rung(
         "torch",
@@ -78,8 +78,8 @@ LADDERS = {
         "64: bf16, forward + backward, cpu 292 ms, torch 795; fp32, forward, cpu 174 ms, torch 202. One core of an "
         "Intel Xeon, products of both on AMX, 2026-11-26, bf16, 12 heads of 64: one clip of 1569 tokens forward cpu 20 "
         "ms, torch 32, with backward cpu 100, sdpa 305, torch 407; five of 197 cpu 3.2 and torch 6.7, with backward "
-        "11, sdpa 44, torch 43; 32 of 16 cpu 1.0 and torch 5.2. Triton's kernels run on CPU tensors only interpreted, to "
-        "be checked. Both by name.",
+        "11, sdpa 44, torch 43; 32 of 16 cpu 1.0 and torch 5.2. Triton's kernels run on CPU tensors only interpreted, "
+        "to be checked. Both by name.",
         CPU_RUNGS,
     ),
 }
