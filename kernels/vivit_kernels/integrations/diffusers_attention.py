@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import _native
 from ..factorized_attention.api import spatial_attention, temporal_attention
 from ..joint_attention.api import joint_attention
 from . import pytorch
@@ -31,7 +30,7 @@ _FILE = "diffusers.models.attention_processor"
 # core of an Intel Xeon with AMX, 2026-11-26, forward, PyTorch / ours in avx512_bf16: 4 x 1024 tokens, 8 heads of 40,
 # 0.39; 8 x 256, heads of 80, 0.50; 4096 x 120, 16 heads of 72, 0.86; 1024 x 77 1.20. In float32 0.97 to 1.53. Along
 # time ours is faster in both.
-AMX = _native.HAS_AMX and _native.isa_name() != "avx512_amx"
+AMX = torch.cpu._is_amx_tile_supported() and pytorch._chosen("cpu", torch.bfloat16, needs_grad=False) != "cpu"
 
 
 class OurAttention(Mixin):
