@@ -30,6 +30,7 @@ from .static import table
 # hopper: products of a warp group, on sm_90 alone. The last two store sums as products leave them, 64 bits a lane once
 # pairs of lanes have traded, a sector of 32 bytes for two pairs; and they have what packed has, for the other axis.
 # pipelined: copies of boxes, products and exponentials at a time, by warps that each do one and trade registers.
+# turned: rows with their rotary embedding, for pipelined.
 # streaming: rows that go by through shared memory, and sums stored in the same way; nothing is transposed in registers.
 # tubelet: both operands of its products from shared memory, one of them by asynchronous copies; parameter: what is done
 # around those products, with plain arithmetic.
@@ -40,6 +41,7 @@ WANTED = {
     "resident": (*_PACKED, "LDGSTS.128", "LDSM", "STG.64"),
     "hopper": (*_PACKED, "HGMMA", "UTMALDG", "LDSM", "STG.64"),
     "pipelined": ("HGMMA", "UTMALDG", "SYNCS", "USETMAXREG", "MUFU.EX2", "STG.64"),
+    "turned": ("LDG.128", "STG.128"),
     "streaming": ("HMMA", "LDSM", "LDGSTS.128", "STG.64"),
     "float32": ("FFMA", "LDGSTS.128", "LDS.128", "STG.128"),
     "tubelet": ("HMMA", "LDSM", "LDGSTS.128"),

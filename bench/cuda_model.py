@@ -13,6 +13,7 @@ import argparse
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from vivit_kernels import _library
 
@@ -47,11 +48,25 @@ EXPONENTIALS, SHUFFLES = 8, 4
 FLOP_PER_CYCLE = 4096
 SHARED_BYTES_PER_CYCLE = 128
 MULTIPROCESSORS, CLOCK_GHZ = 132, 1.7  # the clock that an H100 holds under load is lower or higher by a tenth
-KEYS, QUERIES, CHANNELS = 128, 64, 64  # of a tile; of a warpgroup
+QUERIES = 64  # of a warpgroup
+TOKENS = (1568, 3136, 3137, 6272, 12544)
 
 _PRODUCT = re.compile(r"HGMMA\.64x(\d+)x16[.\w]*\s+R\d+, (gdesc|R)")
 _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)(?:\.[\w.]+)?([^;]*);", re.MULTILINE)
-_VARIANT = re.compile(r"HopperVariant<(\d+), (\d+), (\d+)>")
+_VARIANT = re.compile(r"HopperVariant<(\d+), (\d+), \w+, (\d+), ")
+
+
+class Shape(NamedTuple):
+    """What a kernel is compiled for, as its name says: channels of a head, keys of a tile, warpgroups that compute."""
+
+    channels: int = 64
+    keys: int = 128
+    groups: int = 2
+
+    @classmethod
+    def of(cls, name: str) -> Shape:
+        found = _VARIANT.search(name)
+        return cls(16 * int(found[1]), int(found[2]), int(found[3])) if found else cls()
 
 
 @dataclass(frozen=True)
@@ -84,7 +99,7 @@ def inner_loop(kernel: cubin.Kernel) -> cubin.Loop:
     return min(found, key=lambda loop: loop.last - loop.first)
 
 
-def skipped(lines: list[tuple[int, str, str]], last: int) -> set[int]:
+def skipped(lines: list[tuple[int, str, str]], last: int, channels: int) -> set[int]:
     """Addresses that a forward branch passes by and where sums are multiplied: where no base rises."""
     passed: set[int] = set()
     for at, opcode, rest in lines:
@@ -92,16 +107,16 @@ def skipped(lines: list[tuple[int, str, str]], last: int) -> set[int]:
         if target is None or not at < int(target[1], 16) <= last:
             continue
         inside = [(a, o) for a, o, _ in lines if at < a < int(target[1], 16)]
-        if sum(o == "FMUL" for _, o in inside) >= QUERIES * CHANNELS // 128:
+        if sum(o == "FMUL" for _, o in inside) >= QUERIES * channels // 128:
             passed.update(a for a, _ in inside)
     return passed
 
 
-def tile_of(kernel: cubin.Kernel) -> Tile:
+def tile_of(kernel: cubin.Kernel, shape: Shape = Shape()) -> Tile:  # noqa: B008  it is immutable
     loop = inner_loop(kernel)
     every = [(int(at, 16), opcode, rest) for at, _, opcode, rest in _LINE.findall(kernel.sass)]
     lines = [line for line in every if loop.first <= line[0] <= loop.last]
-    rare = skipped(lines, loop.last)
+    rare = skipped(lines, loop.last, shape.channels)
     counts = cubin.Counter(opcode for at, opcode, _ in lines if at not in rare)
     text = kernel.sass[kernel.sass.index(f"/*{loop.first:04x}*/") : kernel.sass.index(f"/*{loop.last:04x}*/")]
     products, of_scores, shared = 0, 0, 0
@@ -116,29 +131,28 @@ def tile_of(kernel: cubin.Kernel) -> Tile:
     alu = sum(cycles * counts[name] for name, cycles in ALU.items()) + SHUFFLES * counts["SHFL"]
     fma = sum(cycles * counts[name] for name, cycles in FMA.items())
     # find the largest score, then exponentials beside all else, then round
-    largest, rounding = ALU["FMNMX"] * KEYS * QUERIES // 128, ALU["F2FP"] * counts["F2FP"]
+    largest, rounding = ALU["FMNMX"] * shape.keys * QUERIES // 128, ALU["F2FP"] * counts["F2FP"]
     chain = of_scores + largest + max(exponentials, issue - largest // 2 - rounding // 2) + rounding
     return Tile(products, of_scores, exponentials, issue, len(rare), alu, fma, shared, chain)
 
 
-def call_us(tile: Tile, groups: int, B: int, H: int, N: int) -> tuple[float, float]:
+def call_us(tile: Tile, shape: Shape, B: int, H: int, N: int) -> tuple[float, float]:
     """(microseconds, TFLOP/s) of q k^T and the weighted sum of v: whole tiles, by as many blocks as multiprocessors."""
-    queries, keys = groups * QUERIES, -(-N // KEYS)
+    queries, keys = shape.groups * QUERIES, -(-N // shape.keys)
     rounds = -(-(B * H * -(-N // queries)) // MULTIPROCESSORS)
     # the first tile's weights and the last one's outputs lie beside nothing of this warpgroup
-    ends = tile.chain + groups * (tile.products - tile.of_scores)
-    cycles = rounds * ((keys - 1) * tile.period(groups)[0] + ends)
+    ends = tile.chain + shape.groups * (tile.products - tile.of_scores)
+    cycles = rounds * ((keys - 1) * tile.period(shape.groups)[0] + ends)
     us = cycles / (CLOCK_GHZ * 1e3)
-    return us, 4 * B * H * N * N * CHANNELS / us / 1e6
+    return us, 4 * B * H * N * N * shape.channels / us / 1e6
 
 
 def report(kernels: list[tuple[str, cubin.Kernel]]) -> str:
     rows, calls = [], []
     for name, kernel in kernels:
-        found = _VARIANT.search(name)
-        groups = int(found[1]) if found else 2
-        tile = tile_of(kernel)
-        period, bound = tile.period(groups)
+        shape = Shape.of(name)
+        tile = tile_of(kernel, shape)
+        period, bound = tile.period(shape.groups)
         numbers = (
             tile.products,
             tile.exponentials,
@@ -149,17 +163,18 @@ def report(kernels: list[tuple[str, cubin.Kernel]]) -> str:
             tile.shared,
             tile.chain,
         )
-        share = f"{groups * tile.products / period:.0%}"
-        rows.append((name, str(groups), *map(str, numbers), f"{period} {bound}", share))
-        for N in (1568, 3136, 3137, 6272):
-            us, tflops = call_us(tile, groups, 8, 12, N)
+        share = f"{shape.groups * tile.products / period:.0%}"
+        rows.append((name, *map(str, shape), *map(str, numbers), f"{period} {bound}", share))
+        for N in TOKENS:
+            us, tflops = call_us(tile, shape, 8, 12, N)
             calls.append((name, str(N), f"{us:.0f}", f"{tflops:.0f}"))
-    head = ("kernel", "groups", "products", "exp", "issue", "+rescale", "alu", "fma", "shared", "chain", "period")
+    head = ("kernel", "channels", "keys", "groups", "products", "exp", "issue", "+rescale", "alu", "fma", "shared")
     return "\n\n".join(
         [
-            f"Cycles for {QUERIES} queries x {KEYS} keys; period: one such tile in every warpgroup, and what bounds it",
-            table((*head, "products'"), rows, 1),
-            f"At least, for 8 clips of 12 heads of {CHANNELS}, {MULTIPROCESSORS} multiprocessors at {CLOCK_GHZ} GHz:",
+            f"Cycles for {QUERIES} queries and a tile of keys; period: one such tile in every warpgroup, and what"
+            " bounds it.\nBeside options (false) all of them are counted as if a call had every one, both ways of a branch.",
+            table((*head, "chain", "period", "products'"), rows, 1),
+            f"At least, for 8 clips of 12 heads, {MULTIPROCESSORS} multiprocessors at {CLOCK_GHZ} GHz:",
             table(("kernel", "tokens", "microseconds", "TFLOP/s at most"), calls, 1),
         ]
     )

@@ -97,7 +97,8 @@ def _call(kind: str, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None, option
     given: dict[str, Any] = {"scale": q.shape[-1] ** -0.5, "softcap": 0.0, "dropout_p": 0.0, "schedule_seed": 0}
     given |= {"arch": 90} | options
     given.setdefault("shared_bytes", MOST_SHARED[f"sm_{given['arch']}"])
-    tensors = {name: maybe(given.pop(name, None)) for name in ("mask", "cos", "sin", "seed")}
+    names = ("mask", "cos", "sin", "seed", *(("turned",) if kind == "JointCall" else ()))
+    tensors = {name: maybe(given.pop(name, None)) for name in names}
     qkv = {"q": view(q), "k": view(k), "v": view(v)}
     return getattr(made(), kind)(**qkv, lse=maybe(lse), dtype=DTYPES[q.dtype], **tensors, **given)
 
@@ -125,7 +126,8 @@ def backward(
 
 def joint_forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor | None = None, **options: Any) -> None:
     """Writes o and, if given, lse: `launch_joint_forward` of csrc/cuda. q, o: `[B, N_q, H, D]`; k, v: `[B, N_k, H, D]`;
-    lse: float32 `[B, H, N_q]`; options as of `forward`, but temporal_heads."""
+    lse: float32 `[B, H, N_q]`; options as of `forward`, but temporal_heads; turned: room for q and k turned, contiguous
+    `[2, B, N_q, H, D]`, or none."""
     made().joint_forward(_call("JointCall", q, k, v, lse, options), view(o))
 
 

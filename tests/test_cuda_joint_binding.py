@@ -100,11 +100,11 @@ def test_explain_shows_it(with_kernels):
 @in_library
 def test_a_tensor_of_another_device_is_named():
     q, lse = torch.zeros(1, 5, 2, 16, dtype=torch.bfloat16), torch.zeros(1, 2, 5)
-    none = (None, None, None, None, 0.25, 0.0, 0.0)
+    none, scalars = (None, None, None, None), (0.25, 0.0, 0.0)
     with pytest.raises(RuntimeError, match=r"vivit_kernels_native.cuda_joint: q is not on a CUDA device"):
-        ops.cuda_joint_fwd(q, q, q, q, None, *none)
+        ops.cuda_joint_fwd(q, q, q, q, None, *none, None, *scalars)
     with pytest.raises(RuntimeError, match=r"vivit_kernels_native.cuda_joint: q is not on a CUDA device"):
-        ops.cuda_joint_bwd(q, q, q, q, q, lse, lse, q, q, q, *none)
+        ops.cuda_joint_bwd(q, q, q, q, q, lse, lse, q, q, q, *none, *scalars)
 
 
 # ---- the launchers, with the library's ops replaced ----
@@ -149,8 +149,20 @@ def test_tables_and_mask_are_given_without_gaps(given):
     seed = torch.tensor([1, 0, 2])[::2]
     cuda_kernels.launch_fwd(q, q, q, 0, Options(0.25)._replace(mask=mask, cos=table, sin=table, seed=seed))
     found = given.pop()
-    assert all(x.is_contiguous() for x in found[6:10]) and found[10:] == (0.25, 0.0, 0.0)
+    assert all(x.is_contiguous() for x in found[6:10]) and found[11:] == (0.25, 0.0, 0.0)
     assert torch.equal(found[6], mask) and torch.equal(found[8], table)
+
+
+def test_hopper_has_room_for_q_and_k_turned(given, monkeypatch):
+    q, table = torch.randn(1, 12, 2, 16).bfloat16(), torch.randn(12, 8)
+    for arch, options in ((90, Options(0.25, cos=table, sin=table)), (80, Options(0.25, cos=table, sin=table))):
+        monkeypatch.setattr(cuda_kernels, "arch_of", lambda device, arch=arch: arch)
+        cuda_kernels.launch_fwd(q, q, q, 0, options)
+        turned = given.pop()[10]
+        assert turned is None if arch == 80 else turned.shape == (2, *q.shape) and turned.dtype == q.dtype
+    monkeypatch.setattr(cuda_kernels, "arch_of", lambda device: 90)
+    cuda_kernels.launch_fwd(q, q, q, 0, Options(0.25))
+    assert given.pop()[10] is None
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -266,4 +278,4 @@ def test_the_library_checks_what_it_is_given(wrong):
         "rows": torch.empty(1, 60, 2, 36, device="cuda").bfloat16()[..., :32],
     }[wrong]
     with pytest.raises(RuntimeError, match=r"vivit_kernels_native.cuda_joint: (rows of )?o "):
-        ops.cuda_joint_fwd(q, q, q, bad, None, None, None, None, None, 0.25, 0.0, 0.0)
+        ops.cuda_joint_fwd(q, q, q, bad, *[None] * 6, 0.25, 0.0, 0.0)

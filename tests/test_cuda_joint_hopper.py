@@ -11,9 +11,11 @@ import pytest
 import torch
 from cuda_simulator import DTYPES as NUMBERS
 from cuda_simulator import maybe, view
+from parity_grid import lay_out, make_options
 from torch import Tensor
 
-from vivit_kernels._attention.options import Options
+from vivit_kernels._attention.options import Options, check_options
+from vivit_kernels._attention.rotary import rotate
 from vivit_kernels.joint_attention.reference import joint_attention
 from vivit_kernels.numerics import judge
 
@@ -101,11 +103,22 @@ def test_variants_are_as_right(variant):
         check(*inputs("plain", 1, N_q, N_k, 1, 64, dtype), variant=variant, seed=1)
 
 
-@pytest.mark.parametrize("D", [40, 48, 56])
-def test_fewer_channels_are_padded_by_the_copy_engine(D):
+# Slabs of 64 channels, and one of 16 or 32 that has a swizzle of its own; what a head has not is padded.
+@pytest.mark.parametrize("D", [16, 32, 40, 72, 80, 96, 128, 160])
+def test_heads_of_other_sizes(D):
     torch.manual_seed(3)
     check(*inputs("plain", 2, 70, 70, 2, D, torch.bfloat16), seed=1)
-    check(*inputs("plain", 1, 70, 150, 2, D, torch.float16), seed=1, scale=0.3)
+    check(*inputs("rising", 1, 65, 290, 1, D, torch.float16), seed=1, scale=0.3 * (40 / D) ** 0.5)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", range(16, 161, 8))
+def test_every_head_size(D, dtype):
+    torch.manual_seed(6)
+    for seed, (N_q, N_k) in enumerate([(1, 1), (63, 97), (129, 128), (200, 385), (3, 700)]):
+        for kind in ("plain", "large", "rising"):
+            check(*inputs(kind, 1, N_q, N_k, 2, D, dtype), seed=seed)
 
 
 def test_blocks_take_tile_after_tile():
@@ -141,15 +154,13 @@ def test_who_runs_other_calls():
         return launched(q, k, v, torch.empty(q.shape, dtype=q.dtype), None, **options)
 
     q, k, v = inputs("plain", 1, 20, 20, 2, 64, torch.bfloat16)
-    assert runs(q, k, v)
-    assert not runs(q, k, v, softcap=20.0) and not runs(q, k, v, scale=-1.0) and not runs(q, k, v, arch=80)
+    assert runs(q, k, v) and runs(q, k, v, softcap=20.0) and runs(q, k, v, scale=-1.0)
+    assert not runs(q, k, v, arch=80)
     wide = torch.randn(1, 20, 2, 68).bfloat16()[..., :64]  # rows 136 bytes apart
     assert not runs(q, wide, v)
     shifted = torch.randn(1, 20, 2, 72).bfloat16()[..., 4:68]
     assert not runs(shifted, k, v)
     assert not runs(q, k[:, :1].expand(1, 20, 2, 64), v), "every row the same one: a stride of 0"
-    assert not runs(*inputs("plain", 1, 20, 20, 2, 72, torch.bfloat16))
-    assert not runs(*inputs("plain", 1, 20, 20, 2, 32, torch.bfloat16))
 
 
 def test_nan_is_not_lost():
@@ -160,6 +171,96 @@ def test_nan_is_not_lost():
         o = torch.zeros_like(q)
         assert launched(q, k, v, o, None, variant=(2, 8, 8))
         assert not o.isfinite().any()
+
+
+# ---- options ----
+
+# Tiles of 128, 96 and 64 keys; heads of whole slabs, of one that is not, and of that alone.
+OPTIONS = {
+    "mask": {"mask": "some"},
+    "no key": {"mask": "a clip has none"},
+    "softcap": {"extra": "softcap"},
+    "rotary": {"extra": "rotary"},
+    "dropout": {"dropout_p": 0.3},
+    "dropped": {"dropout_p": 0.999},
+    "all": {"mask": "some", "extra": "softcap", "dropout_p": 0.3, "inputs": "large"},
+    "turned": {"mask": "some", "extra": "rotary", "dropout_p": 0.3, "inputs": "rising"},
+    "negative": {"mask": "some", "scale": -0.2},
+}
+NOTHING = {"mask": None, "dropout_p": 0.0, "extra": None, "inputs": "plain", "layout": "separate"}
+
+
+def log_of_sums(q: Tensor, k: Tensor, options: Options) -> Tensor:
+    """lse as the reference would have it, natural."""
+    if options.cos is not None and options.sin is not None:
+        q, k = rotate(q, options.cos, options.sin), rotate(k, options.cos, options.sin)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * options.scale
+    if options.softcap:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    if options.mask is not None:
+        scores = scores.masked_fill(~options.mask[:, None, None], -math.inf)
+    return scores.logsumexp(-1)
+
+
+def check_call(which: str, N_q: int, N_k: int, D: int, dtype: torch.dtype, seed: int = 0, layout="separate", H=2):
+    """o and lse of a call with options, against float64."""
+    case = NOTHING | {"D": D} | OPTIONS[which]
+    B = 2 if case["mask"] == "a clip has none" else 1
+    N_k = N_q if case["extra"] == "rotary" else N_k
+    q, k, v = (x.clone() for x in inputs(case["inputs"], B, N_q, N_k, H, D, dtype))
+    given = {"scale": case.get("scale"), "key_mask": None, "rotary": None, "softcap": None}
+    given |= make_options(case, (B, N_q), (B, N_k), torch.device("cpu"))
+    options = check_options("joint_attention", q, N_q, (N_q,), key_grid=(N_k,), **given)
+    tensors = lay_out(q, k, v, layout)
+    q, k, v = tensors[0].unbind(2) if len(tensors) == 1 else tensors
+    o = between_nan(torch.full((B, N_q, H, D), float("nan"), dtype=dtype))
+    lse, turned = torch.full((B, H, N_q), float("nan")), torch.full((2, B, N_q, H, D), float("nan"), dtype=dtype)
+    cuda_simulator.joint_forward(
+        q, k, v, o, lse, turned=turned if options.cos is not None else None, schedule_seed=seed, **options._asdict()
+    )
+    assert cuda_simulator.made().products_of_launch() > 0
+    exact = joint_attention(q.double(), k.double(), v.double(), options)
+    verdict = judge(o, exact, joint_attention(q, k, v, options), row=D)
+    assert verdict.ok, verdict
+    right, eager = log_of_sums(q.double(), k.double(), options), log_of_sums(q, k, options)
+    some = right.isfinite()
+    assert (lse[~some] == math.inf).all() and (o.transpose(1, 2)[~some] == 0).all()
+    verdict = judge(lse[some] * math.log(2), right[some], eager[some])
+    assert verdict.ok, verdict
+    return o.clone()
+
+
+@pytest.mark.parametrize("which", OPTIONS)
+@pytest.mark.parametrize("D, N_q, N_k", [(64, 65, 150), (80, 70, 131), (128, 63, 97), (32, 1, 129)])
+def test_options(which, D, N_q, N_k):
+    torch.manual_seed(7)
+    dtype = DTYPES[(D // 16 + len(which)) % 2]
+    check_call(which, N_q, N_k, D, dtype, seed=D % 3)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("which", OPTIONS)
+@pytest.mark.parametrize("D", [16, 24, 40, 64, 72, 80, 88, 96, 112, 120, 128, 136, 160])
+def test_options_of_every_head_size(dtype, which, D):
+    torch.manual_seed(8)
+    for seed, (N_q, N_k, layout) in enumerate(
+        [(1, 1, "separate"), (129, 128, "heads_first"), (200, 200, "packed"), (33, 385, "sliced"), (130, 515, "separate")]
+    ):
+        check_call(which, N_q, N_k, D, dtype, seed, layout)
+
+
+def test_dropout_drops_the_same_pairs_as_on_sm_80():
+    """Keys' values are unit vectors: each channel of o is one weight."""
+    q, k = torch.randn(1, 70, 1, 64).bfloat16(), torch.randn(1, 64, 1, 64).bfloat16()
+    v = torch.eye(64)[None, :, None].bfloat16()
+    found = []
+    for arch in (80, 90):
+        o = torch.empty_like(q)
+        given = {"seed": torch.tensor([2**40 + 7, 3]), "dropout_p": 0.5, "scale": 0.1, "softcap": 0.0}
+        cuda_simulator.joint_forward(q, k, v, o, arch=arch, **given)
+        found.append(o != 0)
+    assert torch.equal(*found) and 0.4 < found[0].float().mean() < 0.6
 
 
 # ---- exponentials by polynomial ----

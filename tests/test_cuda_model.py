@@ -23,6 +23,14 @@ SASS = """
 RESCALE = "\n".join(f"        /*{16 * i:04x}*/                   FMUL R88, R88, R5 ;" for i in range(10, 42))
 
 
+SHAPE = cuda_model.Shape(64, 128, 2)
+
+
+def test_the_shape_is_in_the_name():
+    name = "pipelined_joint_forward<float16, HopperVariant<5, 96, false, 3, 0, 8> >"
+    assert cuda_model.Shape.of(name) == (80, 96, 3)
+
+
 @pytest.fixture(scope="module")
 def kernel() -> cubin.Kernel:
     sass = SASS.format(rescale=RESCALE)
@@ -47,18 +55,18 @@ def test_the_busiest_part_or_the_chain_is_the_bound(kernel):
 def test_a_call_takes_whole_tiles(kernel):
     """Of 128 queries, of 128 keys, and of all multiprocessors at a time."""
     tile = cuda_model.tile_of(kernel)
-    one, _ = cuda_model.call_us(tile, 2, 1, 1, 1)
-    assert one == cuda_model.call_us(tile, 2, 1, 132, 128)[0] < cuda_model.call_us(tile, 2, 1, 133, 128)[0]
-    us, tflops = cuda_model.call_us(tile, 2, 8, 12, 3136)
+    one, _ = cuda_model.call_us(tile, SHAPE, 1, 1, 1)
+    assert one == cuda_model.call_us(tile, SHAPE, 1, 132, 128)[0] < cuda_model.call_us(tile, SHAPE, 1, 133, 128)[0]
+    us, tflops = cuda_model.call_us(tile, SHAPE, 8, 12, 3136)
     assert tflops * us * 1e6 == pytest.approx(4 * 8 * 12 * 3136**2 * 64)
 
 
 def test_the_command_prints_both_tables(kernel, capsys, monkeypatch, tmp_path):
-    name = "pipelined_joint_forward<bfloat16, HopperVariant<2, 2, 8> >"
+    name = "pipelined_joint_forward<bfloat16, HopperVariant<4, 128, true, 2, 2, 8> >"
     monkeypatch.setattr(cuda_gate, "read", lambda path: [(name, kernel), ("resident_attention<float16>", kernel)])
     assert cuda_model.main(["--file", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert printed.count(name) == 5 and "320 products" in printed and "resident" not in printed
+    assert printed.count(name) == 1 + len(cuda_model.TOKENS) and "320 products" in printed and "resident" not in printed
     monkeypatch.setattr(cuda_gate, "read", lambda path: [])
     assert cuda_model.main(["--file", str(tmp_path)]) == 1
 

@@ -1,7 +1,7 @@
 // Joint attention's forward for Hopper: the whole of it, of the four verbs' files. Read them in the order in which they
 // include each other: schedule, copy, multiply, softmax.
 //
-// One tile of 128 keys, as a warpgroup goes through it. Products run on their own from `start` to `wait`:
+// One tile of keys, as a warpgroup goes through it. Products run on their own from `start` to `wait`:
 //
 //   its turn      start scores of this tile; start outputs of the last one; pass the turn on
 //   wait 1        scores are there: find the largest, exponentials           (outputs of the last tile still run)
@@ -23,59 +23,85 @@ VIVIT_DEVICE void release(PhaseBarrier* empty) {
 // 64 queries of a tile on their way over the keys.
 template <class T, class Variant>
 struct HopperQueries {
-    const JointHopperParams& p;
-    const HopperMemory<Variant>& memory;
-    const Turns<Variant>& turns;
-    uint64_t q;  // descriptor of the warpgroup's queries
-    TileOutput o = {};
-    RowState rows;
-    TileWeights weights;
+    static constexpr int kSteps = Variant::kSteps, kKeys = Variant::kKeys;
+    static constexpr bool kPlain = Variant::kPlain;
+    using Memory = HopperMemory<Variant>;
+    using Keys = SlabOperand<kSteps, kKeys>;
 
-    VIVIT_DEVICE HopperQueries(const JointHopperParams& params, const HopperMemory<Variant>& shared,
-                               const Turns<Variant>& of_groups)
+    const JointHopperParams& p;
+    const Memory& memory;
+    const Turns<Variant>& turns;
+    const Dropout& dropout;
+    const HopperTile at;
+    const int32_t first_row;  // of the lane: row g of its warp
+    SlabOperand<kSteps, Memory::kQueries> q;
+    TileOutput<Variant> o = {};
+    RowState rows;
+    TileWeights<Variant> weights;
+
+    VIVIT_DEVICE HopperQueries(const JointHopperParams& params, const Memory& shared, const Turns<Variant>& of_groups,
+                               const Dropout& of_pairs, uint32_t number)
         : p(params),
           memory(shared),
           turns(of_groups),
-          q(descriptor(shared.q + of_groups.group * kGroupQueries * kRowBytes)) {}
+          dropout(of_pairs),
+          at(params, number, Memory::kQueries),
+          first_row(at.first_query + of_groups.group * kGroupQueries + static_cast<int32_t>(threadIdx.x) / 32 % 4 * 16 +
+                    lane_number() / 4),
+          q(shared.q, of_groups.group * kGroupQueries) {}
 
-    VIVIT_DEVICE uint64_t keys(const Ring& at) const { return descriptor(memory.k + at.stage * kKeyBytes); }
-    VIVIT_DEVICE uint64_t values(const Ring& at) const { return descriptor(memory.v + at.stage * kKeyBytes); }
+    VIVIT_DEVICE Keys keys(const Ring& ring) const { return Keys(memory.k + ring.stage * Memory::kKeyBytes); }
+    VIVIT_DEVICE Keys values(const Ring& ring) const { return Keys(memory.v + ring.stage * Memory::kKeyBytes); }
+
+    // Products with keys first_key, ... become weights; as weigh().
+    VIVIT_DEVICE bool weigh_products(TileScores<Variant>& x, const MayBeAttended<kKeys>& may, int32_t first_key,
+                                     float (&shrink)[2]) {
+        float unit = p.options.scale * kLog2E;
+        if constexpr (!kPlain) unit = score(x, Scores<false>(p.options));
+        may.hide_others(x);
+        const bool rises = weigh<Variant>(x, rows, unit, shrink);
+        if (!kPlain && dropout.on) drop(x, dropout, at.query_number(p, first_row), first_key);
+        return rises;
+    }
 
     // The last keys, of which some may be none: weights alone, there are no outputs yet.
-    VIVIT_DEVICE void begin(const Ring& at, int32_t tiles) {
-        TileScores x;
+    VIVIT_DEVICE void begin(const Ring& ring, int32_t first_key) {
+        TileScores<Variant> x;
         float shrink[2];
-        phase_wait(memory.k_full + at.stage, at.parity);
+        phase_wait(memory.k_full + ring.stage, ring.parity);
         group_begin();
-        start_scores<T>(x, q, keys(at));
+        start_scores<T, Variant>(x, q, keys(ring));
         group_commit();
+        MayBeAttended<kKeys> may;
+        may.look(p, at.b, first_key);
         group_wait<0>();
         group_settle(x);
-        release(memory.k_empty + at.stage);
-        if (p.N_k % kTileKeys != 0) hide_keys(x, p.N_k - (tiles - 1) * kTileKeys);
-        weigh<Variant>(x, rows, p.unit, shrink);
+        release(memory.k_empty + ring.stage);
+        weigh_products(x, may, first_key, shrink);
         round_weights<T>(weights, x);
     }
 
-    // Weights of the keys at `at`, outputs of those at `last`.
-    VIVIT_DEVICE void step(const Ring& at, const Ring& last) {
-        TileScores x;
+    // Weights of the keys at `ring`, first_key, ...; outputs of those at `last`.
+    VIVIT_DEVICE void step(const Ring& ring, const Ring& last, int32_t first_key) {
+        TileScores<Variant> x;
         float shrink[2];
-        phase_wait(memory.k_full + at.stage, at.parity);
+        phase_wait(memory.k_full + ring.stage, ring.parity);
         turns.wait();
         group_settle(weights), group_settle(o);
         group_begin();
-        start_scores<T>(x, q, keys(at));
+        start_scores<T, Variant>(x, q, keys(ring));
         group_commit();
         phase_wait(memory.v_full + last.stage, last.parity);
         group_begin();
-        start_outputs<T>(o, weights, values(last));
+        start_outputs<T, Variant>(o, weights, values(last));
         group_commit();
         turns.pass();
+        MayBeAttended<kKeys> may;
+        if (!kPlain) may.look(p, at.b, first_key);
         group_wait<1>();
         group_settle(x);
-        release(memory.k_empty + at.stage);
-        const bool rises = weigh<Variant>(x, rows, p.unit, shrink);
+        release(memory.k_empty + ring.stage);
+        const bool rises = weigh_products(x, may, first_key, shrink);
         compute_first(rows.total[0] + rows.total[1]);
         group_wait<0>();
         group_settle(weights), group_settle(o), group_settle(x);
@@ -89,7 +115,7 @@ struct HopperQueries {
         phase_wait(memory.v_full + last.stage, last.parity);
         group_settle(weights), group_settle(o);
         group_begin();
-        start_outputs<T>(o, weights, values(last));
+        start_outputs<T, Variant>(o, weights, values(last));
         group_commit();
         group_wait<0>();
         group_settle(weights), group_settle(o);
@@ -98,27 +124,29 @@ struct HopperQueries {
 
     // Lane 4 g + t has of each 8 channels two, in rows g and g + 8. Neighbouring lanes trade, so that each stores 8
     // bytes and four of them 32 of a row, a whole sector.
-    VIVIT_DEVICE void store(const HopperTile& at) {
-        const int32_t g = lane_number() / 4, t = lane_number() % 4;
+    VIVIT_DEVICE void store() const {
+        const int32_t t = lane_number() % 4;
         const bool odd = t % 2 != 0;
-        const int32_t warp = static_cast<int32_t>(threadIdx.x) / 32 % 4;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const int32_t query = at.first_query + turns.group * kGroupQueries + 16 * warp + g + 8 * r;
-            const float total = sum_of_row(rows.total[r]), factor = __fdividef(1.f, total);
-            if (p.lse != nullptr && t == 0 && query < p.N_q)
-                store_one(p.lse + (static_cast<int64_t>(at.b) * p.H + at.h) * p.N_q + query,
-                          rows.base[r] + log2_fast(total));
+            const int32_t query = first_row + 8 * r;
+            const float total = sum_of_row(rows.total[r]);
+            const bool none = !kPlain && total == 0.f;  // no key may be attended
+            const float factor = none ? 0.f : __fdividef(dropout.on ? dropout.keep_scale : 1.f, total);
+            if (p.options.lse != nullptr && t == 0 && query < p.N_q) {
+                const float lse = none ? kInfinity : rows.base[r] + log2_fast(total);
+                store_one(p.options.lse + at.query_number(p, query), lse);
+            }
             char* to = static_cast<char*>(p.o.data) +
                        2 * (at.b * p.o.stride_b + query * p.o.stride_n + at.h * p.o.stride_h) + 8 * (t / 2) +
                        (odd ? 16 : 0);
 #pragma unroll
-            for (int n = 0; n < 8; n += 2) {
+            for (int n = 0; n < 2 * kSteps; n += 2) {
                 const uint32_t left = packed<T>(o[n][2 * r] * factor, o[n][2 * r + 1] * factor);
                 const uint32_t right = packed<T>(o[n + 1][2 * r] * factor, o[n + 1][2 * r + 1] * factor);
                 const uint32_t other = from_lane_xor(odd ? left : right, 1);
                 const uint2 both = {odd ? other : left, odd ? right : other};
-                if (query < p.N_q && n + (odd ? 1 : 0) < p.D / 8) store_8(to + 16 * n, both);
+                if (query < p.N_q && n + (odd ? 1 : 0) < p.options.D / 8) store_8(to + 16 * n, both);
             }
         }
     }
@@ -127,24 +155,26 @@ struct HopperQueries {
 template <class T, class Variant>
 VIVIT_DEVICE void hopper_compute_tiles(const JointHopperParams& p, const HopperMemory<Variant>& memory, int32_t group) {
     const Turns<Variant> turns(group);
-    const int32_t tiles = key_tiles(p);
+    const Dropout dropout(Variant::kPlain ? AttentionOptions() : p.options);
+    const int32_t tiles = key_tiles<Variant>(p);
     Ring ring;
     uint32_t parity = 0;  // of the phase in which this tile's queries come
     for (uint32_t number = blockIdx.x; number < p.tiles; number += gridDim.x) {
-        HopperQueries<T, Variant> queries(p, memory, turns);
+        HopperQueries<T, Variant> queries(p, memory, turns, dropout, number);
         phase_wait(memory.q_full, parity);
-        queries.begin(ring, tiles);
+        int32_t first_key = (tiles - 1) * Variant::kKeys;
+        queries.begin(ring, first_key);
         Ring last = ring;
         ring.advance();
 #pragma unroll 1
-        for (int32_t tile = 1; tile < tiles; ++tile) {
-            queries.step(ring, last);
+        for (first_key -= Variant::kKeys; first_key >= 0; first_key -= Variant::kKeys) {
+            queries.step(ring, last, first_key);
             last = ring;
             ring.advance();
         }
         release(memory.q_empty);
         queries.end(last);
-        queries.store(HopperTile(p, number, HopperMemory<Variant>::kQueries));
+        queries.store();
         parity ^= 1;
     }
     turns.end();

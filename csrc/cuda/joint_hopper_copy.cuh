@@ -5,30 +5,46 @@
 
 namespace vivit::cuda {
 
+// kRows rows from `first` on of a head, slab by slab, all of them in the barrier's current phase.
+template <int kSteps, int32_t kRows>
+VIVIT_DEVICE void copy_slabs(char* to, const SlabMaps& from, PhaseBarrier* full, const HopperTile& at, int32_t first) {
+    using Rows = Slabs<kSteps>;
+    phase_expect(full, kRows * Rows::kRowBytes);
+#pragma unroll
+    for (int slab = 0; slab < Rows::kCount; ++slab) {
+        const TensorMap& map = slab < Rows::kWide ? from.wide : from.tail;
+        copy_box(to + slab * kRows * Rows::kWideBytes, map, full, 64 * slab, at.h, first, at.b);
+    }
+}
+
+template <int kSteps>
+VIVIT_DEVICE void prefetch_maps(const SlabMaps& maps) {
+    if (Slabs<kSteps>::kWide > 0) prefetch_map(maps.wide);
+    if (Slabs<kSteps>::kTail > 0) prefetch_map(maps.tail);
+}
+
 // Keys go by from the last tile to the first: what lies beyond the last key is hidden once, at the start.
 template <class Variant>
 VIVIT_DEVICE void hopper_copy_tiles(const JointHopperParams& p, const HopperMemory<Variant>& memory) {
     using Memory = HopperMemory<Variant>;
-    prefetch_map(p.q), prefetch_map(p.k), prefetch_map(p.v);
+    constexpr int kSteps = Variant::kSteps, kKeys = Variant::kKeys;
+    prefetch_maps<kSteps>(p.q), prefetch_maps<kSteps>(p.k), prefetch_maps<kSteps>(p.v);
     Ring ring;
     uint32_t before = 1;  // parity of the phase in which the last tile's queries were read
-    const int32_t tiles = key_tiles(p);
+    const int32_t tiles = key_tiles<Variant>(p);
     for (uint32_t number = blockIdx.x; number < p.tiles; number += gridDim.x) {
         const HopperTile at(p, number, Memory::kQueries);
         for (int32_t tile = tiles - 1; tile >= 0; --tile, ring.advance()) {
-            const int32_t first_key = tile * kTileKeys, skip = ring.stage * kKeyBytes;
+            const int32_t skip = ring.stage * Memory::kKeyBytes;
             phase_wait(memory.k_empty + ring.stage, ring.parity ^ 1);
-            phase_expect(memory.k_full + ring.stage, kKeyBytes);
-            copy_box(memory.k + skip, p.k, memory.k_full + ring.stage, 0, at.h, first_key, at.b);
+            copy_slabs<kSteps, kKeys>(memory.k + skip, p.k, memory.k_full + ring.stage, at, tile * kKeys);
             if (tile == tiles - 1) {  // behind the keys: these need not wait for the last tile's queries to be read
                 phase_wait(memory.q_empty, before);
-                phase_expect(memory.q_full, Memory::kQueryBytes);
-                copy_box(memory.q, p.q, memory.q_full, 0, at.h, at.first_query, at.b);
+                copy_slabs<kSteps, Memory::kQueries>(memory.q, p.q, memory.q_full, at, at.first_query);
                 before ^= 1;
             }
             phase_wait(memory.v_empty + ring.stage, ring.parity ^ 1);
-            phase_expect(memory.v_full + ring.stage, kKeyBytes);
-            copy_box(memory.v + skip, p.v, memory.v_full + ring.stage, 0, at.h, first_key, at.b);
+            copy_slabs<kSteps, kKeys>(memory.v + skip, p.v, memory.v_full + ring.stage, at, tile * kKeys);
         }
     }
 }

@@ -1,7 +1,7 @@
 // Who does what, and when: the tiles of a call, the shared memory of a block and the phases of its barriers.
 //
 // A block stays on its multiprocessor and takes tile after tile: kGroups x 64 queries of one head of one clip. One
-// thread of its first warpgroup asks the copy engine for the queries and for stages of 128 keys and values; each other
+// thread of its first warpgroup asks the copy engine for the queries and for stages of kKeys keys and values; each other
 // warpgroup computes 64 queries. The next tile's first copies are under way while this one's results are stored.
 #pragma once
 
@@ -12,29 +12,48 @@
 namespace vivit::cuda {
 
 // What a kernel is compiled for.
+// kSteps: of 16 channels, that a head is padded to: 2, 4, 5, 6, 8 or 10.  kKeys: of a tile, a multiple of 16.
+// kPlain: no option of the call but a positive scale.
 // kGroups: warpgroups that compute, 2 or 3.  kPolynomial: of each 16 exponentials, how many by the FMA pipes.
 // kSlack: how far scores may rise above the number that they are taken relative to, before all is taken relative to a
 // new one (joint_hopper_softmax.cuh).
-template <int kGroupsOf, int kPolynomialOf, int kSlackOf>
+template <int kStepsOf, int kKeysOf, bool kPlainOf, int kGroupsOf, int kPolynomialOf, int kSlackOf>
 struct HopperVariant {
-    static constexpr int kGroups = kGroupsOf, kPolynomial = kPolynomialOf, kSlack = kSlackOf;
+    static constexpr int kSteps = kStepsOf, kKeys = kKeysOf, kGroups = kGroupsOf;
+    static constexpr bool kPlain = kPlainOf;
+    static constexpr int kPolynomial = kPolynomialOf, kSlack = kSlackOf;
     static constexpr int kThreads = 128 * (kGroups + 1);
     // A launch gives each thread 65,536 / kThreads registers, a multiple of 8: 168 of two computing warpgroups, 128 of
     // three. What the copying one gives back is for the others, (168 - 24) / 2 more for each of two, (128 - 32) / 3 of
     // three.
     static constexpr int kFew = kGroups == 2 ? 24 : 32, kMany = kGroups == 2 ? 240 : 160;
+    static_assert(kKeys % 16 == 0 && kKeys * kSteps % 32 == 0);  // stages are whole 1024 bytes
 };
 
-constexpr int32_t kGroupQueries = 64, kTileKeys = 128, kRowBytes = 128, kKeyStages = 3;
-constexpr int32_t kKeyBytes = kTileKeys * kRowBytes;
+constexpr int32_t kGroupQueries = 64, kKeyStages = 3;
+
+// Rows of kSteps x 16 channels as the copy engine brings them: slabs of 64 channels, the one behind the other, rows of
+// 128 bytes; of what is left, 16 or 32 channels, one of rows of 32 or 64 bytes.
+template <int kSteps>
+struct Slabs {
+    static constexpr int kWide = kSteps / 4, kTail = kSteps % 4, kCount = kWide + (kTail > 0 ? 1 : 0);
+    static constexpr int32_t kWideBytes = 128, kTailBytes = 32 * kTail, kRowBytes = kWide * kWideBytes + kTailBytes;
+    static_assert(kTail != 3);
+
+    static constexpr int steps_of(int slab) { return slab < kWide ? 4 : kTail; }
+};
+
+// One of q, k and v to the copy engine: (D, H, N, B), boxes of a slab's channels of a tile's queries, or of its keys.
+struct SlabMaps {
+    TensorMap wide, tail;
+};
 
 struct JointHopperParams {
-    TensorMap q, k, v;  // (D, H, N, B); boxes of 64 channels of a tile's queries, or of kTileKeys
+    SlabMaps q, k, v;
     Tokens o;
-    float* lse;
-    int32_t D, H, N_q, N_k;
+    AttentionOptions options;  // scale, soft-cap, mask, seed and what goes with it, lse; D
+    int32_t H, N_q, N_k;
     uint32_t tiles_of_head, tiles;  // of all heads of all clips: 2^31 would have queries of 256 GB
-    float unit;                     // scale * log2(e)
 };
 
 // Tiles of one head come one after the other, so that the blocks that run at a time share a few heads' keys and values
@@ -48,17 +67,28 @@ struct HopperTile {
         b = static_cast<int32_t>(head / heads);
         h = static_cast<int32_t>(head - head / heads * heads);
     }
+
+    // The number that dropout and saved statistics know a query by, in [B, H, N_q].
+    VIVIT_DEVICE int64_t query_number(const JointHopperParams& p, int32_t query) const {
+        return (static_cast<int64_t>(b) * p.H + h) * p.N_q + query;
+    }
 };
 
-VIVIT_DEVICE int32_t key_tiles(const JointHopperParams& p) { return (p.N_k + kTileKeys - 1) / kTileKeys; }
+template <class Variant>
+VIVIT_DEVICE int32_t key_tiles(const JointHopperParams& p) {
+    return (p.N_k + Variant::kKeys - 1) / Variant::kKeys;
+}
 
-// Shared memory: the tile's queries, kKeyStages of keys, as many of values, all rows of 128 bytes; then the barriers.
+// Shared memory: the tile's queries, kKeyStages of keys, as many of values, each as Slabs; then the barriers.
 // `full`: the copy engine has brought it. `empty`: each warp that computes has read it.
 template <class Variant>
 struct HopperMemory {
-    static constexpr int32_t kQueries = Variant::kGroups * kGroupQueries, kQueryBytes = kQueries * kRowBytes;
+    using Rows = Slabs<Variant::kSteps>;
+    static constexpr int32_t kQueries = Variant::kGroups * kGroupQueries, kQueryBytes = kQueries * Rows::kRowBytes;
+    static constexpr int32_t kKeyBytes = Variant::kKeys * Rows::kRowBytes;
     static constexpr int32_t kBarriers = 2 + 4 * kKeyStages;
     static constexpr int32_t kBytes = kQueryBytes + 2 * kKeyStages * kKeyBytes + 8 * kBarriers;
+    static_assert(kBytes <= 227 << 10);
 
     char *q, *k, *v;
     PhaseBarrier *q_full, *q_empty, *k_full, *k_empty, *v_full, *v_empty;

@@ -45,12 +45,64 @@ struct RowState {
     float total[2] = {0.f, 0.f};  // the thread's share of the sum of weights
 };
 
-// Keys from number `left` of the tile on are none.
-VIVIT_DEVICE void hide_keys(TileScores& x, int32_t left) {
-    const int32_t t = lane_number() % 4;
+// Of the keys of a tile those that may be attended, a bit for each; all lanes have the same.
+template <int kKeys>
+struct MayBeAttended {
+    uint32_t word[(kKeys + 31) / 32];
+    bool all = true;
+
+    // Keys `first`, ... of clip b. Loads take their time: before something that can be waited for as well.
+    VIVIT_DEVICE void look(const JointHopperParams& p, int32_t b, int32_t first) {
+        const bool* mask = p.options.mask;
+        if (mask == nullptr && first + kKeys <= p.N_k) return;
+        const int64_t skip = static_cast<int64_t>(b) * p.N_k;
 #pragma unroll
-    for (int i = 0; i < 4 * kScoreBlocks; ++i) {
-        if (8 * (i / 4) + 2 * t + i % 2 >= left) x[i / 4][i % 4] = -kInfinity;
+        for (int i = 0; i < (kKeys + 31) / 32; ++i) {
+            const int32_t in_tile = 32 * i + lane_number(), key = first + in_tile;
+            bool may = key < p.N_k;
+            if (may && mask != nullptr) may = load_one(mask + skip + key);
+            word[i] = lanes_where(may || in_tile >= kKeys);
+            all = all && word[i] == ~0u;
+        }
+    }
+
+    VIVIT_DEVICE void hide_others(float (&x)[kKeys / 8][4]) const {
+        if (all) return;
+        const int32_t t = lane_number() % 4;
+#pragma unroll
+        for (int i = 0; i < kKeys / 2; ++i) {
+            if ((word[i / 16] >> 2 * t & 1u << (8 * (i / 4 % 4) + i % 2)) == 0) x[i / 4][i % 4] = -kInfinity;
+        }
+    }
+};
+
+// Products become scores, over the number that is returned: positive, so that the largest product has the largest
+// score. A soft-cap, and a scale that is not positive, have to be applied before that is looked for.
+template <int kBlocks>
+VIVIT_DEVICE float score(float (&x)[kBlocks][4], const Scores<false>& scores) {
+    if (scores.cap == 0.f && scores.unit > 0.f) return scores.unit;
+#pragma unroll
+    for (int i = 0; i < 4 * kBlocks; ++i) x[i / 4][i % 4] = scores.of(x[i / 4][i % 4]);
+    return 1.f;
+}
+
+// Weights of pairs that dropout drops become 0; all are scaled at the end, with their row, so that none leaves the range
+// of 16 bits. row: the number of the query of row g. Lanes t and t ^ 1 need words of the same four keys, which are made
+// together: each makes those of one row, and they trade halves.
+template <int kBlocks>
+VIVIT_DEVICE void drop(float (&x)[kBlocks][4], const Dropout& dropout, int64_t row, int32_t first_key) {
+    const int32_t t = lane_number() % 4;
+    const bool odd = t % 2 != 0;
+    const uint32_t first_group = static_cast<uint32_t>(first_key) / 4 + t / 2;
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+        const uint4 made = dropout.words(row + (odd ? 8 : 0), first_group + 2 * n);
+        const uint32_t first = from_lane_xor(odd ? made.x : made.z, 1);
+        const uint32_t second = from_lane_xor(odd ? made.y : made.w, 1);
+        const uint32_t word[4] = {odd ? first : made.x, odd ? second : made.y, odd ? made.z : first,
+                                  odd ? made.w : second};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[n][i] = word[i] >= dropout.keep_from ? x[n][i] : 0.f;
     }
 }
 
@@ -71,10 +123,12 @@ struct PerRow {
 
 // x becomes weights; shrink: what sums so far are to be multiplied by. True where that is not 1 for a row of the warp.
 template <class Variant>
-VIVIT_DEVICE bool weigh(TileScores& x, RowState& rows, float unit, float (&shrink)[2]) {
+VIVIT_DEVICE bool weigh(TileScores<Variant>& x, RowState& rows, float unit, float (&shrink)[2]) {
+    constexpr int kNumbers = Variant::kKeys / 2;
     PerRow highest, total;
+    float from[2];
 #pragma unroll
-    for (int i = 0; i < 4 * kScoreBlocks; ++i) highest.raise(i, x[i / 4][i % 4]);
+    for (int i = 0; i < kNumbers; ++i) highest.raise(i, x[i / 4][i % 4]);
     bool rises = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -82,13 +136,18 @@ VIVIT_DEVICE bool weigh(TileScores& x, RowState& rows, float unit, float (&shrin
         const bool above = most - rows.base[r] > static_cast<float>(Variant::kSlack);
         const float base = above ? most : rows.base[r];
         shrink[r] = exp2_fast(rows.base[r] - base);
+        from[r] = base;
+        if constexpr (!Variant::kPlain) {  // a row may be without keys so far
+            if (!above) shrink[r] = 1.f;
+            if (base == -kInfinity) from[r] = 0.f;
+        }
         rows.base[r] = base;
         rises = rises || above;
     }
 #pragma unroll
-    for (int i = 0; i < 4 * kScoreBlocks; ++i) {
+    for (int i = 0; i < kNumbers; ++i) {
         float& y = x[i / 4][i % 4];
-        y = y * unit - rows.base[i % 4 / 2];
+        y = y * unit - from[i % 4 / 2];
         const bool by_polynomial = i * Variant::kPolynomial % 16 < Variant::kPolynomial;
         y = by_polynomial ? exp2_polynomial(y) : exp2_fast(y);
         total.add(i, y);
@@ -98,15 +157,16 @@ VIVIT_DEVICE bool weigh(TileScores& x, RowState& rows, float unit, float (&shrin
     return any_in_warp(rises);
 }
 
-template <class T>
-VIVIT_DEVICE void round_weights(TileWeights& weights, const TileScores& x) {
+template <class T, int kWeights, int kBlocks>
+VIVIT_DEVICE void round_weights(uint32_t (&weights)[kWeights][4], const float (&x)[kBlocks][4]) {
 #pragma unroll
-    for (int j = 0; j < kWeightSteps; ++j) as_operand<T>(weights[j], x[2 * j], x[2 * j + 1]);
+    for (int j = 0; j < kWeights; ++j) as_operand<T>(weights[j], x[2 * j], x[2 * j + 1]);
 }
 
-VIVIT_DEVICE void rescale(TileOutput& o, const float (&shrink)[2]) {
+template <int kBlocks>
+VIVIT_DEVICE void rescale(float (&o)[kBlocks][4], const float (&shrink)[2]) {
 #pragma unroll
-    for (int i = 0; i < 32; ++i) o[i / 4][i % 4] *= shrink[i % 4 / 2];
+    for (int i = 0; i < 4 * kBlocks; ++i) o[i / 4][i % 4] *= shrink[i % 4 / 2];
 }
 
 }  // namespace vivit::cuda

@@ -42,9 +42,13 @@ bool make_tensor_map(TensorMap& map, const TensorShape& given) {
     const CUtensorMapDataType type = x.element_bytes == 1   ? CU_TENSOR_MAP_DATA_TYPE_UINT8
                                      : x.element_bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_UINT16
                                                             : CU_TENSOR_MAP_DATA_TYPE_UINT32;
+    const int row_bytes = x.box[0] * x.element_bytes;
+    const CUtensorMapSwizzle swizzle = row_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                                       : row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                         : CU_TENSOR_MAP_SWIZZLE_32B;
     CUtensorMap made;
     const CUresult error = encode(&made, type, static_cast<cuuint32_t>(x.rank), const_cast<void*>(x.data), sizes,
-                                  strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                  strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
                                   CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (error != CUDA_SUCCESS) return false;
     std::memcpy(&map, &made, sizeof map);

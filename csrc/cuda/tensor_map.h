@@ -18,7 +18,7 @@ struct TensorShape {
     int32_t rank = 0;
     int64_t sizes[kMostDimensions] = {};
     int64_t strides[kMostDimensions] = {};
-    int32_t box[kMostDimensions] = {};  // how much of each dimension one copy brings, its rows 128 bytes
+    int32_t box[kMostDimensions] = {};  // how much of each dimension one copy brings, its rows 128, 64 or 32 bytes
 };
 
 // Where there is only one along a dimension its stride means nothing; a valid one is put in its place.
@@ -38,7 +38,8 @@ inline bool is_copyable(const TensorShape& given) {
     const auto within = [](int64_t n, int64_t first, int64_t last) { return n >= first && n <= last; };
     if (x.rank < 1 || x.rank > kMostDimensions || reinterpret_cast<uintptr_t>(x.data) % 16 != 0) return false;
     if (x.element_bytes != 1 && x.element_bytes != 2 && x.element_bytes != 4) return false;
-    if (x.box[0] * x.element_bytes != 128) return false;
+    const int row_bytes = x.box[0] * x.element_bytes;
+    if (row_bytes != 128 && row_bytes != 64 && row_bytes != 32) return false;
     for (int i = 0; i < x.rank; ++i) {
         if (!within(x.sizes[i], 1, int64_t(1) << 32) || !within(x.box[i], 1, 256)) return false;
         if (i > 0 && (x.strides[i] % 16 != 0 || !within(x.strides[i], 16, (int64_t(1) << 40) - 1))) return false;

@@ -19,27 +19,29 @@ namespace {
 // A signalling NaN: arithmetic makes another one of it, a copy does not.
 constexpr uint32_t kOnItsWay = 0x7fa5a5a5u;
 constexpr int kRows = 64, kDepth = 16, kChunk = 16;  // chunk: bytes
-constexpr uint32_t kRowBytes = 128, kEightRows = 8 * kRowBytes;
 
 // ---- descriptors (PTX manual, matrix descriptors of wgmma) ----
 
 constexpr uint64_t kAddressBits = 0x3fff;
-// All but the address: one step along a row, 1024 bytes from eight rows to the next, swizzled by 128 bytes.
-constexpr uint64_t kLayout = uint64_t(1) << 62 | uint64_t(kEightRows >> 4) << 32 | uint64_t(1) << 16;
 
-uint32_t address_in(const Site& site, uint64_t descriptor) {
-    if ((descriptor & ~kAddressBits) != kLayout)
-        fail(site,
-             "a descriptor of another layout than rows of 128 bytes, swizzled: its address ran over, or it was "
-             "not made by descriptor()");
-    return static_cast<uint32_t>(descriptor & kAddressBits) << 4;
+// All but the address: one step along a row, so many bytes from eight rows to the next, swizzled by a row's bytes.
+constexpr uint64_t layout_of(uint32_t row_bytes) {
+    const uint64_t swizzle = row_bytes == 128 ? 1 : row_bytes == 64 ? 2 : 3;
+    return swizzle << 62 | uint64_t(8 * row_bytes >> 4) << 32 | uint64_t(1) << 16;
 }
 
-// Where chunk `chunk` of row `row` lies of an operand that starts at `start`: bits 4 to 6 of its address are those of
-// the row's number, in bits 7 to 9, xor the chunk's.
-uint32_t chunk_address(uint32_t start, int row, int chunk) {
-    const uint32_t plain = start + row / 8 * kEightRows + row % 8 * kRowBytes + chunk * kChunk;
-    return plain ^ ((plain >> 7 & 7) << 4);
+// Bytes of a row, as a descriptor says.
+uint32_t row_bytes_in(const Site& site, uint64_t descriptor) {
+    for (const uint32_t row_bytes : {128u, 64u, 32u})
+        if ((descriptor & ~kAddressBits) == layout_of(row_bytes)) return row_bytes;
+    fail(site,
+         "a descriptor of another layout than rows of 128, 64 or 32 bytes, swizzled: its address ran over, or it was "
+         "not made by descriptor() or narrow_descriptor()");
+}
+
+// Where chunk `chunk` of row `row` lies of an operand that starts at `start`.
+uint32_t chunk_address(uint32_t start, uint32_t row_bytes, int row, int chunk) {
+    return swizzled_address(start + row * row_bytes + chunk * kChunk, row_bytes);
 }
 
 // An operand in shared memory, as it was when the product started.
@@ -48,15 +50,21 @@ struct Operand {
     std::vector<uint16_t> numbers;
 
     Operand(const Site& site, uint64_t descriptor, int rows, int chunks_of_row) {
-        const uint32_t start = address_in(site, descriptor), in_eight = start % kEightRows;
-        if (in_eight >= kRowBytes)
-            fail(site, "an operand starts at row " + std::to_string(in_eight / kRowBytes) +
-                           " of eight: the swizzle takes a multiple of 1024 bytes, and the channels within its row");
+        const uint32_t row_bytes = row_bytes_in(site, descriptor), eight_rows = 8 * row_bytes;
+        const uint32_t start = static_cast<uint32_t>(descriptor & kAddressBits) << 4, in_eight = start % eight_rows;
+        if (in_eight >= row_bytes)
+            fail(site, "an operand starts at row " + std::to_string(in_eight / row_bytes) +
+                           " of eight: the swizzle takes a multiple of " + std::to_string(eight_rows) +
+                           " bytes, and the channels within its row");
         if (in_eight % (chunks_of_row * kChunk) != 0)
             fail(site, "an operand starts " + std::to_string(in_eight) + " bytes within a row, not at a step of " +
                            std::to_string(chunks_of_row * kChunk));
+        if (in_eight + chunks_of_row * kChunk > row_bytes)
+            fail(site, "an operand of " + std::to_string(8 * chunks_of_row) + " channels in rows of " +
+                           std::to_string(row_bytes) + " bytes");
         for (int row = 0; row < rows; ++row)
-            for (int chunk = 0; chunk < chunks_of_row; ++chunk) chunks.push_back(chunk_address(start, row, chunk));
+            for (int chunk = 0; chunk < chunks_of_row; ++chunk)
+                chunks.push_back(chunk_address(start, row_bytes, row, chunk));
         for (const uint32_t at : chunks) start_group_read(site, at);
         numbers = now();
     }
@@ -280,9 +288,14 @@ void finish(const Site& site, Started& x) {
 
 }  // namespace
 
-uint64_t describe_operand(const Site& site, const void* operand) {
+uint32_t swizzled_address(uint32_t plain, uint32_t row_bytes) {
+    const uint32_t chunks = row_bytes / kChunk;  // 8, 4 or 2
+    return plain ^ ((plain >> 7 & (chunks - 1)) << 4);
+}
+
+uint64_t describe_operand(const Site& site, const void* operand, uint32_t row_bytes) {
     if (!is_shared(operand)) fail(site, "not an address of the block's shared memory");
-    return kLayout | shared_address(operand) >> 4;
+    return layout_of(row_bytes) | shared_address(operand) >> 4;
 }
 
 void start_groups(int threads) { groups = std::vector<Warpgroup>((threads + kGroupLanes - 1) / kGroupLanes); }

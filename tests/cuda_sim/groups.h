@@ -10,8 +10,8 @@
 
 namespace vivit::cuda::sim {
 
-// A product as one thread asks for it: d [64, columns] (+)= a b, over 16. a in registers: b 16 rows of 64 channels;
-// else both rows of channels, b transposed.
+// A product as one thread asks for it: d [64, columns] (+)= a b, over 16. a in registers: b 16 rows of `columns`
+// channels, 64 at most; else both rows of channels, b transposed.
 struct Product {
     float* d;
     const uint32_t* registers;  // of a, or null
@@ -21,7 +21,11 @@ struct Product {
     float (*widen)(uint16_t);
 };
 
-uint64_t describe_operand(const Site& site, const void* operand);
+uint64_t describe_operand(const Site& site, const void* operand, uint32_t row_bytes = 128);
+
+// Where a multiple of 16 bytes of rows of 128, 64 or 32 bytes lies: its bits from 4 on, of the chunk's number in the
+// row, are those xor the bits from 7 on (PTX manual, swizzling modes).
+uint32_t swizzled_address(uint32_t plain, uint32_t row_bytes);
 
 extern int64_t products_of_launch;  // that a warpgroup has asked for in the last launch
 

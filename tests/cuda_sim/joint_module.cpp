@@ -18,7 +18,7 @@ Tokens tokens(Run& run, const char* name, const View& view, bool output = false)
 // What both directions share, by name.
 struct JointCall {
     View q, k, v;
-    MaybeView lse, mask, cos, sin, seed;
+    MaybeView lse, mask, cos, sin, seed, turned;
     int dtype;
     double scale, softcap, dropout_p;
     uint64_t schedule_seed;
@@ -39,6 +39,8 @@ void joint_forward(const JointCall& call, const View& o) {
     Run run(call.schedule_seed, call.shared_bytes, call.arch);
     JointParams p = params_of(call, run, true);
     p.o = tokens(run, "o", o, true);
+    run.add<char>("turned", call.turned, false);  // one launch reads what another wrote
+    p.turned = run.add<char>("turned", call.turned, true);
     run([&] { return launch_joint_forward(p, nullptr); });
 }
 
@@ -58,14 +60,15 @@ void joint_backward(const JointCall& call, const View& o, const View& d_o, const
 void add_joint(py::module_& m) {
     py::class_<JointCall>(m, "JointCall")
         .def(py::init([](View q, View k, View v, MaybeView lse, MaybeView mask, MaybeView cos, MaybeView sin,
-                         MaybeView seed, int dtype, double scale, double softcap, double dropout_p,
+                         MaybeView seed, MaybeView turned, int dtype, double scale, double softcap, double dropout_p,
                          uint64_t schedule_seed, int shared_bytes, int arch) {
                  return JointCall{std::move(q),   std::move(k),   std::move(v),    std::move(lse), std::move(mask),
-                                  std::move(cos), std::move(sin), std::move(seed), dtype,          scale,
-                                  softcap,        dropout_p,      schedule_seed,   shared_bytes,   arch};
+                                  std::move(cos), std::move(sin), std::move(seed), std::move(turned),
+                                  dtype,          scale,          softcap,         dropout_p,      schedule_seed,
+                                  shared_bytes,   arch};
              }),
              py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("lse"), py::arg("mask"), py::arg("cos"),
-             py::arg("sin"), py::arg("seed"), py::arg("dtype"), py::arg("scale"), py::arg("softcap"),
+             py::arg("sin"), py::arg("seed"), py::arg("turned"), py::arg("dtype"), py::arg("scale"), py::arg("softcap"),
              py::arg("dropout_p"), py::arg("schedule_seed"), py::arg("shared_bytes"), py::arg("arch"));
     m.def("joint_forward", joint_forward);
     m.def("joint_backward", joint_backward);

@@ -7,13 +7,14 @@
 #include <vector>
 
 #include "builtins.h"
+#include "groups.h"
 #include "knowledge.h"
 #include "memory.h"
 
 namespace vivit::cuda::sim {
 namespace {
 
-constexpr int kChunk = 16, kRow = 128, kNames = 16, kRegisterFile = 65536;
+constexpr int kChunk = 16, kAligned = 128, kNames = 16, kRegisterFile = 65536;
 
 std::string number(int64_t n) { return std::to_string(n); }
 
@@ -74,7 +75,7 @@ struct Box {
     TensorShape shape;
     std::array<int64_t, kMostDimensions> first;
     uint64_t* word;
-    int64_t bytes, rows;
+    int64_t bytes, rows, row_bytes;
 };
 
 std::vector<Box> boxes;  // on their way
@@ -91,12 +92,11 @@ void for_chunks(const Box& x, Work work) {
             inside = inside && place >= 0 && place < x.shape.sizes[i];
             from += place * x.shape.strides[i];
         }
-        for (int chunk = 0; chunk < kRow / kChunk; ++chunk) {
+        for (int chunk = 0; chunk < x.row_bytes / kChunk; ++chunk) {
             const int64_t column = x.first[0] + chunk * kChunk / x.shape.element_bytes;
             const bool there = inside && column >= 0 && column < x.shape.sizes[0];
-            // bits 4 to 6 of an address are the chunk's number xor bits 7 to 9, the row's
-            const uint32_t plain = shared_address(x.to) + static_cast<uint32_t>(row * kRow + chunk * kChunk);
-            const void* place = shared_at(plain ^ ((plain >> 7 & 7) << 4));
+            const uint32_t plain = shared_address(x.to) + static_cast<uint32_t>(row * x.row_bytes + chunk * kChunk);
+            const void* place = shared_at(swizzled_address(plain, static_cast<uint32_t>(x.row_bytes)));
             work(const_cast<void*>(place), there ? from + column * x.shape.element_bytes : nullptr);
         }
         for (int i = 1; i < x.shape.rank && ++at[i] == x.shape.box[i]; ++i) at[i] = 0;
@@ -209,12 +209,13 @@ void start_box(const Site& site, void* to, const TensorMap& map, uint64_t* word,
     const TensorShape& shape = map.shape;
     if (shape.rank != rank)
         fail(site, number(rank) + " coordinates of a tensor of " + number(shape.rank) + " dimensions");
-    if (!is_shared(to) || shared_address(to) % kRow != 0)
+    if (!is_shared(to) || shared_address(to) % kAligned != 0)
         fail(site, "a box goes to shared memory, to a multiple of 128 bytes");
-    Box x = {site, static_cast<char*>(to), shape, {}, word, kRow, 1};
+    const int64_t row_bytes = int64_t(shape.box[0]) * shape.element_bytes;
+    Box x = {site, static_cast<char*>(to), shape, {}, word, row_bytes, 1, row_bytes};
     std::copy(first, first + rank, x.first.begin());
     for (int i = 1; i < rank; ++i) x.rows *= shape.box[i];
-    x.bytes = x.rows * kRow;
+    x.bytes = x.rows * row_bytes;
     if (barrier.coming + x.bytes > barrier.bytes)
         fail(site, "the copy brings " + number(x.bytes) + " bytes, but phase " + number(barrier.over) + " of barrier " +
                        number(barrier.index) + " expects " + number(barrier.bytes - barrier.coming) + " more");

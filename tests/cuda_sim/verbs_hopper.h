@@ -47,6 +47,19 @@ inline void copy_box(void* to, const TensorMap& map, PhaseBarrier* barrier, int3
     sim::start_box({"copy_box", file, line}, to, map, &barrier->word, first, 5);
 }
 
+template <int kRowBytes>
+uint64_t narrow_descriptor(const void* operand, VIVIT_SIM_CALLER) {
+    static_assert(kRowBytes == 64 || kRowBytes == 32);
+    return sim::describe_operand({"narrow_descriptor", file, line}, operand, kRowBytes);
+}
+
+template <class T, int kColumns>
+void group_along_step(float (&x)[kColumns / 8][4], const uint32_t (&a)[4], uint64_t b, VIVIT_SIM_CALLER) {
+    static_assert(kColumns == 64 || kColumns == 32 || kColumns == 16);
+    sim::Product mine{x[0], a, 0, b, kColumns, true, [](uint16_t bits) { return sim::widened(bits, T()); }};
+    sim::start_product({"group_along_step", file, line}, mine);
+}
+
 inline void named_wait(int32_t number, int32_t threads, VIVIT_SIM_CALLER) {
     sim::meet_by_name({"named_wait", file, line}, number, threads, true);
 }

@@ -67,9 +67,11 @@ void check_launch(int error, const JointParams& p, const char* direction) {
 
 void joint_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o, const MaybeTensor& lse,
                const MaybeTensor& mask, const MaybeTensor& seed, const MaybeTensor& cos, const MaybeTensor& sin,
-               double scale, double softcap, double dropout_p) {
+               const MaybeTensor& turned, double scale, double softcap, double dropout_p) {
     Call call = call_of(q, k, v, lse, mask, seed, cos, sin, scale, softcap, dropout_p);
     call.params.o = call.tokens(o, call.params.N_q, "o");
+    if (turned.has_value()) call.aligned_rows(*turned, "turned");
+    call.params.turned = call.flat<void>(turned, q.scalar_type(), 2 * q.numel(), "turned");
     const torch::stable::accelerator::DeviceGuard guard(call.device);
     check_launch(vivit::cuda::launch_joint_forward(call.params, call.current_stream()), call.params, "forward");
 }
@@ -92,7 +94,7 @@ void joint_bwd(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor
 STABLE_TORCH_LIBRARY_FRAGMENT(vivit_kernels_native, m) {
     m.def(
         "cuda_joint_fwd(Tensor q, Tensor k, Tensor v, Tensor(a!) o, Tensor(b!)? lse, Tensor? mask, Tensor? seed, "
-        "Tensor? cos, Tensor? sin, float scale, float softcap, float dropout_p) -> ()");
+        "Tensor? cos, Tensor? sin, Tensor(c!)? turned, float scale, float softcap, float dropout_p) -> ()");
     m.def(
         "cuda_joint_bwd(Tensor d_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor(a!) delta, "
         "Tensor(b!) dq, Tensor(c!) dk, Tensor(d!) dv, Tensor? mask, Tensor? seed, Tensor? cos, Tensor? sin, "

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from .._attention.cuda_grid import aligned_rows, flat
 from .._attention.options import Options
+from .._triton import arch_of
+
+_HOPPER = 90  # csrc/cuda/joint_hopper.h
 
 
 def _scalars(options: Options) -> tuple[float, float, float]:
@@ -16,12 +19,15 @@ def _scalars(options: Options) -> tuple[float, float, float]:
 def launch_fwd(q: Tensor, k: Tensor, v: Tensor, _: int, options: Options, keep: bool = False):
     """q `[B, N_q, H, D]`, k, v `[B, N_k, H, D]` -> (o like q, lse `[B, H, N_q]` to base 2 if `keep`, else None).
 
-    One launch. A tensor whose rows do not begin at multiples of 16 bytes is copied first."""
+    One launch; with a rotary embedding on Hopper two, the first of which writes q and k turned, so that the copy engine
+    brings them as products want them. A tensor whose rows do not begin at multiples of 16 bytes is copied first."""
     B, N, H, _ = q.shape
     o = q.new_empty(q.shape)
     lse = q.new_empty((B, H, N), dtype=torch.float32) if keep else None
     if q.numel():
-        given = *map(aligned_rows, (q, k, v)), o, lse, *flat(options)
+        turns = options.cos is not None and arch_of(q.device) == _HOPPER
+        turned = q.new_empty((2, *q.shape)) if turns else None
+        given = *map(aligned_rows, (q, k, v)), o, lse, *flat(options), turned
         torch.ops.vivit_kernels_native.cuda_joint_fwd(*given, *_scalars(options))
     return o, lse
 

@@ -1,0 +1,68 @@
+// Joint attention's forward for Hopper: from a call to a launch, of one dtype.
+#pragma once
+
+#include "joint_hopper.cuh"
+#include "joint_hopper.h"
+#include "steps.cuh"
+
+namespace vivit::cuda {
+
+// By `python -m bench cuda_model`, none of it timed: two warpgroups that compute; of heads up to 64 channels, where
+// exponentials take as long as products, an eighth of them by the FMA pipes, of others none, and none beside options,
+// which need the issue slots; bases that rise by 2^8 at a time; as many keys to a tile as registers and shared memory
+// hold.
+template <int kSteps, bool kPlain>
+struct ChosenVariant {
+    static constexpr int kMost = kSteps <= 4 ? 128 : kSteps <= 8 ? 96 : 64;  // beside options
+    static constexpr int kKeys = !kPlain ? kMost : kSteps <= 8 ? 128 : 96;
+    using Type = HopperVariant<kSteps, kKeys, kPlain, 2, kPlain && kSteps <= 4 ? 2 : 0, 8>;
+};
+
+// The token grid in place: sizes (D, H, N, B), boxes of `rows` tokens of a slab's channels; where D is less, zeros
+// follow.
+template <int kSteps>
+bool slab_maps(SlabMaps& maps, const Tokens& x, const JointParams& p, int32_t N, int32_t rows) {
+    const int64_t sizes[] = {p.D, p.H, N, p.B}, strides[] = {1, x.stride_h, x.stride_n, x.stride_b};
+    const auto map_of = [&](TensorMap& map, int32_t channels) {
+        if (channels == 0) return true;
+        TensorShape shape;
+        shape.data = x.data, shape.element_bytes = 2, shape.rank = 4;
+        const int32_t box[] = {channels, 1, rows, 1};
+        for (int i = 0; i < 4; ++i) shape.sizes[i] = sizes[i], shape.strides[i] = 2 * strides[i], shape.box[i] = box[i];
+        return make_tensor_map(map, shape);
+    };
+    using Rows = Slabs<kSteps>;
+    return map_of(maps.wide, Rows::kWide > 0 ? 64 : 0) && map_of(maps.tail, 16 * Rows::kTail);
+}
+
+// False where a map cannot be made, or there are too many tiles.
+template <class Variant>
+bool prepare(JointHopperParams& made, const JointParams& p) {
+    constexpr int32_t kQueries = HopperMemory<Variant>::kQueries, kKeys = Variant::kKeys;
+    made.options = p, made.o = p.o;
+    made.H = p.H, made.N_q = p.N_q, made.N_k = p.N_k;
+    made.tiles_of_head = (static_cast<uint32_t>(p.N_q) + kQueries - 1) / kQueries;
+    const int64_t tiles = static_cast<int64_t>(p.B) * p.H * made.tiles_of_head;
+    made.tiles = static_cast<uint32_t>(tiles);
+    return tiles < INT32_MAX && slab_maps<Variant::kSteps>(made.q, p.q, p, p.N_q, kQueries) &&
+           slab_maps<Variant::kSteps>(made.k, p.k, p, p.N_k, kKeys) &&
+           slab_maps<Variant::kSteps>(made.v, p.v, p, p.N_k, kKeys);
+}
+
+template <class T, class Variant>
+int launch_hopper_variant(const JointParams& p, void* stream) {
+    JointHopperParams made;
+    if (!prepare<Variant>(made, p)) return 1;  // cudaErrorInvalidValue: the caller has asked before
+    const uint32_t blocks = static_cast<uint32_t>(current_multiprocessors());
+    return launch(pipelined_joint_forward<T, Variant>, made.tiles < blocks ? made.tiles : blocks, Variant::kThreads,
+                  HopperMemory<Variant>::kBytes, stream, made);
+}
+
+template <class T, bool kPlain>
+int launch_hopper_dtype(const JointParams& p, void* stream) {
+    return with_steps(p.D, [&](auto steps) {
+        return launch_hopper_variant<T, typename ChosenVariant<steps, kPlain>::Type>(p, stream);
+    });
+}
+
+}  // namespace vivit::cuda
