@@ -173,6 +173,16 @@ def test_nan_is_not_lost():
         assert not o.isfinite().any()
 
 
+@pytest.mark.parametrize("row_bytes, period", [(128, 1), (64, 2), (32, 4)])
+def test_swizzles(row_bytes, period):
+    """Of rows of 64 and 32 bytes two and four neighbours are permuted alike (PTX manual, swizzling modes)."""
+    chunks = row_bytes // 16
+    for row in range(24):
+        for chunk in range(chunks):
+            place = row * row_bytes + 16 * (chunk ^ row // period % chunks)
+            assert cuda_simulator.made().swizzled_address(row * row_bytes + 16 * chunk, row_bytes) == place
+
+
 # ---- options ----
 
 # Tiles of 128, 96 and 64 keys; heads of whole slabs, of one that is not, and of that alone.

@@ -32,8 +32,8 @@ bool joint_hopper_runs(const JointParams& given) {
 int launch_joint_hopper(const JointParams& given, void* stream) {
     JointParams p = given;
     if (given.cos != nullptr) {
-        const int error = given.dtype == DType::kFloat16 ? launch_turn<Float16>(given, stream)
-                                                         : launch_turn<BFloat16>(given, stream);
+        const int error =
+            given.dtype == DType::kFloat16 ? launch_turn<Float16>(given, stream) : launch_turn<BFloat16>(given, stream);
         if (error != 0) return error;
         p = with_turned(given);
     }

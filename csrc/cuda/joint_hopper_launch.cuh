@@ -9,13 +9,19 @@ namespace vivit::cuda {
 
 // By `python -m bench cuda_model`, none of it timed: two warpgroups that compute; of heads up to 64 channels, where
 // exponentials take as long as products, an eighth of them by the FMA pipes, of others none, and none beside options,
-// which need the issue slots; bases that rise by 2^8 at a time; as many keys to a tile as registers and shared memory
-// hold.
+// which need the issue slots; bases that rise by 2^8 at a time; 128 keys to a tile where registers (beside options) and
+// shared memory (of the longest heads) hold them.
+//
+// Three warpgroups would leave each more time for its own chain of a tile (912 cycles of 1536, of two 912 of 1024), but
+// 3,136 queries fill 16.3 tiles of 192 and 24.5 of 128: 295 microseconds at least for 8 clips of 12 heads of 64, of two
+// 291.
 template <int kSteps, bool kPlain>
 struct ChosenVariant {
     static constexpr int kMost = kSteps <= 4 ? 128 : kSteps <= 8 ? 96 : 64;  // beside options
     static constexpr int kKeys = !kPlain ? kMost : kSteps <= 8 ? 128 : 96;
-    using Type = HopperVariant<kSteps, kKeys, kPlain, 2, kPlain && kSteps <= 4 ? 2 : 0, 8>;
+    template <int kOtherKeys>
+    using Of = HopperVariant<kSteps, kOtherKeys, kPlain, 2, kPlain && kSteps <= 4 ? 2 : 0, 8>;
+    using Type = Of<kKeys>;
 };
 
 // The token grid in place: sizes (D, H, N, B), boxes of `rows` tokens of a slab's channels; where D is less, zeros
@@ -58,10 +64,18 @@ int launch_hopper_variant(const JointParams& p, void* stream) {
                   HopperMemory<Variant>::kBytes, stream, made);
 }
 
+// Whether tiles of 176 keys pad a call to fewer than tiles of 128: 3,136 and 3,137 to 3,168 instead of 3,200, 1,568 to
+// 1,584 instead of 1,664; not 6,272 or 12,544, which are whole tiles of 128.
+inline bool fits_wide_tiles(int32_t N_k) { return (N_k + 175) / 176 * 11 < (N_k + 127) / 128 * 8; }
+
 template <class T, bool kPlain>
 int launch_hopper_dtype(const JointParams& p, void* stream) {
     return with_steps(p.D, [&](auto steps) {
-        return launch_hopper_variant<T, typename ChosenVariant<steps, kPlain>::Type>(p, stream);
+        using Chosen = ChosenVariant<decltype(steps)::value, kPlain>;
+        if constexpr (kPlain && decltype(steps)::value == 4) {
+            if (fits_wide_tiles(p.N_k)) return launch_hopper_variant<T, typename Chosen::template Of<176>>(p, stream);
+        }
+        return launch_hopper_variant<T, typename Chosen::Type>(p, stream);
     });
 }
 

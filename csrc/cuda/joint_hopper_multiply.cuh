@@ -26,19 +26,19 @@ struct SlabOperand {
     VIVIT_DEVICE explicit SlabOperand(const char* rows, int32_t skip = 0) : wide(0), tail(0) {
         if constexpr (Rows::kWide > 0) wide = descriptor(rows + skip * Rows::kWideBytes);
         if constexpr (Rows::kTail > 0)
-            tail =
-                narrow_descriptor<Rows::kTailBytes>(rows + Rows::kWide * kRows * Rows::kWideBytes + skip * Rows::kTailBytes);
+            tail = narrow_descriptor<Rows::kTailBytes>(rows + Rows::kWide * kRows * Rows::kWideBytes +
+                                                       skip * Rows::kTailBytes);
     }
 
     // The 16 channels of a step: 32 bytes further in each row, or in the next slab.
     VIVIT_DEVICE uint64_t step(int s) const {
-        return s < 4 * Rows::kWide ? wide + (s / 4 * kRows * Rows::kWideBytes + s % 4 * 32 >> 4)
-                                   : tail + (s % 4 * 32 >> 4);
+        return s < 4 * Rows::kWide ? wide + ((s / 4 * kRows * Rows::kWideBytes + s % 4 * 32) >> 4)
+                                   : tail + s % 4 * 2;
     }
     // Channels of a slab, of 16 j rows further.
     VIVIT_DEVICE uint64_t rows_of(int slab, int j) const {
-        return slab < Rows::kWide ? wide + ((slab * kRows + 16 * j) * Rows::kWideBytes >> 4)
-                                  : tail + (16 * j * Rows::kTailBytes >> 4);
+        return slab < Rows::kWide ? wide + (slab * kRows + 16 * j) * (Rows::kWideBytes >> 4)
+                                  : tail + j * Rows::kTailBytes;
     }
 };
 
@@ -60,9 +60,9 @@ VIVIT_DEVICE void start_outputs(TileOutput<Variant>& o, const TileWeights<Varian
     for (int j = 0; j < Variant::kKeys / 16; ++j) {
 #pragma unroll
         for (int slab = 0; slab < Rows::kWide; ++slab)
-            group_along_step<T, 64>(reinterpret_cast<float(&)[8][4]>(o[8 * slab]), weights[j], v.rows_of(slab, j));
+            group_along_step<T, 64>(reinterpret_cast<float (&)[8][4]>(o[8 * slab]), weights[j], v.rows_of(slab, j));
         if constexpr (Rows::kTail > 0) {
-            using Tail = float(&)[2 * Rows::kTail][4];
+            using Tail = float (&)[2 * Rows::kTail][4];
             group_along_step<T, 16 * Rows::kTail>(reinterpret_cast<Tail>(o[8 * Rows::kWide]), weights[j],
                                                   v.rows_of(Rows::kWide, j));
         }

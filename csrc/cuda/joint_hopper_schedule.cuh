@@ -1,8 +1,8 @@
 // Who does what, and when: the tiles of a call, the shared memory of a block and the phases of its barriers.
 //
 // A block stays on its multiprocessor and takes tile after tile: kGroups x 64 queries of one head of one clip. One
-// thread of its first warpgroup asks the copy engine for the queries and for stages of kKeys keys and values; each other
-// warpgroup computes 64 queries. The next tile's first copies are under way while this one's results are stored.
+// thread of its first warpgroup asks the copy engine for the queries and for stages of kKeys keys and values; each
+// other warpgroup computes 64 queries. The next tile's first copies are under way while this one's results are stored.
 #pragma once
 
 #include "joint.h"

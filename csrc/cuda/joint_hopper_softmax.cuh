@@ -6,12 +6,13 @@
 // cuda_model`). Of two warpgroups a scheduler has 1,024 cycles for two such warps, as long as their products take.
 //
 //   of 16 by polynomial   exponentials, cycles of two warps   issued by two warps
-//   0                     1056                                802
-//   2 (chosen)            928                                 916
-//   4                     800                                 1044
+//   0                     1056                                792
+//   2 (chosen)            928                                 906
+//   4                     800                                 1018
 //
 // A share of the exponentials by the FMA pipes (Cody and Waite 1980): x = n + f, n the nearest whole number, 2^f a
-// polynomial, n added to its exponent: 8 instructions instead of 1. An eighth is where both leave the same room.
+// polynomial, n added to its exponent: 8 instructions instead of 1. An eighth is where both leave the same room. At 80
+// channels and more the products take longest (from 1,280 cycles on, against 1,056), and none is done so.
 //
 // Fewer changes of the base: weights are 2^(score - base). The base of a row is raised only when a score is more than
 // kSlack above it; otherwise weights up to 2^kSlack come out, whose share in the sum is the same. In fp16, too, 2^8 is
@@ -86,9 +87,9 @@ VIVIT_DEVICE float score(float (&x)[kBlocks][4], const Scores<false>& scores) {
     return 1.f;
 }
 
-// Weights of pairs that dropout drops become 0; all are scaled at the end, with their row, so that none leaves the range
-// of 16 bits. row: the number of the query of row g. Lanes t and t ^ 1 need words of the same four keys, which are made
-// together: each makes those of one row, and they trade halves.
+// Weights of pairs that dropout drops become 0; all are scaled at the end, with their row, so that none leaves the
+// range of 16 bits. row: the number of the query of row g. Lanes t and t ^ 1 need words of the same four keys, which
+// are made together: each makes those of one row, and they trade halves.
 template <int kBlocks>
 VIVIT_DEVICE void drop(float (&x)[kBlocks][4], const Dropout& dropout, int64_t row, int32_t first_key) {
     const int32_t t = lane_number() % 4;

@@ -69,8 +69,8 @@ VIVIT_DEVICE void prefetch_map(const TensorMap& map) {
 
 // The box whose first element has these coordinates (the neighbours' first), to shared memory: rows of 128, 64 or 32
 // bytes, as the map says, one behind the other from a multiple of eight of them on, swizzled as products of a warpgroup
-// take them; zeros for what lies outside of the tensor. All of the box's bytes, zeros too, count in the current phase of the barrier, which is
-// to expect them. One thread asks; no fence is needed before products.
+// take them; zeros for what lies outside of the tensor. All of the box's bytes, zeros too, count in the current phase
+// of the barrier, which is to expect them. One thread asks; no fence is needed before products.
 VIVIT_DEVICE void copy_box(void* to, const TensorMap& map, PhaseBarrier* barrier, int32_t c0, int32_t c1) {
 #if defined(VIVIT_HOPPER)
     asm volatile(
@@ -112,9 +112,10 @@ VIVIT_DEVICE void copy_box(void* to, const TensorMap& map, PhaseBarrier* barrier
 
 // ---- products of more shapes ----
 
-// An operand in rows of 64 or 32 bytes instead of 128, from a multiple of eight rows on: chunk c of 16 bytes of row r at
-// place c xor (r / 2 mod 4), or c xor (r / 4 mod 2) (PTX manual, matrix descriptors of wgmma, and the swizzles of tensor
-// copies). A head of 80 channels is so 64 in wide rows and 16 in narrow ones: neither memory nor products are padded.
+// An operand in rows of 64 or 32 bytes instead of 128, from a multiple of eight rows on: chunk c of 16 bytes of row r
+// at place c xor (r / 2 mod 4), or c xor (r / 4 mod 2) (PTX manual, matrix descriptors of wgmma, and the swizzles of
+// tensor copies). A head of 80 channels is so 64 in wide rows and 16 in narrow ones: neither memory nor products are
+// padded.
 template <int kRowBytes>
 VIVIT_DEVICE uint64_t narrow_descriptor(const void* operand) {
     static_assert(kRowBytes == 64 || kRowBytes == 32);
@@ -131,24 +132,32 @@ VIVIT_DEVICE void group_along_step(float (&x)[kColumns / 8][4], const uint32_t (
 #define VIVIT_40(x) VIVIT_32(x), VIVIT_FOUR(x, 8), VIVIT_FOUR(x, 9)
 #define VIVIT_48(x) VIVIT_40(x), VIVIT_FOUR(x, 10), VIVIT_FOUR(x, 11)
 #define VIVIT_56(x) VIVIT_48(x), VIVIT_FOUR(x, 12), VIVIT_FOUR(x, 13)
+#define VIVIT_88(x)                                                                                             \
+    VIVIT_64(x), VIVIT_FOUR(x, 16), VIVIT_FOUR(x, 17), VIVIT_FOUR(x, 18), VIVIT_FOUR(x, 19), VIVIT_FOUR(x, 20), \
+        VIVIT_FOUR(x, 21)
 #define VIVIT_NAMES_40 VIVIT_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define VIVIT_NAMES_48 VIVIT_NAMES_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
 #define VIVIT_NAMES_56 VIVIT_NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
-#define VIVIT_ALONG_STEP(Type, name, columns, count, places, b_place)                                       \
-    template <>                                                                                             \
-    VIVIT_DEVICE void group_along_step<Type, columns>(float (&x)[columns / 8][4], const uint32_t (&a)[4],   \
-                                                      uint64_t b) {                                         \
-        asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." name "." name                  \
-                     " {" VIVIT_NAMES_##count "}, {" places "}, " b_place ", 1, 1, 1, 1;"                   \
-                     : VIVIT_##count(x)                                                                     \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                 \
+#define VIVIT_NAMES_88                                                                        \
+    VIVIT_NAMES_64                                                                            \
+    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, " \
+    "%81, %82, %83, %84, %85, %86, %87"
+#define VIVIT_ALONG_STEP(Type, name, columns, count, places, b_place)                                               \
+    template <>                                                                                                     \
+    VIVIT_DEVICE void group_along_step<Type, columns>(float (&x)[columns / 8][4], const uint32_t (&a)[4],           \
+                                                      uint64_t b) {                                                 \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." name "." name " {" VIVIT_NAMES_##count \
+                     "}, {" places "}, " b_place ", 1, 1, 1, 1;"                                                    \
+                     : VIVIT_##count(x)                                                                             \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                         \
     }
-#define VIVIT_MORE_OF_GROUP(Type, name)                                               \
-    VIVIT_ACROSS(Type, name, 112, 56, "%56", "%57", "%58")                            \
-    VIVIT_ACROSS(Type, name, 96, 48, "%48", "%49", "%50")                             \
-    VIVIT_ACROSS(Type, name, 80, 40, "%40", "%41", "%42")                             \
-    VIVIT_ALONG_STEP(Type, name, 64, 32, "%32, %33, %34, %35", "%36")                 \
-    VIVIT_ALONG_STEP(Type, name, 32, 16, "%16, %17, %18, %19", "%20")                 \
+#define VIVIT_MORE_OF_GROUP(Type, name)                               \
+    VIVIT_ACROSS(Type, name, 176, 88, "%88", "%89", "%90")            \
+    VIVIT_ACROSS(Type, name, 112, 56, "%56", "%57", "%58")            \
+    VIVIT_ACROSS(Type, name, 96, 48, "%48", "%49", "%50")             \
+    VIVIT_ACROSS(Type, name, 80, 40, "%40", "%41", "%42")             \
+    VIVIT_ALONG_STEP(Type, name, 64, 32, "%32, %33, %34, %35", "%36") \
+    VIVIT_ALONG_STEP(Type, name, 32, 16, "%16, %17, %18, %19", "%20") \
     VIVIT_ALONG_STEP(Type, name, 16, 8, "%8, %9, %10, %11", "%12")
 VIVIT_MORE_OF_GROUP(BFloat16, "bf16")
 VIVIT_MORE_OF_GROUP(Float16, "f16")
@@ -200,8 +209,8 @@ VIVIT_DEVICE float larger_or_nan(float x, float y) {
 
 // Goes on when x, which is at least 0, has been computed. The compiler takes arithmetic that no product's wait concerns
 // behind the wait, where nothing is left to overlap with it (nvcc 13.0, read from its machine code); over a pause that
-// depends on the arithmetic it does not move the wait. Not a trap: with a way out of the kernel there, nvcc keeps to the
-// registers that the launch gives, whatever setmaxnreg says, and a product that needs more waits for the other.
+// depends on the arithmetic it does not move the wait. Not a trap: with a way out of the kernel there, nvcc keeps to
+// the registers that the launch gives, whatever setmaxnreg says, and a product that needs more waits for the other.
 VIVIT_DEVICE void compute_first(float x) {
     if (x < 0.f) asm volatile("nanosleep.u32 1;" ::: "memory");
 }

@@ -4,6 +4,7 @@
 #include "cuda/joint_hopper.h"
 #include "cuda/joint_hopper_softmax.cuh"
 #include "cuda_sim/calls.h"
+#include "cuda_sim/groups.h"
 
 namespace vivit::cuda {
 
@@ -55,6 +56,7 @@ void add_joint_hopper(py::module_& m) {
     m.def("joint_hopper", joint_hopper);
     m.def("worst_exponential", worst_exponential);
     m.def("exp2_polynomial", [](float x) { return exp2_polynomial(x); });
+    m.def("swizzled_address", swizzled_address);
 }
 
 }  // namespace sim

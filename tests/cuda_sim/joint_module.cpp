@@ -62,10 +62,10 @@ void add_joint(py::module_& m) {
         .def(py::init([](View q, View k, View v, MaybeView lse, MaybeView mask, MaybeView cos, MaybeView sin,
                          MaybeView seed, MaybeView turned, int dtype, double scale, double softcap, double dropout_p,
                          uint64_t schedule_seed, int shared_bytes, int arch) {
-                 return JointCall{std::move(q),   std::move(k),   std::move(v),    std::move(lse), std::move(mask),
-                                  std::move(cos), std::move(sin), std::move(seed), std::move(turned),
-                                  dtype,          scale,          softcap,         dropout_p,      schedule_seed,
-                                  shared_bytes,   arch};
+                 return JointCall{std::move(q),      std::move(k),   std::move(v),   std::move(lse),
+                                  std::move(mask),   std::move(cos), std::move(sin), std::move(seed),
+                                  std::move(turned), dtype,          scale,          softcap,
+                                  dropout_p,         schedule_seed,  shared_bytes,   arch};
              }),
              py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("lse"), py::arg("mask"), py::arg("cos"),
              py::arg("sin"), py::arg("seed"), py::arg("turned"), py::arg("dtype"), py::arg("scale"), py::arg("softcap"),
