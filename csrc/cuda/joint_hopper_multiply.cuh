@@ -32,8 +32,7 @@ struct SlabOperand {
 
     // The 16 channels of a step: 32 bytes further in each row, or in the next slab.
     VIVIT_DEVICE uint64_t step(int s) const {
-        return s < 4 * Rows::kWide ? wide + ((s / 4 * kRows * Rows::kWideBytes + s % 4 * 32) >> 4)
-                                   : tail + s % 4 * 2;
+        return s < 4 * Rows::kWide ? wide + ((s / 4 * kRows * Rows::kWideBytes + s % 4 * 32) >> 4) : tail + s % 4 * 2;
     }
     // Channels of a slab, of 16 j rows further.
     VIVIT_DEVICE uint64_t rows_of(int slab, int j) const {
