@@ -172,7 +172,7 @@ def report(kernels: list[tuple[str, cubin.Kernel]]) -> str:
     return "\n\n".join(
         [
             f"Cycles for {QUERIES} queries and a tile of keys; period: one such tile in every warpgroup, and what"
-            " bounds it.\nBeside options (false) all of them are counted as if a call had every one, both ways of a branch.",
+            " bounds it.\nOf kernels with options (false) all of these are counted, both ways of every branch.",
             table((*head, "chain", "period", "products'"), rows, 1),
             f"At least, for 8 clips of 12 heads, {MULTIPROCESSORS} multiprocessors at {CLOCK_GHZ} GHz:",
             table(("kernel", "tokens", "microseconds", "TFLOP/s at most"), calls, 1),

@@ -1,5 +1,5 @@
 """The CUDA C++ kernels of joint attention (csrc/cuda/joint.h) on the host simulator: the parity grid, and what only
-they can get wrong. Those for every GPU from sm_80 on: they take what Hopper's (test_cuda_joint_hopper.py) do not.
+they can get wrong. On sm_80 those for every GPU; on sm_90 forwards are Hopper's (test_cuda_joint_hopper.py).
 
 Outputs are views of buffers of NaN, and so is what a backward keeps: a number that nobody wrote is seen, and the
 simulator ends a run that reads or writes anything but rows of this call's tensors, or writes one twice.

@@ -1,4 +1,5 @@
-"""Joint attention's forward by Hopper's own instructions (csrc/cuda/joint_hopper.cuh) on the host simulator.
+"""Joint attention's forward by Hopper's own instructions (csrc/cuda/joint_hopper.cuh) on the host simulator; more of its
+options, and what the backward makes of its lse, in the parity grid of test_cuda_joint.py, on sm_90.
 
 Tensors are views of buffers of NaN, which the simulator lets nobody read or write between their rows; a zero that the
 copy engine puts for what lies outside of a tensor is none of the tensor's.
@@ -23,7 +24,7 @@ DTYPES = [torch.bfloat16, torch.float16]
 CHOSEN: tuple[int, ...] = ()
 # (warpgroups that compute, of 16 exponentials those by polynomial, how far scores rise before their base does)
 VARIANTS = [(2, 0, 0), (3, 2, 8), (2, 8, 8)]
-# Tiles of 128 queries (192 of three warpgroups), 64 a warpgroup, and of 128 keys, in three stages.
+# Tiles of 128 queries (192 of three warpgroups), 64 a warpgroup, and of 128 or 176 keys, in three stages.
 SIZES = [(1, 1), (1, 300), (63, 65), (64, 64), (65, 63), (127, 129), (128, 128), (129, 127), (200, 200), (300, 513)]
 
 
@@ -241,7 +242,7 @@ def check_call(which: str, N_q: int, N_k: int, D: int, dtype: torch.dtype, seed:
 
 
 @pytest.mark.parametrize("which", OPTIONS)
-@pytest.mark.parametrize("D, N_q, N_k", [(64, 65, 150), (80, 70, 131), (128, 63, 97), (32, 1, 129)])
+@pytest.mark.parametrize("D, N_q, N_k", [(64, 65, 150), (80, 70, 131)])
 def test_options(which, D, N_q, N_k):
     torch.manual_seed(7)
     dtype = DTYPES[(D // 16 + len(which)) % 2]
@@ -254,9 +255,8 @@ def test_options(which, D, N_q, N_k):
 @pytest.mark.parametrize("D", [16, 24, 40, 64, 72, 80, 88, 96, 112, 120, 128, 136, 160])
 def test_options_of_every_head_size(dtype, which, D):
     torch.manual_seed(8)
-    for seed, (N_q, N_k, layout) in enumerate(
-        [(1, 1, "separate"), (129, 128, "heads_first"), (200, 200, "packed"), (33, 385, "sliced"), (130, 515, "separate")]
-    ):
+    sizes = [(1, 1, "separate"), (129, 128, "heads_first"), (200, 200, "packed"), (33, 385, "sliced")]
+    for seed, (N_q, N_k, layout) in enumerate([*sizes, (130, 515, "separate")]):
         check_call(which, N_q, N_k, D, dtype, seed, layout)
 
 
