@@ -172,8 +172,8 @@ def report(kernels: list[tuple[str, cubin.Kernel]]) -> str:
     return "\n\n".join(
         [
             f"Cycles for {QUERIES} queries and a tile of keys; period: one such tile in every warpgroup, and what"
-            " bounds it.\nKernels with options (false) are counted for no one call: branches of options that multiply as"
-            " much as\na rescaling does (the soft-cap's) stand under +rescale, all others (dropout's) are taken.",
+            " bounds it.\nKernels with options (false) are counted for no one call: branches of options that multiply"
+            " as much as\na rescaling does (the soft-cap's) stand under +rescale, all others (dropout's) are taken.",
             table((*head, "chain", "period", "products'"), rows, 1),
             f"At least, for 8 clips of 12 heads, {MULTIPROCESSORS} multiprocessors at {CLOCK_GHZ} GHz:",
             table(("kernel", "tokens", "microseconds", "TFLOP/s at most"), calls, 1),
