@@ -26,7 +26,9 @@ def free_port() -> int:
 def together(count: int, function, *arguments: Any, seconds: float = 120.0) -> list[Any]:
     fork = multiprocessing.get_context("fork")
     queue, port = fork.SimpleQueue(), free_port()
-    children = [fork.Process(target=_child, args=(queue, i, count, port, function, arguments)) for i in range(count)]
+    children = [
+        fork.Process(target=_child, args=(queue, i, count, port, seconds, function, arguments)) for i in range(count)
+    ]
     for child in children:
         child.start()
     found: dict[int, Any] = {}
@@ -50,10 +52,11 @@ def together(count: int, function, *arguments: Any, seconds: float = 120.0) -> l
     return [found[rank] for rank in range(count)]
 
 
-def _child(queue: Any, rank: int, count: int, port: int, function, arguments: tuple) -> None:
+def _child(queue: Any, rank: int, count: int, port: int, seconds: float, function, arguments: tuple) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()})
     faulthandler.enable()
+    faulthandler.dump_traceback_later(0.9 * seconds, exit=True)  # one that hangs shows where
     torch.set_num_threads(1)
     try:
         queue.put((rank, pickle.dumps(function(*arguments)), False))  # not by shared memory, which would go with us
