@@ -14,18 +14,21 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
 
 from . import cubin
 from .cases import CASES, OPS, Case, select
-from .launches import DIRECTIONS, Compiled, case_launches, has_kernel, unavailable
+from .launches import DIRECTIONS, PASSES, Compiled, case_launches, has_kernel, pass_launches, unavailable
 from .static import table
 
 RECORD = Path(__file__).resolve().parent / "results" / "gate.json"
+ROWS = "rows"  # beside the operations: the passes over rows that no case names
 TENSOR_OPCODES = ("HMMA", "HGMMA", "UTCHMMA")
 
 
@@ -218,12 +221,23 @@ def _reason(error: BaseException) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m bench gate", description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("op", nargs="*", help=f"{', '.join(OPS)}; all without")
+    parser.add_argument("op", nargs="*", help=f"{', '.join(OPS)}, {ROWS} (between products); all without")
     parser.add_argument("--case", nargs="+", default=[], help="names or patterns; the headline cases without")
     parser.add_argument("--arch", nargs="+", type=int, default=[90], choices=sorted(cubin.ARCHS))
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=["float16", "bfloat16", "float32"])
     parser.add_argument("--record", action="store_true", help=f"write {RECORD.name}: what the headline cases take")
     return parser
+
+
+def _to_compile(cases: list[Case], args: argparse.Namespace) -> Iterator[tuple[str, int, Callable]]:
+    """(what launches, architecture, function from `arch` to its launches)."""
+    for case in (case for case in cases if has_kernel(case.op)):
+        for arch, dtype, direction in product(args.arch, args.dtype, DIRECTIONS):
+            launches = partial(case_launches, case, getattr(torch, dtype), direction)
+            yield f"{case.op} {case.name} {dtype} {direction}", arch, launches
+    if ROWS in args.op or not (args.op or args.case):
+        for arch, dtype, name in product(args.arch, args.dtype, PASSES):
+            yield f"{name} {dtype}", arch, partial(pass_launches, name, getattr(torch, dtype))
 
 
 def main(argv: list[str]) -> int:
@@ -236,19 +250,19 @@ def main(argv: list[str]) -> int:
         write_record()
         return 0
     try:
-        cases = [case for case in select(args.op, args.case, on_cpu=False) if args.case or case.rank == 0]
+        ops = [op for op in args.op if op != ROWS]
+        named = select(ops, args.case, on_cpu=False) if ops or not args.op else []
+        cases = [case for case in named if args.case or case.rank == 0]
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     launches: list[tuple[str, Compiled]] = []
     failed = []
-    for case in (case for case in cases if has_kernel(case.op)):
-        for arch, dtype, direction in ((a, t, d) for a in args.arch for t in args.dtype for d in DIRECTIONS):
-            what = f"{case.op} {case.name} {dtype} {direction}"
-            try:
-                launches += [(what, x) for x in case_launches(case, getattr(torch, dtype), direction, arch)]
-            except Exception as error:  # whatever a launcher or the compiler raises belongs in the report
-                failed.append(f"{what} sm_{arch}: could not be compiled: {_reason(error)}")
+    for what, arch, compiled in _to_compile(cases, args):
+        try:
+            launches += [(what, x) for x in compiled(arch=arch)]
+        except Exception as error:  # whatever a launcher or the compiler raises belongs in the report
+            failed.append(f"{what} sm_{arch}: could not be compiled: {_reason(error)}")
     kernels = distinct(launches)
     failed += [f"{what} sm_{x.kernel.arch} {x.kernel.name}: {why}" for what, x in kernels for why in complaints(x)]
     print(table(HEADER, [row(*kernel) for kernel in kernels], 5))

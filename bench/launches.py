@@ -205,3 +205,27 @@ def _tubelet(case: TubeletCase, dtype: torch.dtype) -> Tensor:
     return torch.ops.vivit_kernels.tubelet_embedding_fwd(
         video, weight, bias, position, None, False, scale, shift, "triton"
     )
+
+
+# ---- the passes over rows, which no case names: they are no operation of their own ----
+
+PASSES = ("layer norm", "residual norm", "layer norm backward", "residual norm backward", "GELU backward")
+
+
+def pass_launches(name: str, dtype: torch.dtype, arch: int, rows: int = 25088, E: int = 768) -> list[Compiled]:
+    """What one of PASSES launches for tokens `[rows, E]`, hidden rows of 4 E, parameters in float32."""
+    from vivit_kernels._rows import triton_passes
+    from vivit_kernels._rows.passes import Norm, Normed
+
+    x, other, dn = (torch.empty(rows, E, dtype=dtype) for _ in range(3))
+    norm = Norm(torch.empty(E), torch.empty(E), 1e-6)
+    found = Normed(x, x, torch.empty(rows), torch.empty(rows))
+    hidden = torch.empty(rows, 4 * E, dtype=dtype) if name == "GELU backward" else x
+    run = {
+        "layer norm": lambda: triton_passes.norm_forward(x, None, norm, dtype),
+        "residual norm": lambda: triton_passes.norm_forward(x, other, norm, dtype),
+        "layer norm backward": lambda: triton_passes.norm_backward(dn, None, found, norm, (True, True, True)),
+        "residual norm backward": lambda: triton_passes.norm_backward(dn, other, found, norm, (True, True, True)),
+        "GELU backward": lambda: triton_passes.gelu_backward(hidden, hidden, "tanh", (True, True)),
+    }
+    return compile_launches(run[name], arch)

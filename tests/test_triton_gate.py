@@ -16,7 +16,16 @@ import triton.language as tl  # noqa: E402
 
 from bench import gate  # noqa: E402
 from bench.cases import CASES, AttentionCase, Case  # noqa: E402
-from bench.launches import DIRECTIONS, OPTIONS, Compiled, case_launches, compile_launches, has_kernel  # noqa: E402
+from bench.launches import (  # noqa: E402
+    DIRECTIONS,
+    OPTIONS,
+    PASSES,
+    Compiled,
+    case_launches,
+    compile_launches,
+    has_kernel,
+    pass_launches,
+)
 
 # (kernel, what the complaint begins with): why it is right all the same
 ALLOWED: dict[tuple[str, str], str] = {
@@ -207,6 +216,23 @@ def test_kernels_are_what_they_were_designed_to_be(case, dtype, arch, options):
             ]
     assert {direction for direction, _ in launches} == set(DIRECTIONS)
     assert not found, "\n".join(found)
+
+
+FULL_PASSES = [(torch.bfloat16, 80, 768), (torch.bfloat16, 100, 768), (torch.float32, 90, 768)]
+FULL_PASSES += [(torch.bfloat16, 90, E) for E in (320, 1024, 2048, 8192)]
+
+
+@pytest.mark.parametrize(
+    "dtype, arch, E",
+    [
+        pytest.param(torch.bfloat16, 90, 768, id="sm_90"),
+        *(pytest.param(*run, id=f"{run[0]}-sm_{run[1]}-{run[2]}", marks=pytest.mark.full) for run in FULL_PASSES),
+    ],
+)
+def test_passes_over_rows_are_what_they_were_designed_to_be(dtype, arch, E):
+    for name in PASSES:
+        found = pass_launches(name, dtype, arch, E=E)
+        assert found and not [why for launch in found for why in gate.complaints(launch)], name
 
 
 RECORDED = json.loads(gate.RECORD.read_text()) if gate.RECORD.exists() else {}

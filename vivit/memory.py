@@ -59,15 +59,12 @@ def _steps(block: Block, x: Tensor, row: bool, level: str) -> Tensor:
         if block.memory == level and why != "compiled":
             warnings.warn(f"ViViT: memory={level!r} has no effect on a block that is {why}", stacklevel=2)
         return (block.plain_class_row if row else block.plain)(x)
+    branch = None  # of the residual sum that the next norm begins with
     for norm, attention in zip(block.norms, block.attentions, strict=True):
-        branch = _class_row(attention, norm, x) if row else _attention(attention, norm, x, level)  # pyright: ignore[reportArgumentType]
-        x = _sum(block.drop_path(branch), x[..., :1, :] if row else x)
-    return _sum(block.drop_path(_mlp(block, x, level)), x)
-
-
-def _sum(branch: Tensor, x: Tensor) -> Tensor:
-    """x + branch, in the branch's memory where that has the sum's dtype: nobody else has it."""
-    return branch.add_(x) if branch.dtype == torch.promote_types(branch.dtype, x.dtype) else branch + x
+        x, branch = (_class_row if row else _attention)(attention, norm, x, branch, level)  # pyright: ignore[reportArgumentType]
+        x, branch = x[..., :1, :] if row else x, block.drop_path(branch)
+    x, branch = _mlp(block, x, branch, level)
+    return low_memory.add(block.drop_path(branch), x)
 
 
 def _obstacle(block: Block, x: Tensor) -> str:
@@ -80,28 +77,41 @@ def _obstacle(block: Block, x: Tensor) -> str:
     return "" if low_memory.usable(x) else "traced or transformed"
 
 
-def _attention(attention: Attention, norm: nn.LayerNorm, x: Tensor, level: str) -> Tensor:
-    x = attention.enter(x)
-    qkv = low_memory.norm_linear(x, norm, attention.qkv).unflatten(-1, (3, attention.heads, -1))  # [..., 3, H, D]
-    if level == "small" and attention.longest(x) <= LONGEST_AGAIN:
+def _attention(
+    attention: Attention, norm: nn.LayerNorm, x: Tensor, branch: Tensor | None, level: str
+) -> tuple[Tensor, Tensor]:
+    """(x + branch, the attention's own branch)."""
+    if attention.moves:  # the sum stays on this process, attention takes other rows
+        x = x if branch is None else low_memory.add(branch, x)
+        inner = attention.enter(x)
+        qkv = low_memory.norm_linear(inner, norm, attention.qkv)
+    else:
+        x, qkv = low_memory.residual_norm_linear(x, branch, norm, attention.qkv)
+        inner = x
+    qkv = qkv.unflatten(-1, (3, attention.heads, -1))  # [..., 3, H, D]
+    if level == "small" and attention.longest(inner) <= LONGEST_AGAIN:
         seeded = attention.training and attention.attention_dropout > 0
         y = low_memory.attention_linear(qkv, attention.attend, attention.proj, seeded)
     else:
         y = low_memory.linear(attention.attend(qkv).flatten(-2), attention.proj)
-    return attention.leave(_dropout(y, attention.dropout))
+    return x, attention.leave(_dropout(y, attention.dropout))
 
 
-def _class_row(attention: Attention, norm: nn.LayerNorm, x: Tensor) -> Tensor:  # [..., N, E] -> [..., 1, E]
-    qkv = low_memory.norm_linear(x, norm, attention.qkv).unflatten(-1, (3, attention.heads, -1))
-    o = attention.attend_class_row(qkv)  # [B, 1, H, D]
-    return _dropout(low_memory.linear(o.reshape(x[..., :1, :].shape), attention.proj), attention.dropout)
+def _class_row(  # [..., N, E] -> [..., N, E], [..., 1, E]
+    attention: Attention, norm: nn.LayerNorm, x: Tensor, branch: Tensor | None, level: str
+) -> tuple[Tensor, Tensor]:
+    x, qkv = low_memory.residual_norm_linear(x, branch, norm, attention.qkv)
+    o = attention.attend_class_row(qkv.unflatten(-1, (3, attention.heads, -1)))  # [B, 1, H, D]
+    y = low_memory.linear(o.reshape(x[..., :1, :].shape), attention.proj)
+    return x, _dropout(y, attention.dropout)
 
 
-def _mlp(block: Block, x: Tensor, level: str) -> Tensor:
+def _mlp(block: Block, x: Tensor, branch: Tensor | None, level: str) -> tuple[Tensor, Tensor]:
     mlp = block.mlp
     p = mlp.dropout.p if mlp.dropout.training else 0.0
-    y = low_memory.norm_mlp(x, block.norm_mlp, mlp.fc1, mlp.fc2, p, keep_hidden=level == "balanced")
-    return _dropout(y, mlp.dropout)
+    keep = level == "balanced"
+    x, y = low_memory.residual_norm_mlp(x, branch, block.norm_mlp, mlp.fc1, mlp.fc2, p, keep_hidden=keep)
+    return x, _dropout(y, mlp.dropout)
 
 
 def _attention_dropout(block: Block) -> float:

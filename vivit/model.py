@@ -74,12 +74,17 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, T, S, 3, H, D]: read in place, never permuted
         return self.leave(self.dropout(self.proj(self.attend(qkv).reshape(x.shape))))
 
+    @property
+    def moves(self) -> bool:
+        """Whether it takes other rows of x than lie here, of a clip on several processes."""
+        return self.split is not None and self.over == "time"
+
     def enter(self, x: Tensor) -> Tensor:
         """Of a clip on several processes, the tokens that attention along time needs here; `leave` is the way back."""
-        return self.split.to_positions(x) if self.split is not None and self.over == "time" else x
+        return self.split.to_positions(x) if self.split is not None and self.moves else x
 
     def leave(self, x: Tensor) -> Tensor:
-        return self.split.to_frames(x) if self.split is not None and self.over == "time" else x
+        return self.split.to_frames(x) if self.split is not None and self.moves else x
 
     def attend(self, qkv: Tensor, seed: Tensor | None = None) -> Tensor:  # [..., 3, H, D] -> [..., H, D]
         dropout_p = self.attention_dropout if self.training else 0.0

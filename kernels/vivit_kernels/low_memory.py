@@ -9,8 +9,11 @@
 
 What PyTorch keeps beside that: the norm's output, the GELU's output, a mask as large as x, and under autocast a second
 copy of every weight (and on a GPU of every norm's input, in float32). The products are those of linear.py; between them
-is plain PyTorch, on any device. Every function's result, and its draw from the random generator, is that of the plain
-code in its docstring.
+are the passes of _rows/passes.py: fused kernels on a GPU, plain PyTorch elsewhere. Every function's result, and its
+draw from the random generator, is that of the plain code in its docstring.
+
+`residual_norm_linear` and `residual_norm_mlp` also take the residual sum before the norm and give it back: so the sum
+and its gradient, which comes from two sides, are part of the norm's own pass.
 
 A gradient of a gradient is an error; so are torch.func's transforms, and torch.compile breaks the graph here: its own
 partitioner decides what is made again, so give it the plain code (`usable` says which is which).
@@ -29,6 +32,8 @@ from torch.autograd.function import once_differentiable
 
 from ._attention.registration import plain
 from ._philox import draw_seed
+from ._rows.passes import Norm, Normed, cast_like, gelu_backward, layer_norm, layer_norm_backward
+from ._rows.passes import add as add  # a residual sum, for who ends a block
 from .linear import gelu_again as gelu_again  # what plain code keeps, for who counts bytes
 from .linear import input_gradient, mlp, weight_gradient
 from .linear import linear as product
@@ -46,7 +51,17 @@ def linear(x: Tensor, layer: nn.Linear) -> Tensor:
 
 def norm_linear(x: Tensor, norm: nn.LayerNorm, layer: nn.Linear) -> Tensor:
     """layer(norm(x)), x `[..., K]` -> `[..., N]`. Backward has x alone and makes the norm's output again."""
-    return _NormLinear.apply(x, norm.weight, norm.bias, norm.eps, layer.weight, layer.bias)
+    return residual_norm_linear(x, None, norm, layer)[1]
+
+
+def residual_norm_linear(
+    x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, layer: nn.Linear
+) -> tuple[Tensor, Tensor]:
+    """x = x + branch; (x, layer(norm(x))), x and branch `[..., K]`, branch None for x as it is.
+
+    The sum may be written to the branch's memory, which nobody else may read. Backward has the sum alone.
+    """
+    return _NormLinear.apply(x, branch, norm.weight, norm.bias, norm.eps, layer.weight, layer.bias)
 
 
 def norm_mlp(
@@ -57,8 +72,22 @@ def norm_mlp(
     keep_hidden: whether fc1's output stays for backward; if not, backward multiplies once more, a ninth of the
         products of a layer's training step.
     """
+    return residual_norm_mlp(x, None, norm, fc1, fc2, dropout_p, keep_hidden)[1]
+
+
+def residual_norm_mlp(
+    x: Tensor,
+    branch: Tensor | None,
+    norm: nn.LayerNorm,
+    fc1: nn.Linear,
+    fc2: nn.Linear,
+    dropout_p: float = 0.0,
+    keep_hidden: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """x = x + branch; (x, norm_mlp(x, ...)), as `residual_norm_linear` and `norm_mlp`."""
     return _NormMLP.apply(
         x,
+        branch,
         norm.weight,
         norm.bias,
         norm.eps,
@@ -92,29 +121,36 @@ def dropout(x: Tensor, p: float) -> Tensor:
 # ---- what the functions share ----
 
 
-def _normalised(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(layer norm of x, mean, 1 / deviation), in the dtype in which F.layer_norm computes here."""
-    if weight is not None and weight.dtype != x.dtype and x.device.type != "cpu":
-        x = x.to(weight.dtype)  # a CPU's kernel takes a bfloat16 x beside a float32 weight
-    return torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """In which F.linear(x, weight) computes."""
+    is_autocast = torch.is_autocast_enabled(x.device.type)
+    return torch.get_autocast_dtype(x.device.type) if is_autocast else weight.dtype
+
+
+def _handed_on(ctx: Any, x: Tensor, branch: Tensor | None, total: Tensor) -> Tensor:
+    """The residual sum of x and branch as an output of a function, which its backward may get a gradient of, or not."""
+    ctx.set_materialize_grads(False)
+    ctx.dtypes = x.dtype, x.dtype if branch is None else branch.dtype
+    if total is branch:
+        ctx.mark_dirty(branch)
+    return total
+
+
+def _to_both(ctx: Any, dsum: Tensor | None) -> list[Tensor | None]:
+    """The gradient of the sum as that of x and of the branch, the first two inputs of a function."""
+    needs = ctx.needs_input_grad[:2]
+    return [
+        dsum.to(dtype) if need and dsum is not None else None for need, dtype in zip(needs, ctx.dtypes, strict=True)
+    ]
 
 
 def _norm_backward(
-    dn: Tensor, x: Tensor, found: tuple[Tensor, Tensor, Tensor], norm: tuple[Tensor | None, Tensor | None], needs: Any
+    dn: Tensor | None, dsum: Tensor | None, found: Normed, norm: Norm, needs: Any
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x and the norm's weight and bias, from that of its output."""
-    n, mean, rstd = found
-    weight, bias = norm
-    same = x.to(n.dtype)
-    gradients = torch.ops.aten.native_layer_norm_backward(
-        dn.to(n.dtype), same, list(x.shape[-1:]), mean, rstd, weight, bias, list(needs)
-    )
-    dx, dweight, dbias = (g if need else None for g, need in zip(gradients, needs, strict=True))
-    return None if dx is None else dx.to(x.dtype), _like(dweight, weight), _like(dbias, bias)
-
-
-def _like(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
-    return gradient if gradient is None or parameter is None else gradient.to(parameter.dtype)
+    """Gradients of the sum, the norm's weight and bias, which functions have after x and branch."""
+    if dn is None:
+        return dsum, None, None
+    return layer_norm_backward(dn, dsum, found, norm, (any(needs[:2]), *needs[2:4]))
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -184,37 +220,42 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         with _exact(dy.device):
             dx, dweight, dbias = _product_backward(dy, x, weight, ctx.needs_input_grad)
-        return _like(dx, x), dweight, dbias
+        return cast_like(dx, x), dweight, dbias
 
 
 class _NormLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, norm_weight, norm_bias, eps: float, weight, bias) -> Tensor:
-        ctx.save_for_backward(x, norm_weight, norm_bias, weight)
+    def forward(ctx: Any, x, branch, norm_weight, norm_bias, eps: float, weight, bias) -> tuple[Tensor, Tensor]:
+        found = layer_norm(x, branch, Norm(norm_weight, norm_bias, eps), _product_dtype(x, weight))
+        total = _handed_on(ctx, x, branch, found.sum)
         ctx.eps = eps
-        return _owned(product(_normalised(x, norm_weight, norm_bias, eps)[0], weight, bias))
+        ctx.save_for_backward(total, norm_weight, norm_bias, weight)
+        return total, _owned(product(found.n, weight, bias))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm_weight, norm_bias, weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad
+    def backward(ctx: Any, dsum: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, norm_weight, norm_bias, weight = ctx.saved_tensors
+        needs, norm = ctx.needs_input_grad, Norm(norm_weight, norm_bias, ctx.eps)
+        if dy is None:
+            return *_to_both(ctx, dsum), None, None, None, None, None
         with _exact(dy.device):
-            found = _normalised(x, norm_weight, norm_bias, ctx.eps)
-            dn, dweight, dbias = _product_backward(dy, found[0], weight, (any(needs[:3]), *needs[4:]))
-            if dn is None:
-                return None, None, None, None, dweight, dbias
-            dx = _norm_backward(dn, x, found, (norm_weight, norm_bias), needs[:3])
-        return *dx, None, dweight, dbias
+            found = layer_norm(total, None, norm, dy.dtype)
+            dn, dweight, dbias = _product_backward(dy, found.n, weight, (any(needs[:4]), *needs[5:]))
+            dx, *dnorm = _norm_backward(dn, dsum, found, norm, needs)
+        return *_to_both(ctx, dx), *dnorm, None, dweight, dbias
 
 
 class _NormMLP(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x, norm_weight, norm_bias, eps: float, weight1, bias1, weight2, bias2, layers, p: float, keep: bool
-    ) -> Tensor:
+        ctx: Any, x, branch, norm_weight, norm_bias, eps: float, weight1, bias1, weight2, bias2, layers,
+        p: float, keep: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         ctx.options = eps, p
-        n = _normalised(x, norm_weight, norm_bias, eps)[0]
+        found = layer_norm(x, branch, Norm(norm_weight, norm_bias, eps), _product_dtype(x, weight1))
+        total, n = _handed_on(ctx, x, branch, found.sum), found.n
+        del found
         ctx.state = _random_state(x.device) if p else None
         if not keep and not p:
             hidden, y = None, mlp(n, *layers)  # without gradients the GELU is the product's epilogue
@@ -222,36 +263,61 @@ class _NormMLP(torch.autograd.Function):
             hidden = product(n, weight1, bias1)
             active = F.gelu(hidden, approximate="tanh")
             y = product(_dropped(active, _kept(active, p), p) if p else active, weight2, bias2)
-        ctx.save_for_backward(x, norm_weight, norm_bias, weight1, bias1, weight2, hidden if keep else None)
-        return _owned(y)
+        ctx.save_for_backward(total, norm_weight, norm_bias, weight1, bias1, weight2, hidden if keep else None)
+        return total, _owned(y)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm_weight, norm_bias, weight1, bias1, weight2, hidden = ctx.saved_tensors
-        (eps, p), needs, dtype = ctx.options, ctx.needs_input_grad, dy.dtype
+    def backward(ctx: Any, dsum: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, norm_weight, norm_bias, weight1, bias1, weight2, hidden = ctx.saved_tensors
+        (eps, p), needs = ctx.options, ctx.needs_input_grad
+        norm = Norm(norm_weight, norm_bias, eps)
+        if dy is None:
+            return *_to_both(ctx, dsum), *(None,) * 10
         with _exact(dy.device):
-            found = _normalised(x, norm_weight, norm_bias, eps)
+            found = layer_norm(total, None, norm, dy.dtype)
             if hidden is None:
-                n = found[0].to(dtype)
-                hidden = product(n, weight1.to(dtype), None if bias1 is None else bias1.to(dtype))
-            active, kept = F.gelu(hidden, approximate="tanh"), None
+                hidden = product(
+                    found.n.to(dy.dtype), weight1.to(dy.dtype), None if bias1 is None else bias1.to(dy.dtype)
+                )
             if p:
-                with _replayed(ctx.state, x.device):
-                    kept = _kept(active, p)
-                active = _dropped(active, kept, p)
-            below = any(needs[:6])
-            dhidden, dweight2, dbias2 = _product_backward(dy, active, weight2, (below, *needs[6:8]))
-            del active
-            if dhidden is None:
-                return (None,) * 6 + (dweight2, dbias2, None, None, None)
-            dhidden = dhidden if kept is None else _dropped(dhidden, kept, p)
-            dhidden = torch.ops.aten.gelu_backward(dhidden, hidden, approximate="tanh")
+                dhidden, dbias1, *second = _dropped_backward(dy, hidden, weight2, p, ctx.state, needs)
+            else:
+                dhidden, dbias1, *second = _active_backward(dy, hidden, weight2, needs)
             del hidden
-            dn, dweight1, dbias1 = _product_backward(dhidden, found[0], weight1, (any(needs[:3]), *needs[4:6]))
+            if dhidden is None:
+                return *_to_both(ctx, dsum), None, None, None, None, None, *second, None, None, None
+            dn, dweight1, _ = _product_backward(dhidden, found.n, weight1, (any(needs[:4]), needs[5], False))
             del dhidden
-            dx = (None,) * 3 if dn is None else _norm_backward(dn, x, found, (norm_weight, norm_bias), needs[:3])
-        return *dx, None, dweight1, dbias1, dweight2, dbias2, None, None, None
+            dx, *dnorm = _norm_backward(dn, dsum, found, norm, needs)
+        return *_to_both(ctx, dx), *dnorm, None, dweight1, cast_like(dbias1, bias1), *second, None, None, None
+
+
+def _active_backward(dy: Tensor, hidden: Tensor, weight2: Tensor, needs: Any) -> tuple[Tensor | None, ...]:
+    """Gradients of hidden, the bias that made it, the second weight and bias, of product(F.gelu(hidden), ...)."""
+    dactive, _, dbias2 = _product_backward(dy, hidden, weight2, (any(needs[:7]), False, needs[8]))
+    if dactive is None:
+        active, dhidden, dbias1 = F.gelu(hidden, approximate="tanh") if needs[7] else None, None, None
+    else:
+        active, dhidden, dbias1 = gelu_backward(dactive, hidden, "tanh", (needs[7], needs[6]))
+    dweight2 = None if active is None else _product_backward(dy, active, weight2, (False, True, False))[1]
+    return dhidden, dbias1, dweight2, dbias2
+
+
+def _dropped_backward(
+    dy: Tensor, hidden: Tensor, weight2: Tensor, p: float, state: Tensor, needs: Any
+) -> tuple[Tensor | None, ...]:
+    """As `_active_backward`, with dropout between the GELU and the product."""
+    active = F.gelu(hidden, approximate="tanh")
+    with _replayed(state, dy.device):
+        kept = _kept(active, p)
+    active = _dropped(active, kept, p)
+    dhidden, *second = _product_backward(dy, active, weight2, (any(needs[:7]), *needs[7:9]))
+    del active
+    if dhidden is None:
+        return None, None, *second
+    dhidden = torch.ops.aten.gelu_backward(_dropped(dhidden, kept, p), hidden, approximate="tanh")
+    return dhidden, dhidden.flatten(0, -2).sum(0) if needs[6] else None, *second
 
 
 class _AttentionLinear(torch.autograd.Function):
