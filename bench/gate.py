@@ -24,11 +24,21 @@ import torch
 
 from . import cubin
 from .cases import CASES, OPS, Case, select
-from .launches import DIRECTIONS, PASSES, Compiled, case_launches, has_kernel, pass_launches, unavailable
+from .launches import (
+    BLOCKS,
+    DIRECTIONS,
+    PASSES,
+    Compiled,
+    block_launches,
+    case_launches,
+    has_kernel,
+    pass_launches,
+    unavailable,
+)  # fmt: skip
 from .static import table
 
 RECORD = Path(__file__).resolve().parent / "results" / "gate.json"
-ROWS = "rows"  # beside the operations: the passes over rows that no case names
+ROWS = "rows"  # beside the operations: what of a block no case names
 TENSOR_OPCODES = ("HMMA", "HGMMA", "UTCHMMA")
 
 
@@ -221,7 +231,7 @@ def _reason(error: BaseException) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m bench gate", description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("op", nargs="*", help=f"{', '.join(OPS)}, {ROWS} (between products); all without")
+    parser.add_argument("op", nargs="*", help=f"{', '.join(OPS)}, {ROWS} (of blocks, no case); all without")
     parser.add_argument("--case", nargs="+", default=[], help="names or patterns; the headline cases without")
     parser.add_argument("--arch", nargs="+", type=int, default=[90], choices=sorted(cubin.ARCHS))
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=["float16", "bfloat16", "float32"])
@@ -236,8 +246,9 @@ def _to_compile(cases: list[Case], args: argparse.Namespace) -> Iterator[tuple[s
             launches = partial(case_launches, case, getattr(torch, dtype), direction)
             yield f"{case.op} {case.name} {dtype} {direction}", arch, launches
     if ROWS in args.op or not (args.op or args.case):
-        for arch, dtype, name in product(args.arch, args.dtype, PASSES):
-            yield f"{name} {dtype}", arch, partial(pass_launches, name, getattr(torch, dtype))
+        for arch, dtype, name in product(args.arch, args.dtype, PASSES + BLOCKS):
+            launches = block_launches if name in BLOCKS else pass_launches
+            yield f"{name} {dtype}", arch, partial(launches, name, getattr(torch, dtype))
 
 
 def main(argv: list[str]) -> int:

@@ -207,9 +207,10 @@ def _tubelet(case: TubeletCase, dtype: torch.dtype) -> Tensor:
     )
 
 
-# ---- the passes over rows, which no case names: they are no operation of their own ----
+# ---- what no case names: the passes over rows, and the temporal block, which is no headline ----
 
 PASSES = ("layer norm", "residual norm", "layer norm backward", "residual norm backward", "GELU backward")
+BLOCKS = ("temporal block", "temporal block backward")
 
 
 def pass_launches(name: str, dtype: torch.dtype, arch: int, rows: int = 25088, E: int = 768) -> list[Compiled]:
@@ -229,3 +230,19 @@ def pass_launches(name: str, dtype: torch.dtype, arch: int, rows: int = 25088, E
         "GELU backward": lambda: triton_passes.gelu_backward(hidden, hidden, "tanh", (True, True)),
     }
     return compile_launches(run[name], arch)
+
+
+def block_launches(
+    name: str, dtype: torch.dtype, arch: int, T: int = 16, E: int = 768, heads: int = 12
+) -> list[Compiled]:
+    """What one of BLOCKS launches for 2 clips of `[T, 16, E]`."""
+    from vivit_kernels.temporal_block import triton_kernels
+
+    x = torch.empty(2, T, 16, E, dtype=dtype)
+    norm_weight, norm_bias, weight, bias = (
+        torch.empty(shape, dtype=dtype) for shape in ((E,), (E,), (3 * E, E), (3 * E,))
+    )
+    given = x, norm_weight, norm_bias, weight, bias, heads, 1e-6
+    if name == "temporal block":
+        return compile_launches(lambda: triton_kernels.launch_fwd(*given), arch)
+    return compile_launches(lambda: triton_kernels.launch_bwd(x, *given), arch)

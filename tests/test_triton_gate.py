@@ -17,10 +17,12 @@ import triton.language as tl  # noqa: E402
 from bench import gate  # noqa: E402
 from bench.cases import CASES, AttentionCase, Case  # noqa: E402
 from bench.launches import (  # noqa: E402
+    BLOCKS,
     DIRECTIONS,
     OPTIONS,
     PASSES,
     Compiled,
+    block_launches,
     case_launches,
     compile_launches,
     has_kernel,
@@ -232,6 +234,26 @@ FULL_PASSES += [(torch.bfloat16, 90, E) for E in (320, 1024, 2048, 8192)]
 def test_passes_over_rows_are_what_they_were_designed_to_be(dtype, arch, E):
     for name in PASSES:
         found = pass_launches(name, dtype, arch, E=E)
+        assert found and not [why for launch in found for why in gate.complaints(launch)], name
+
+
+BLOCK_SIZES = [(16, 320, 8), (32, 768, 12), (7, 192, 3), (16, 128, 8)]
+
+
+@pytest.mark.parametrize(
+    "dtype, arch, sizes",
+    [
+        pytest.param(torch.bfloat16, 90, (16, 768, 12), id="sm_90"),
+        *(
+            pytest.param(dtype, arch, sizes, id=f"{dtype}-sm_{arch}-{sizes}", marks=pytest.mark.full)
+            for sizes in BLOCK_SIZES
+            for dtype, arch in [*((torch.bfloat16, arch) for arch in (80, 90, 100)), (torch.float32, 90)]
+        ),
+    ],
+)
+def test_the_temporal_block_is_what_it_was_designed_to_be(dtype, arch, sizes):
+    for name in BLOCKS:
+        found = block_launches(name, dtype, arch, *sizes)
         assert found and not [why for launch in found for why in gate.complaints(launch)], name
 
 

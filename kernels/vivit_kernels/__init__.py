@@ -3,6 +3,7 @@
     tubelet_embedding       clip (uint8 or float) -> tokens with bias, position and class row
     factorized_attention    the first heads along time, the others within the frame, on the token grid in place
     spatial_attention, temporal_attention           its two ends
+    temporal_block          layer norm, QKV projection and attention along time: one kernel, for narrow models
     joint_attention         every token to every token, in O(N) memory
     Linear, linear, linear_gelu, mlp                nn.Linear, F.linear, one with a GELU behind it, two around one: on a
                             CPU by the fastest route of PyTorch
@@ -34,6 +35,7 @@ from .modules import (
     TubeletEmbedding,
     VideoMultiheadAttention,
 )
+from .temporal_block.api import temporal_block
 from .tubelet_embedding.api import tubelet_embedding
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "sdpa_override",
     "spatial_attention",
     "temporal_attention",
+    "temporal_block",
     "tubelet_embedding",
     "unwatched",
 ]

@@ -11,6 +11,7 @@ from ._dispatch import Call, column, refusals
 from .factorized_attention.support import SUPPORT as FACTORIZED
 from .joint_attention.support import SUPPORT as JOINT
 from .joint_attention.support import order as joint_order
+from .temporal_block.support import SUPPORT as BLOCK
 from .tubelet_embedding.support import SUPPORT as TUBELET
 
 # One ordinary call per op: ViViT-B/16x2, one clip.
@@ -18,6 +19,7 @@ SHAPES = {
     "tubelet_embedding": (TUBELET, (1, 3, 32, 224, 224)),
     "factorized_attention": (FACTORIZED, (1, 16, 196, 12, 64)),
     "joint_attention": (JOINT, (1, 3137, 12, 64)),
+    "temporal_block": (BLOCK, (1, 16, 196, 12, 64)),
 }
 
 

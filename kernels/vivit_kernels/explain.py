@@ -15,6 +15,7 @@ from ._dispatch import Answer, Call, Question, Refusal, column, listed, refusals
 from ._order import Decision, Rung
 from .factorized_attention import api as factorized
 from .joint_attention import api as joint
+from .temporal_block import api as block
 from .tubelet_embedding import api as tubelet
 
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
@@ -25,12 +26,14 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
         factorized.spatial_attention,
         factorized.temporal_attention,
         joint.joint_attention,
+        block.temporal_block,
     )
 }
 _DECIDE: dict[str, Callable[[Call], Decision]] = {
     "tubelet_embedding": tubelet.decide,
     "factorized_attention": factorized.decide,
     "joint_attention": joint.decide,
+    "temporal_block": block.decide,
 }
 _WIDTH = 100
 
@@ -78,7 +81,7 @@ def explain(op: str | Callable[..., Tensor], /, *args: Any, backend: str | None 
     errors, but nothing is computed, no memory is taken, and no random number is drawn.
 
     op: one of this package's operations, or its name: tubelet_embedding, factorized_attention, spatial_attention,
-        temporal_attention, joint_attention. args, backend, kwargs: as the operation takes them.
+        temporal_attention, joint_attention, temporal_block. args, backend, kwargs: as the operation takes them.
 
     Returns an `Explanation`: print it, or read its `call`, `chosen`, `order`, `reasons` and `refusals`. Where no
     backend can run the call, `chosen` is None. Raises ValueError where the operation would, and for an unknown

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _environment
+from .. import _environment, _triton
 from .._dispatch import Call
 from .._triton import arch_of, triton_refusals
 
@@ -58,8 +58,9 @@ def fused(*tensors: Tensor | None) -> bool:
     x = given[0]
     if "triton" not in _environment.allowed_backends() or not all(t.numel() for t in given):
         return False
-    arch = arch_of(x.device) if x.is_cuda else 0
-    calls = (Call("rows", tuple(t.shape), t.dtype, x.device.type, True, arch=arch) for t in given)
+    device = "cuda" if _triton.compiling_for else x.device.type
+    arch = arch_of(x.device) if device == "cuda" else 0
+    calls = (Call("rows", tuple(t.shape), t.dtype, device, True, arch=arch) for t in given)
     return not any(triton_refusals(call) for call in calls)
 
 

@@ -6,7 +6,7 @@ once: `[programs, ...]`, which one more sum of PyTorch's adds up, in one order.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false
-# pyright: reportIndexIssue=false
+# pyright: reportIndexIssue=false, reportCallIssue=false
 # (it takes a device function for one that never returns, and knows no kernel[grid])
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .triton_gather import _IN_PTX, gathered_rows, load_pixels, of_channels, tap_channels
+from .._triton_device import waited_for
+from .triton_gather import gathered_rows, load_pixels, of_channels, tap_channels
 
 
 @triton.jit
@@ -48,20 +49,6 @@ def prepare_weight(
         # [BLOCK_E]
         total += tl.load(bias_ptr + e.to(tl.int64) * stride_bias, mask=e < E, other=0.0).to(tl.float32)
     tl.store(row_ptr + e, total, mask=e < E)
-
-
-@triton.jit
-def waited_for(total):
-    """The sums as they are, once their product is done.
-
-    On sm_90 pixels that are converted enter the product from registers. Triton leaves products in flight that only the
-    next step's follow, and ptxas before CUDA 13.3 then writes the next pixels into registers that a product still reads
-    (triton-lang/triton#9433; tokens were wrong on an H200, 2026-11-26). A use of the sums makes Triton wait; this one
-    costs no instruction."""
-    if _IN_PTX:
-        return tl.inline_asm_elementwise("", "=f,0", [total], tl.float32, True, 1)
-    else:
-        return total
 
 
 @triton.jit

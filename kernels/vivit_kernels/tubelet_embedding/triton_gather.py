@@ -15,11 +15,10 @@ in the weight. Even and odd columns are then rows of two products (`PHASES` = 2)
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from .. import _environment
+from .._triton_device import IN_PTX as _IN_PTX
 
 
 @triton.jit
@@ -99,7 +98,6 @@ _BFLOAT16_OF_4 = _ptx(_BFLOAT16, fill="0", constants=("0x7F007F00", "0xC000C000"
 _FLOAT16 = "sub.rn.f16x2 RESULT, pair, constant0;"
 _FLOAT16_OF_2 = _ptx(_FLOAT16, fill="0x64646464", constants=("0x64806480",), count=2)  # 1152
 _FLOAT16_OF_4 = _ptx(_FLOAT16, fill="0x64646464", constants=("0x64806480",), count=4)
-_IN_PTX = tl.constexpr(not _environment.TRITON_INTERPRETED and torch.version.hip is None)
 
 
 @triton.jit

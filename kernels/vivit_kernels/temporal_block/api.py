@@ -1,0 +1,81 @@
+"""The public function temporal_block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _dispatch
+from .._attention.options import autocast
+from .._triton import arch_of
+from . import op  # noqa: F401  registers torch.ops.vivit_kernels.temporal_block_fwd
+from .support import SUPPORT, decide, order  # noqa: F401  decide: for explain()
+
+
+def temporal_block(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    heads: int,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> Tensor:
+    """Layer norm, QKV projection and attention along time as one operation: what a temporal block does before `proj`.
+
+    Equivalent to
+
+        qkv = F.linear(F.layer_norm(x, [E], norm_weight, norm_bias, eps), weight, bias)
+        o = temporal_attention(qkv.view(B, T, S, 3, heads, E // heads)).view(B, T, S, E)
+
+    x: `[B, T, S, E]`. norm_weight, norm_bias: `[E]`. weight `[3 E, E]`, bias `[3 E]`: of nn.Linear, q, k, v one after
+        the other. All in one dtype, fp16, bf16, fp32 or fp64 (under autocast all are cast to its own) and on one
+        device. Differentiable in all five; backward has x and the parameters alone and makes the rest again.
+    backend: "triton": one kernel, QKV never reaches memory; "torch": three steps. None chooses. For wide models, from
+        E = 768 on, a linear layer and temporal_attention should be faster than either (`explain` says why).
+
+    Returns `[B, T, S, E]`, contiguous, in x's dtype. Raises ValueError for shapes or dtypes that do not fit,
+    NotImplementedError, with every reason, when no backend can run the call or a second derivative is asked for.
+    Source: ViViT (arXiv 2103.15691) section 3.3, model 3, equation 5.
+
+        o = temporal_block(x, norm.weight, norm.bias, qkv.weight, qkv.bias, heads=12, eps=norm.eps)
+    """
+    x, norm_weight, weight = _three(x, norm_weight, weight)
+    _, norm_bias, bias = _three(x, norm_bias, bias)
+    _check(x, norm_weight, norm_bias, weight, bias, heads)
+    tensors = (x, norm_weight, norm_bias, weight, bias)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    device, (B, T, S, E) = x.device.type, x.shape
+    arch = arch_of(x.device) if device == "cuda" else 0
+    shape = (B, T, S, heads, E // heads)
+    call = _dispatch.Call("temporal_block", shape, x.dtype, device, needs_grad, arch=arch)
+    chosen = _dispatch.choose(call, SUPPORT, backend, order(call))
+    return torch.ops.vivit_kernels.temporal_block_fwd(x, norm_weight, norm_bias, weight, bias, heads, eps, chosen)
+
+
+def _three(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    x, a, b = autocast(x, a, b)  # pyright: ignore[reportAssignmentType]
+    return x, a, b
+
+
+def _check(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, heads: int) -> None:
+    if x.dim() != 4:
+        raise ValueError(
+            f"temporal_block: x {tuple(x.shape)} must be [B, T, S, E]; tokens of a clip are x.unflatten(1, (T, S))"
+        )
+    E = x.shape[-1]
+    if heads < 1 or E % heads:
+        raise ValueError(f"temporal_block: heads={heads} must divide E={E}, the last dimension of x")
+    shapes = {"norm_weight": (E,), "norm_bias": (E,), "weight": (3 * E, E), "bias": (3 * E,)}
+    for (name, shape), given in zip(shapes.items(), (norm_weight, norm_bias, weight, bias), strict=True):
+        if tuple(given.shape) != shape:
+            raise ValueError(
+                f"temporal_block: {name} {tuple(given.shape)} must be {list(shape)}, for x of E={E} channels"
+            )
+        if given.dtype != x.dtype or given.device != x.device:
+            raise ValueError(
+                f"temporal_block: x is {x.dtype} on {x.device}, {name} {given.dtype} on {given.device}; "
+                "bring all to one dtype and device, or use autocast"
+            )
