@@ -18,6 +18,7 @@ from vivit_kernels import (
     rotary_tables,
     spatial_attention,
     temporal_attention,
+    temporal_block,
     tubelet_embedding,
 )
 from vivit_kernels._attention.support import cpu_attention_refusals
@@ -34,12 +35,14 @@ QKV = torch.zeros(1, 9, 3, 2, 16)
 GRID = torch.zeros(1, 3, 4, 3, 2, 16)
 VIDEO = torch.zeros(2, 3, 4, 16, 16, dtype=torch.uint8)
 WEIGHT = torch.zeros(8, 3, 2, 8, 8)
+TOKENS, ROW = torch.randn(1, 3, 4, 8), torch.randn(8)
 CALLS = {
     "tubelet_embedding": (tubelet_embedding, (VIDEO, WEIGHT), {}),
     "factorized_attention": (factorized_attention, (GRID,), {"temporal_heads": 1}),
     "spatial_attention": (spatial_attention, (GRID,), {}),
     "temporal_attention": (temporal_attention, (GRID,), {}),
     "joint_attention": (joint_attention, (QKV,), {}),
+    "temporal_block": (temporal_block, (TOKENS, ROW, ROW, torch.randn(24, 8), torch.randn(24)), {"heads": 1}),
 }
 
 
@@ -215,7 +218,7 @@ def test_the_call_makes_the_choice_that_is_explained(name, backend, monkeypatch)
         with pytest.raises(NotImplementedError, match=f"backend '{backend}' cannot run this call"):
             function(*args, **kwargs, backend=backend)
         return
-    for op in ("joint_attention", "factorized_attention", "tubelet_embedding"):
+    for op in ("joint_attention", "factorized_attention", "tubelet_embedding", "temporal_block"):
         for one, file in (("torch", "composed"), ("cpu", "cpu_kernels")):
             if importlib.util.find_spec(f"vivit_kernels.{op}.{file}"):
                 module = importlib.import_module(f"vivit_kernels.{op}.{file}")
