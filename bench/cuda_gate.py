@@ -117,6 +117,34 @@ def not_overlapped(kernel: cubin.Kernel) -> list[str]:
     return found
 
 
+# Bytes that the warps of a packed kernel are to ask for in a multiprocessor, at least: twice what keeps memory busy
+# (csrc/cuda/tiles.cuh), so that it is if they wait for it during half of their time.
+ASKED = 2 * (32 << 10)
+_PACKED_PLAIN = re.compile(r"packed_attention<\w+, \d+, true, (true|false)>")
+_ASKED = re.compile(r"(LDG\.E\.128)|(HMMA\.)")
+
+
+def asked_at_once(kernel: cubin.Kernel) -> tuple[int, int]:
+    """Of a packed kernel without options: (runs of loads that no product lies between, bytes of a warp's rows).
+
+    It is compiled twice into one kernel, for two sequences of up to 8 tokens and for one: two runs. A third would be
+    loads that wait for products of earlier ones, and so for memory twice."""
+    kinds = [bool(load) for load, _ in _ASKED.findall(kernel.sass)]
+    runs = sum(kind and not (i and kinds[i - 1]) for i, kind in enumerate(kinds))
+    return runs, sum(kinds) // 2 * 32 * 16
+
+
+def too_little_asked(name: str, kernel: cubin.Kernel) -> list[str]:
+    if not _PACKED_PLAIN.fullmatch(name):
+        return []
+    runs, of_warp = asked_at_once(kernel)
+    warps = cubin.occupancy(kernel.arch, kernel.registers, kernel.shared, kernel.threads or 0).warps
+    found = [f"loads: in {runs} runs with products between, of 2"] if runs > 2 else []
+    if warps * of_warp < ASKED:
+        found.append(f"loads: {warps} warps ask for {warps * of_warp:,} bytes at most, {ASKED:,} at least")
+    return found
+
+
 def complaints(name: str, kernel: cubin.Kernel) -> list[str]:
     """What is wrong with a kernel: what Triton's gate says of any but for local memory, and what its name promises."""
     mix, found = kernel.mix, []
@@ -138,6 +166,7 @@ def complaints(name: str, kernel: cubin.Kernel) -> list[str]:
     found += [f"opcode: no {opcode}" for opcode in wanted or () if not mix[opcode]]
     if word == "float32":
         found += [f"opcode: {mix[opcode]} {opcode}, which is not float32" for opcode in PRODUCTS if mix[opcode]]
+    found += too_little_asked(name, kernel)
     if any(fnmatch.fnmatch(name, pattern) for pattern in NARROW_ALLOWED):
         return found
     return found + [f"memory: {mix[opcode]} {opcode}" for opcode in NARROW if mix[opcode]]

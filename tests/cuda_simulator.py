@@ -108,7 +108,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor | None = Non
 
     q, k, v, o: `[B, T, S, H, D]`, one of DTYPES, any strides but a unit last one. lse: float32 `[B, H, T * S]`.
     options: temporal_heads; mask bool `[B, T * S]`; cos, sin float32 `[T * S, D / 2]`; seed int64 `[2]`; scale,
-    softcap, dropout_p; schedule_seed (0: in order), arch (of the GPU, 80 or 90), shared_bytes (what a block may have).
+    softcap, dropout_p; schedule_seed (0: in order), arch (of the GPU, 80 or 90), shared_bytes (what a block may have);
+    packed_warps, stages (`Tiling` of csrc/cuda/attention.h).
     Raises RuntimeError for what hardware leaves undefined, and for a launch that it would refuse.
     """
     made().attention_forward(_call("Call", q, k, v, lse, options), view(o))

@@ -36,8 +36,8 @@ AXES = {name: axis for name, axis in factorized.AXES.items() if name not in "TS"
 }
 CROSSES = [["dtype", "grid", "heads"], ["dtype", "D", "layout"], ["dtype", "mask", "dropout_p", "extra", "heads"]]
 CROSSES += [["grid", "schedule"]]
-# Sequences of more than 64 tokens, of plain calls with heads of 64 channels: by products of a warpgroup on sm_90, by
-# those of a warp on sm_80; packed and resident sequences in one launch.
+# Sequences of more than 64 tokens, of plain calls with heads of 40 to 64 channels: by products of a warpgroup on sm_90,
+# by those of a warp on sm_80; packed and resident sequences in one launch.
 HOPPER_GRIDS = [(1, S) for S in (65, 80, 100, 196, 197, 250, 256)] + [(16, 65), (16, 100), (2, 128), (81, 7)]
 HOPPER_AXES = AXES | {
     "D": [64],
@@ -58,7 +58,11 @@ HOPPER_AXES = AXES | {
 }
 # The same with every option, up to lengths that leave rows to single warps.
 HOPPER_OPTION_GRIDS = [(1, 65), (1, 100), (2, 80), (16, 66), (70, 3)]
-HOPPER_OPTION_AXES = AXES | {"D": [64], "grid": [*HOPPER_OPTION_GRIDS, (1, 130), (1, 197), (9, 129)], "arch": [90]}
+HOPPER_OPTION_AXES = AXES | {
+    "D": [64, 40, 56],
+    "grid": [*HOPPER_OPTION_GRIDS, (1, 130), (1, 197), (9, 129)],
+    "arch": [90],
+}
 HOPPER_OPTION_CROSSES = [["mask", "dropout_p", "extra"], ["grid", "extra"], ["dtype", "extra", "heads"]]
 # Of float32: several short sequences to a block, and rows in fours, eight to a warp.
 FLOAT32_AXES = AXES | {"dtype": [torch.float32]}
@@ -115,9 +119,12 @@ def simulated(
     packed = k is None
     q, k, v = q.unbind(3) if packed else (q, k, v)
     _, T, S, _, _ = q.shape
+    tiling = {name: options.pop(name) for name in ("stages", "packed_warps") if name in options}
     given = {"scale": None, "key_mask": None, "rotary": None, "softcap": None, "dropout_p": 0.0, "seed": None} | options
     checked = check_options("factorized_attention", q, T * S, (T, S), **given)._asdict()
-    launch = {"schedule_seed": schedule, "arch": arch} | ({"shared_bytes": shared_bytes} if shared_bytes else {})
+    launch = (
+        {"schedule_seed": schedule, "arch": arch} | tiling | ({"shared_bytes": shared_bytes} if shared_bytes else {})
+    )
     return by.apply(q, k, v, packed, temporal_heads, checked | launch)
 
 
@@ -212,6 +219,7 @@ def products(options: dict, T=1, S=65, H=2, D=64, temporal_heads=0) -> tuple[int
 def test_which_calls_take_products_of_a_warpgroup():
     """Each length at which they start or stop, and each option."""
     assert all(products({})) and all(products({}, T=16, S=65, temporal_heads=1)) and all(products({}, 81, 3, 2, 64, 2))
+    assert all(products({}, D=40)) and all(products({}, D=56))
     angles = torch.rand(65, 32)
     for options in (
         {"scale": -1.0},
@@ -224,7 +232,7 @@ def test_which_calls_take_products_of_a_warpgroup():
     others = [
         ({"arch": 80}, {}),
         ({}, {"S": 64}),
-        ({}, {"D": 56}),
+        ({}, {"D": 32}),
         ({}, {"D": 72}),
         ({}, {"T": 17, "temporal_heads": 1}),
     ]
@@ -280,6 +288,53 @@ def test_the_same_bits_in_every_order_of_threads(T, S, temporal_heads, dtype):
     first = step(qkv, do, **options)
     for schedule in range(1, 5):
         assert all(map(torch.equal, first, step(qkv, do, schedule=schedule, **options)))
+
+
+def staged(qkv, do, stages: int, room: int = 1, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """step() with so many stages and memory for `room` blocks at a time, so that each takes several turns."""
+    _, T, S, _, _, D = qkv.shape
+    least = max(least_shared(N, D, qkv.dtype) for N in {T, S} if N > 16)
+    return step(qkv, do, stages=stages, shared_bytes=min(room * stages * (least + 2048), 227 << 10), **options)
+
+
+@pytest.mark.parametrize("T, S, temporal_heads", [(17, 7, 2), (64, 4, 2), (2, 33, 0), (9, 70, 0)])
+@pytest.mark.parametrize("D", [24, 40, 80])
+@pytest.mark.parametrize("schedule", [0, 3])
+def test_the_same_bits_with_every_number_of_stages(T, S, temporal_heads, D, schedule):
+    """Three multiprocessors and fewer blocks than there is work: rows arrive while others are computed upon."""
+    qkv, do = torch.randn(2, T, S, 3, 2, D).bfloat16(), torch.randn(2, T, S, 2, D).bfloat16()
+    mask = torch.rand(2, T, S) > 0.2
+    options = {"temporal_heads": temporal_heads, "arch": 80, "dropout_p": 0.2, "seed": torch.tensor([1, 2])}
+    options["key_mask"] = mask
+    first = step(qkv, do, **options | {"stages": 1})
+    for stages in (2, 3):
+        assert all(map(torch.equal, first, staged(qkv, do, stages, schedule=schedule, **options)))
+
+
+@pytest.mark.parametrize("warps", [1, 2, 3])
+@pytest.mark.parametrize("T", [7, 16])
+def test_the_same_bits_with_every_number_of_heads_in_a_block(T, warps):
+    qkv, do = torch.randn(1, T, 5, 3, 3, 40).bfloat16(), torch.randn(1, T, 5, 3, 40).bfloat16()
+    first = step(qkv, do, temporal_heads=3)
+    assert all(map(torch.equal, first, step(qkv, do, temporal_heads=3, packed_warps=warps, schedule=1)))
+
+
+@pytest.mark.parametrize("T, forced", [(16, {"packed_warps": 5}), (17, {"stages": 4})])
+def test_a_launch_is_refused_that_no_kernel_is_compiled_for(T, forced):
+    q, k, v, o = torch.randn(4, 1, T, 1, 1, 80).bfloat16().unbind()
+    with expect("cudaError_t 1"):
+        cuda_simulator.forward(q, k, v, o, temporal_heads=1, **forced)
+
+
+def test_stages_are_the_fewest_that_keep_memory_busy():
+    """By tiles.cuh: 32 KB on their way beside the block that computes, where they fit."""
+    stages, most = cuda_simulator.made().stages_of, cuda_simulator.MOST_SHARED["sm_90"]
+    assert stages(64, 64, True, False, most) == stages(32, 64, True, False, most) == 2
+    assert stages(17, 32, False, False, most) == 3, "24 KB in a stage"
+    assert stages(100, 80, False, False, most) == 2 and stages(256, 80, False, False, most) == 1, "135 KB"
+    for N, D, backward in itertools.product(range(17, 400, 9), (16, 40, 80, 128, 160), (False, True)):
+        if (least := cuda_grid.shared_bytes(N, D, 2, backward, True)) <= most:
+            assert 1 <= stages(N, D, backward, True, most) <= 3 and stages(N, D, backward, True, least) == 1
 
 
 @pytest.mark.parametrize("T, S, temporal_heads", [(1, 100, 0), (16, 66, 1), (1, 197, 0)])

@@ -196,6 +196,24 @@ def test_exponentials_that_overlap_with_nothing_are_noticed():
     assert cuda_gate.complaints(name, dataclasses.replace(late, arch=80)) == []
 
 
+def packed(*instructions: str) -> cubin.Kernel:
+    text = {"load": "LDG.E.128.CONSTANT R4, desc[UR4][R2.64]", "product": "HMMA.16816.F32.BF16 R4, R8, R12, R4"}
+    sass = "\n".join(f"        /*{16 * i:04x}*/  {text[word]} ;" for i, word in enumerate(instructions))
+    return cubin.Kernel("k", 90, 80, 0, 0, 0, 128, cubin.instructions(sass), sass)
+
+
+def test_loads_that_wait_for_products_are_noticed():
+    name, whole = "packed_attention<bfloat16, 4, true, false>", ["load"] * 12 + ["product"] * 32
+    assert cuda_gate.asked_at_once(packed(*whole, *whole)) == (2, 16 * 64 * 2 * 3)
+    assert cuda_gate.too_little_asked(name, packed(*whole, *whole)) == []
+    late = packed(*["load"] * 8, "product", *["load"] * 4, "product", *whole)
+    assert cuda_gate.too_little_asked(name, late) == ["loads: in 3 runs with products between, of 2"]
+    assert any(line.startswith("loads: in 3") for line in cuda_gate.complaints(name, late))
+    assert cuda_gate.too_little_asked("packed_attention<bfloat16, 4, false, false>", late) == []  # turned on load
+    few = dataclasses.replace(packed(*whole, *whole), registers=255)
+    assert cuda_gate.too_little_asked(name, few) == ["loads: 8 warps ask for 49,152 bytes at most, 65,536 at least"]
+
+
 @in_library
 def test_next_to_nothing_lies_in_local_memory():
     """Of any kernel. The rest of the gate disassembles, for seconds to a minute."""

@@ -38,6 +38,14 @@ struct Grid {
     int64_t stride_b = 0, stride_t = 0, stride_s = 0, stride_h = 0;
 };
 
+// How a launch is cut; 0: the launcher chooses (tiles.cuh).
+struct Tiling {
+    int32_t packed_warps = 0;  // of a block of packed sequences, each with one or two of them: heads of a block
+    int32_t stages = 0;        // how many blocks' sequences lie in shared memory at a time, all but one on their way
+    // What the launcher counts, so that not every thread divides: blocks of sequences within frames, and along time.
+    uint32_t space_blocks = 0, time_blocks = 0;
+};
+
 // Attention on the token grid: heads below temporal_heads attend over T, the others over S; a clip has T * S tokens.
 struct AttentionParams : AttentionOptions {
     int32_t B = 0, T = 0, S = 0, H = 0;
@@ -46,6 +54,7 @@ struct AttentionParams : AttentionOptions {
     Grid o;                // written by a forward, read by a backward where keeps_output says so
     Grid d_o, dq, dk, dv;  // backward only
     Grid o_again;          // backward that does not read o: o once more, or none
+    Tiling tiling;
 };
 
 // How a sequence of N tokens is run. kPacked: in registers, a warp for one or two sequences of 16 bits. kResident: in

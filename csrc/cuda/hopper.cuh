@@ -1,4 +1,5 @@
-// The resident regime with Hopper's products: heads of 64 channels, sequences of more than 64 tokens. A block of two
+// The resident regime with Hopper's products: heads of 40 to 64 channels, which zeros fill up to 64, sequences of more
+// than 64 tokens. A block of two
 // warpgroups takes one sequence, a warpgroup 64 rows at a time; the other rows go by in steps of 64 or 32, at the end
 // of 16. As in resident.cuh the backward goes over each sequence twice, by keys and by queries. Up to 32 rows at a
 // sequence's end are left to one or two warps of a group, and to their own products of 16 rows: of 196 tokens the last
@@ -308,11 +309,11 @@ struct Outputs {
     static constexpr int kMost = 8;
     uint4 chunk[kMost];
 
-    VIVIT_DEVICE void load(const Rows& o, const Chunks& mine, int32_t first, int32_t N) {
+    VIVIT_DEVICE void load(const Rows& o, const Chunks& mine, int32_t first, int32_t N, int32_t D) {
 #pragma unroll
         for (int i = 0; i < kMost; ++i) {
             const int32_t row = first + mine.row + i * mine.kRows;
-            chunk[i] = load_16(o.row(row) + 16 * mine.chunk, row < N);
+            chunk[i] = load_16(o.row(row) + 16 * mine.chunk, row < N && mine.chunk < D / 8);
         }
     }
     // delta = sum(do * o) of each row, of its eight lanes in each.
@@ -360,7 +361,7 @@ VIVIT_DEVICE void load_statistics(const AttentionParams& p, const Axis& axis, co
     const int32_t rows = block.layout.rows;
     float *lse = block.floats(0), *delta = lse + rows;
     Outputs<T> outputs;
-    outputs.load(Rows(p.o, at, axis), chunks, 0, axis.N);
+    outputs.load(Rows(p.o, at, axis), chunks, 0, axis.N, p.D);
     for (int32_t row = block.thread(); row < rows; row += kHopperThreads) {
         lse[row] = row < axis.N ? load_one(p.lse + query_number(p, at, axis, row)) : kInfinity;
     }
@@ -368,7 +369,7 @@ VIVIT_DEVICE void load_statistics(const AttentionParams& p, const Axis& axis, co
     outputs.store_delta(block.rows(3, 0), chunks, 0, rows, delta);
     constexpr int32_t kPart = Outputs<T>::kMost * Chunks::kRows;
     for (int32_t first = kPart; first < rows; first += kPart) {
-        outputs.load(Rows(p.o, at, axis), chunks, first, axis.N);
+        outputs.load(Rows(p.o, at, axis), chunks, first, axis.N, p.D);
         outputs.store_delta(block.rows(3, 0), chunks, first, rows, delta);
     }
 }

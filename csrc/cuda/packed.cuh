@@ -23,38 +23,43 @@ struct Sums {
     float of[kBlocks][4][4] = {};
 };
 
-// What a lane has to know of its rows. N <= 8: rows 0 to 7 are one sequence and rows 8 to 15 the next; else both halves
-// are one. Of rows g (r = 0) and g + 8 (r = 1); no arrays, which would be indexed in memory.
+// What a lane has to know of its rows. kTwo, N <= 8: rows 0 to 7 are one sequence and rows 8 to 15 the next; else both
+// halves are one, so that where they lie is computed once. Of rows g (r = 0) and g + 8 (r = 1); no arrays, which would
+// be indexed in memory.
+template <bool kTwo>
 struct Lane {
     int32_t g, t;
-    bool two, there_0, there_1;
+    bool there_0, there_1;
     Sequence at_0, at_1;
 
-    VIVIT_DEVICE Lane(int64_t tile, const Axis& axis, int64_t count)
+    VIVIT_DEVICE Lane(uint32_t tile, const Axis& axis, uint32_t count)
         : g(static_cast<int32_t>(threadIdx.x) % 32 / 4),
           t(static_cast<int32_t>(threadIdx.x) % 4),
-          two(axis.N <= 8),
-          there_0((two ? 2 * tile : tile) < count),
-          there_1((two ? 2 * tile + 1 : tile) < count),
-          at_0(there_0 ? (two ? 2 * tile : tile) : 0, axis),
-          at_1(there_1 ? (two ? 2 * tile + 1 : tile) : 0, axis) {}
+          there_0((kTwo ? 2 * tile : tile) < count),
+          there_1(kTwo ? 2 * tile + 1 < count : there_0),
+          at_0(there_0 ? (kTwo ? 2 * tile : tile) : 0, axis),
+          at_1(kTwo ? Sequence(there_1 ? 2 * tile + 1 : 0, axis) : at_0) {}
 
     VIVIT_DEVICE bool there(int r) const { return r == 0 ? there_0 : there_1; }
     VIVIT_DEVICE Sequence at(int r) const { return r == 0 ? at_0 : at_1; }
-    // Of row g + 8 r its token, and whether there is one.
-    VIVIT_DEVICE int32_t row(int r) const { return two ? g : g + 8 * r; }
+    // Of row g + 8 r its token, whether there is one, and where it lies.
+    VIVIT_DEVICE int32_t row(int r) const { return kTwo ? g : g + 8 * r; }
     VIVIT_DEVICE bool valid(int r, const Axis& axis) const { return there(r) && row(r) < axis.N; }
+    VIVIT_DEVICE char* place(int r, const Grid& x, const Axis& axis) const {
+        const Rows first(x, at_0, axis);
+        return kTwo ? Rows(x, at(r), axis).row(g) : first.row(g) + (r == 0 ? 0 : 8 * first.step);
+    }
     // The key of column 8 n + 2 t + c, as a token of its sequence, which is that of rows 8 n, ...
-    VIVIT_DEVICE int32_t key(int n, int c) const { return two ? 2 * t + c : 8 * n + 2 * t + c; }
+    VIVIT_DEVICE int32_t key(int n, int c) const { return kTwo ? 2 * t + c : 8 * n + 2 * t + c; }
 };
 
-template <class T, int kBlocks, bool kPlain>
-VIVIT_DEVICE Tile<kBlocks> load_tile(const AttentionParams& p, const Grid& x, const Lane& lane, const Axis& axis,
+template <class T, int kBlocks, bool kPlain, bool kTwo>
+VIVIT_DEVICE Tile<kBlocks> load_tile(const AttentionParams& p, const Grid& x, const Lane<kTwo>& lane, const Axis& axis,
                                      bool turn) {
     Tile<kBlocks> tile;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        const char* row = Rows(x, lane.at(r), axis).row(lane.row(r));
+        const char* row = lane.place(r, x, axis);
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
             const int32_t chunk = 4 * b + lane.t;
@@ -70,11 +75,25 @@ VIVIT_DEVICE Tile<kBlocks> load_tile(const AttentionParams& p, const Grid& x, co
     return tile;
 }
 
+// 0.f, once all rows of the tiles are there. A product that starts from it starts behind their loads, which are so
+// asked for together. The compiler else asks for some, waits, multiplies and asks for more, to have fewer registers
+// (nvcc 13.0, q, k and v of 16 x 64: 3 of 12 loads before the first product, 4 behind the softmax); but what all warps
+// have asked for is what keeps memory busy (tiles.cuh). It does not know that no batch is negative.
+template <class... Tiles>
+VIVIT_DEVICE float zero_behind(const AttentionParams& p, const Tiles&... tiles) {
+    uint32_t any = 0;
+    const auto take = [&](const auto& tile) {
+        for (const auto& block : tile.word) any |= block[0][0] | block[1][0];
+    };
+    (take(tiles), ...);
+    return __uint_as_float(any & static_cast<uint32_t>(p.B >> 31));
+}
+
 // d [16, 16] = a b^T over channels, as two blocks of columns.
 template <class T, int kBlocks>
-VIVIT_DEVICE void across(float (&d)[2][4], const Tile<kBlocks>& a, const Tile<kBlocks>& b) {
+VIVIT_DEVICE void across(float (&d)[2][4], const Tile<kBlocks>& a, const Tile<kBlocks>& b, float zero) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) d[i / 4][i % 4] = 0.f;
+    for (int i = 0; i < 8; ++i) d[i / 4][i % 4] = zero;
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
 #pragma unroll
@@ -107,8 +126,8 @@ VIVIT_DEVICE void turn_over(uint32_t (&a)[4]) {
 }
 
 // The gradient of rows that were turned on load, turned back through a warp's scratch [16][32 kBlocks + 4] of floats.
-template <class T, int kBlocks>
-VIVIT_DEVICE void store_turned_tile(const AttentionParams& p, const Grid& x, const Lane& lane, const Axis& axis,
+template <class T, int kBlocks, bool kTwo>
+VIVIT_DEVICE void store_turned_tile(const AttentionParams& p, const Grid& x, const Lane<kTwo>& lane, const Axis& axis,
                                     const Sums<kBlocks>& sums, float* scratch) {
     constexpr int kPitch = 32 * kBlocks + 4;
     warp_barrier();
@@ -120,18 +139,18 @@ VIVIT_DEVICE void store_turned_tile(const AttentionParams& p, const Grid& x, con
     warp_barrier();
     store_turned_back<T>(p, scratch, kPitch, p.scale, [&](int32_t number) -> TurnedRow {
         const int r = number / 8;
-        const int32_t row = lane.two ? number % 8 : number;
+        const int32_t row = kTwo ? number % 8 : number;
         const Sequence at = lane.at(r);
         return {lane.there(r) && row < axis.N, at.token(row, axis, p.S), Rows(x, at, axis).row(row)};
     });
 }
 
-template <class T, int kBlocks>
-VIVIT_DEVICE void store_tile(const AttentionParams& p, const Grid& x, const Lane& lane, const Axis& axis,
+template <class T, int kBlocks, bool kTwo>
+VIVIT_DEVICE void store_tile(const AttentionParams& p, const Grid& x, const Lane<kTwo>& lane, const Axis& axis,
                              const Sums<kBlocks>& sums, const float (&factor)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        char* row = Rows(x, lane.at(r), axis).row(lane.row(r));
+        char* row = lane.place(r, x, axis);
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
             const int32_t chunk = 4 * b + lane.t;
@@ -148,13 +167,13 @@ VIVIT_DEVICE void store_tile(const AttentionParams& p, const Grid& x, const Lane
 
 // From products of queries and keys: x becomes 2^(score - largest of the row), 0 where the query may not attend; over:
 // of rows g and g + 8 one over the row's sum, 0 where it may attend to nothing.
-template <bool kPlain>
-VIVIT_DEVICE void weigh(const AttentionParams& p, float (&x)[2][4], float (&over)[2], const Lane& lane,
+template <bool kPlain, bool kTwo>
+VIVIT_DEVICE void weigh(const AttentionParams& p, float (&x)[2][4], float (&over)[2], const Lane<kTwo>& lane,
                         const Axis& axis, const Scores<kPlain>& scores) {
     bool allowed[2][2];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const int n = i / 2, c = i % 2, s = lane.two ? n : 0;
+        const int n = i / 2, c = i % 2, s = kTwo ? n : 0;
         allowed[n][c] =
             lane.there(s) && (kPlain ? lane.key(n, c) < axis.N : may_be_attended(p, lane.at(n), axis, lane.key(n, c)));
     }
@@ -164,7 +183,7 @@ VIVIT_DEVICE void weigh(const AttentionParams& p, float (&x)[2][4], float (&over
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int n = i / 2, c = i % 2;
-            const bool may = allowed[n][c] && (!lane.two || n == r);
+            const bool may = allowed[n][c] && (!kTwo || n == r);
             x[n][2 * r + c] = may ? scores.of(x[n][2 * r + c]) : -kInfinity;
             most = fmaxf(most, x[n][2 * r + c]);
         }
@@ -182,7 +201,8 @@ VIVIT_DEVICE void weigh(const AttentionParams& p, float (&x)[2][4], float (&over
 }
 
 // Of each pair of the lane what dropout multiplies its probability by.
-VIVIT_DEVICE void dropped(const AttentionParams& p, float (&keep)[2][4], const Lane& lane, const Axis& axis,
+template <bool kTwo>
+VIVIT_DEVICE void dropped(const AttentionParams& p, float (&keep)[2][4], const Lane<kTwo>& lane, const Axis& axis,
                           const Dropout& dropout) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -192,15 +212,16 @@ VIVIT_DEVICE void dropped(const AttentionParams& p, float (&keep)[2][4], const L
     }
 }
 
-template <class T, int kBlocks, bool kPlain>
-VIVIT_DEVICE void packed_forward(const AttentionParams& p, const Axis& axis, int64_t tile) {
-    const Lane lane(tile, axis, axis.sequences(p.B));
+template <class T, int kBlocks, bool kPlain, bool kTwo>
+VIVIT_DEVICE void packed_forward(const AttentionParams& p, const Axis& axis, uint32_t tile) {
+    const Lane<kTwo> lane(tile, axis, static_cast<uint32_t>(axis.sequences(p.B)));
     if (!lane.there(0)) return;  // a whole warp, or none of it
     const Tile<kBlocks> q = load_tile<T, kBlocks, kPlain>(p, p.q, lane, axis, true);
     const Tile<kBlocks> k = load_tile<T, kBlocks, kPlain>(p, p.k, lane, axis, true);
     const Tile<kBlocks> v = load_tile<T, kBlocks, kPlain>(p, p.v, lane, axis, false);
+    const float zero = zero_behind(p, q, k, v);
     float x[2][4], over[2];
-    across<T>(x, q, k);
+    across<T>(x, q, k, zero);
     weigh(p, x, over, lane, axis, Scores<kPlain>(p));
     if (!kPlain && p.seed != nullptr) {
         float keep[2][4];
@@ -216,21 +237,22 @@ VIVIT_DEVICE void packed_forward(const AttentionParams& p, const Axis& axis, int
 }
 
 // dq, dk and dv of a tile's sequences from q, k, v and do alone; o once more where o_again is there.
-template <class T, int kBlocks, bool kPlain>
-VIVIT_DEVICE void packed_backward(const AttentionParams& p, const Axis& axis, int64_t tile, float* scratch) {
-    const Lane lane(tile, axis, axis.sequences(p.B));
+template <class T, int kBlocks, bool kPlain, bool kTwo>
+VIVIT_DEVICE void packed_backward(const AttentionParams& p, const Axis& axis, uint32_t tile, float* scratch) {
+    const Lane<kTwo> lane(tile, axis, static_cast<uint32_t>(axis.sequences(p.B)));
     if (!lane.there(0)) return;
     const Tile<kBlocks> q = load_tile<T, kBlocks, kPlain>(p, p.q, lane, axis, true);
     const Tile<kBlocks> k = load_tile<T, kBlocks, kPlain>(p, p.k, lane, axis, true);
     const Tile<kBlocks> v = load_tile<T, kBlocks, kPlain>(p, p.v, lane, axis, false);
     const Tile<kBlocks> d_o = load_tile<T, kBlocks, kPlain>(p, p.d_o, lane, axis, false);
+    const float zero = zero_behind(p, q, k, v, d_o);
     const Scores<kPlain> scores(p);
     float weight[2][4], slope[2][4], dp[2][4], over[2];
-    across<T>(weight, q, k);
+    across<T>(weight, q, k, zero);
 #pragma unroll
     for (int i = 0; i < 8; ++i) slope[i / 4][i % 4] = scores.slope(weight[i / 4][i % 4]);
     weigh(p, weight, over, lane, axis, scores);
-    across<T>(dp, d_o, v);
+    across<T>(dp, d_o, v, zero);
     float kept[2][4], delta[2] = {0.f, 0.f};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -276,6 +298,19 @@ VIVIT_DEVICE void packed_backward(const AttentionParams& p, const Axis& axis, in
     Sums<kBlocks> dk;
     along<T>(dk, ds, q);
     turn ? store_turned_tile<T>(p, p.dk, lane, axis, dk, scratch) : store_tile<T>(p, p.dk, lane, axis, dk, scale);
+}
+
+// Tile number `tile` of an axis.
+template <class T, int kBlocks, bool kPlain>
+VIVIT_DEVICE void packed_forward(const AttentionParams& p, const Axis& axis, uint32_t tile) {
+    if (axis.N <= 8) return packed_forward<T, kBlocks, kPlain, true>(p, axis, tile);
+    packed_forward<T, kBlocks, kPlain, false>(p, axis, tile);
+}
+
+template <class T, int kBlocks, bool kPlain>
+VIVIT_DEVICE void packed_backward(const AttentionParams& p, const Axis& axis, uint32_t tile, float* scratch) {
+    if (axis.N <= 8) return packed_backward<T, kBlocks, kPlain, true>(p, axis, tile, scratch);
+    packed_backward<T, kBlocks, kPlain, false>(p, axis, tile, scratch);
 }
 
 }  // namespace vivit::cuda

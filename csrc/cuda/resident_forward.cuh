@@ -95,22 +95,22 @@ VIVIT_DEVICE void write_bias(const AttentionParams& p, const Axis& axis, const B
 }
 
 template <class T, int kSteps, bool kPlain>
-VIVIT_DEVICE void resident_forward(const AttentionParams& p, const Axis& axis, int64_t number) {
-    const Block<kSteps, false> block(axis, p.B, number);
-    const int32_t sequences = block.sequences, rows = block.layout.rows;
-    for (int32_t s = 0; s < sequences; ++s) {
-        block.copy(0, s, p.q, axis, p.D), block.copy(1, s, p.k, axis, p.D), block.copy(2, s, p.v, axis, p.D);
-    }
-    copies_commit();
-    if (!kPlain) write_bias(p, axis, block);
-    copies_wait<0>();
-    block_barrier();
-    if (!kPlain && p.cos != nullptr) block.template turn<T>(p, axis);
-    const Rules<kPlain> rules(p, axis);
-    const int32_t tiles = rows / 16;
-    for (int32_t i = block.thread() / 32; i < sequences * tiles; i += block.threads() / 32) {
-        attend<T>(block, i / tiles, i % tiles * 16, rules);
-    }
+VIVIT_DEVICE void resident_forward(const AttentionParams& p, const Axis& axis, const Walk& walk) {
+    const auto copy = [&](const Block<kSteps, false>& block) {
+        for (int32_t s = 0; s < block.sequences; ++s) {
+            block.copy(0, s, p.q, axis, p.D), block.copy(1, s, p.k, axis, p.D), block.copy(2, s, p.v, axis, p.D);
+        }
+        if (!kPlain) write_bias(p, axis, block);
+    };
+    const auto work = [&](const Block<kSteps, false>& block) {
+        if (!kPlain && p.cos != nullptr) block.template turn<T>(p, axis);
+        const Rules<kPlain> rules(p, axis);
+        const int32_t tiles = block.layout.rows / 16;
+        for (int32_t i = block.thread() / 32; i < block.sequences * tiles; i += block.threads() / 32) {
+            attend<T>(block, i / tiles, i % tiles * 16, rules);
+        }
+    };
+    in_stages<kSteps, false, !kStaged<kSteps, kPlain, false>>(p, axis, walk, copy, work);
 }
 
 }  // namespace vivit::cuda

@@ -139,16 +139,7 @@ VIVIT_DEVICE void short_gradient_of_queries(const Block<kSteps, true>& block, in
 }
 
 template <class T, int kSteps, bool kPlain>
-VIVIT_DEVICE void resident_backward(const AttentionParams& p, const Axis& axis, int64_t number) {
-    const Block<kSteps, true> block(axis, p.B, number);
-    const int32_t sequences = block.sequences;
-    for (int32_t s = 0; s < sequences; ++s) {
-        block.copy(3, s, p.d_o, axis, p.D), block.copy(0, s, p.q, axis, p.D);
-        block.copy(1, s, p.k, axis, p.D), block.copy(2, s, p.v, axis, p.D);
-    }
-    copies_commit();
-    copies_wait<0>();
-    block_barrier();
+VIVIT_DEVICE void work_backward(const AttentionParams& p, const Axis& axis, const Block<kSteps, true>& block) {
     const bool is_short = axis.N <= kShortTokens;
     if (!is_short) {
         load_statistics<T>(p, axis, block);
@@ -156,7 +147,7 @@ VIVIT_DEVICE void resident_backward(const AttentionParams& p, const Axis& axis, 
     }
     if (!kPlain && p.cos != nullptr) block.template turn<T>(p, axis);
     const Rules<kPlain> rules(p, axis);
-    const int32_t tiles = block.layout.rows / 16, all = sequences * tiles;
+    const int32_t tiles = block.layout.rows / 16, all = block.sequences * tiles;
     const int32_t warp = block.thread() / 32, warps = block.threads() / 32;
     if (is_short) {
         for (int32_t i = warp; i < all; i += warps) {
@@ -175,6 +166,19 @@ VIVIT_DEVICE void resident_backward(const AttentionParams& p, const Axis& axis, 
             gradient_of_queries<T>(block, s, first, rules);
         }
     }
+}
+
+template <class T, int kSteps, bool kPlain>
+VIVIT_DEVICE void resident_backward(const AttentionParams& p, const Axis& axis, const Walk& walk) {
+    const auto copy = [&](const Block<kSteps, true>& block) {
+        for (int32_t s = 0; s < block.sequences; ++s) {
+            block.copy(3, s, p.d_o, axis, p.D), block.copy(0, s, p.q, axis, p.D);
+            block.copy(1, s, p.k, axis, p.D), block.copy(2, s, p.v, axis, p.D);
+        }
+    };
+    in_stages<kSteps, true, !kStaged<kSteps, kPlain, true>>(p, axis, walk, copy, [&](const Block<kSteps, true>& block) {
+        work_backward<T, kSteps, kPlain>(p, axis, block);
+    });
 }
 
 }  // namespace vivit::cuda
