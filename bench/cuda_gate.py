@@ -163,6 +163,7 @@ def complaints(name: str, kernel: cubin.Kernel) -> list[str]:
         taken = kernel.stack + kernel.local
         found += [f"local memory: {taken} bytes a thread, none at all here"] if taken else []
         found += not_overlapped(kernel)
+        found += [f"a product under way: {line}" for line in cubin.overwritten(kernel.sass)]
     found += [f"opcode: no {opcode}" for opcode in wanted or () if not mix[opcode]]
     if word == "float32":
         found += [f"opcode: {mix[opcode]} {opcode}, which is not float32" for opcode in PRODUCTS if mix[opcode]]

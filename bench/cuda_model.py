@@ -52,7 +52,7 @@ QUERIES = 64  # of a warpgroup
 TOKENS = (1568, 3136, 3137, 6272, 12544)
 
 _PRODUCT = re.compile(r"HGMMA\.64x(\d+)x16[.\w]*\s+R\d+, (gdesc|R)")
-_LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)(?:\.[\w.]+)?([^;]*);", re.MULTILINE)
+LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)(?:\.[\w.]+)?([^;]*);", re.MULTILINE)
 _VARIANT = re.compile(r"HopperVariant<(\d+), (\d+), \w+, (\d+), ")
 
 
@@ -67,6 +67,24 @@ class Shape(NamedTuple):
     def of(cls, name: str) -> Shape:
         found = _VARIANT.search(name)
         return cls(16 * int(found[1]), int(found[2]), int(found[3])) if found else cls()
+
+
+@dataclass(frozen=True)
+class Product:
+    """Of 64 rows by 16 channels or keys, as one warpgroup asks for it: cycles of the tensor cores, of shared memory."""
+
+    cycles: int
+    shared: int
+    left_in_shared: bool
+
+
+def products_of(text: str) -> list[Product]:
+    found = []
+    for columns, left in _PRODUCT.findall(text):
+        n, shared = int(columns), left == "gdesc"
+        read = 2 * 16 * (n + (QUERIES if shared else 0)) // SHARED_BYTES_PER_CYCLE
+        found.append(Product(2 * QUERIES * n * 16 // FLOP_PER_CYCLE, read, shared))
+    return found
 
 
 @dataclass(frozen=True)
@@ -114,18 +132,14 @@ def skipped(lines: list[tuple[int, str, str]], last: int, channels: int) -> set[
 
 def tile_of(kernel: cubin.Kernel, shape: Shape = Shape()) -> Tile:  # noqa: B008  it is immutable
     loop = inner_loop(kernel)
-    every = [(int(at, 16), opcode, rest) for at, _, opcode, rest in _LINE.findall(kernel.sass)]
+    every = [(int(at, 16), opcode, rest) for at, _, opcode, rest in LINE.findall(kernel.sass)]
     lines = [line for line in every if loop.first <= line[0] <= loop.last]
     rare = skipped(lines, loop.last, shape.channels)
     counts = cubin.Counter(opcode for at, opcode, _ in lines if at not in rare)
     text = kernel.sass[kernel.sass.index(f"/*{loop.first:04x}*/") : kernel.sass.index(f"/*{loop.last:04x}*/")]
-    products, of_scores, shared = 0, 0, 0
-    for columns, left in _PRODUCT.findall(text):
-        n = int(columns)
-        cycles = 2 * QUERIES * n * 16 // FLOP_PER_CYCLE
-        products += cycles
-        of_scores += cycles if left == "gdesc" else 0
-        shared += (2 * 16 * (n + (QUERIES if left == "gdesc" else 0))) // SHARED_BYTES_PER_CYCLE
+    found = products_of(text)
+    products, shared = sum(x.cycles for x in found), sum(x.shared for x in found)
+    of_scores = sum(x.cycles for x in found if x.left_in_shared)
     issue = sum(counts.values())
     exponentials = EXPONENTIALS * counts["MUFU"]
     alu = sum(cycles * counts[name] for name, cycles in ALU.items()) + SHUFFLES * counts["SHFL"]
@@ -191,5 +205,9 @@ def main(argv: list[str]) -> int:
         return 1
     found = cuda_gate.read(args.file or _library.library_path())
     kernels = [(name, x) for name, x in found if name.startswith("pipelined") and x.arch == 90]
-    print(report(kernels) if kernels else "no kernel of sm_90 is called pipelined")
+    from . import cuda_model_backward  # here: it counts with what stands above
+
+    forward = [(name, x) for name, x in kernels if name.startswith("pipelined_joint_forward")]
+    reports = [report(forward) if forward else "", cuda_model_backward.report(kernels)]
+    print("\n\n".join(filter(None, reports)) or "no kernel of sm_90 is called pipelined")
     return 0 if kernels else 1

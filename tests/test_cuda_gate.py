@@ -194,6 +194,9 @@ def test_exponentials_that_overlap_with_nothing_are_noticed():
         f"opcode: no {opcode}" for opcode in ("UTMALDG", "SYNCS", "USETMAXREG", "STG.64")
     ]
     assert cuda_gate.complaints(name, dataclasses.replace(late, arch=80)) == []
+    early = dataclasses.replace(kernel, sass=PIPELINED.replace("MUFU.EX2 R25, R25", "MUFU.EX2 R4, R25"))
+    assert "a product under way: MUFU.EX2 at 0x0040 writes R4" in cuda_gate.complaints(name, early)
+    assert not any("under way" in line for line in cuda_gate.complaints(name, kernel))
 
 
 def packed(*instructions: str) -> cubin.Kernel:
@@ -231,7 +234,7 @@ def test_kernels_are_what_they_were_written_to_be():
     found = [f"sm_{x.arch} {name}: {why}" for name, x in kernels for why in cuda_gate.complaints(name, x)]
     assert not found, "\n".join(found)
     words = {name.partition("_")[0] for name, _ in kernels}
-    assert {"packed", "resident", "float32", "streaming", "tubelet", "parameter"} <= words
+    assert {"pipelined", "packed", "resident", "float32", "streaming", "tubelet", "parameter"} <= words
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         assert {80, 90} <= {x.arch for _, x in kernels}
     for arch in {x.arch for _, x in kernels}:  # the same kernels for each

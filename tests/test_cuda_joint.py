@@ -7,7 +7,6 @@ simulator ends a run that reads or writes anything but rows of this call's tenso
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import cuda_simulator
@@ -18,24 +17,21 @@ from cuda_simulator import expect
 from parity_grid import grid
 from test_cuda_attention import poisoned
 
-from vivit_kernels import joint_attention
 from vivit_kernels._attention.options import check_options
-from vivit_kernels._attention.support import cuda_joint_refusals
-from vivit_kernels._dispatch import Call
 from vivit_kernels.numerics import judge
 
 DTYPES = [torch.bfloat16, torch.float16]
 # Queries are kept by 128 or 64, keys by 64; both go by in tiles of 64 or 32, in steps of 16 to 64.
-TOKENS = [15, 16, 17, 63, 64, 65, 127, 128, 129, 200]
+TOKENS = [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200]
 AXES = joint.AXES | {
     "dtype": DTYPES,
     "D": [16, 24, 40, 64, 72, 80, 96, 128, 160],
     "N": TOKENS,
-    "N_k": ["same", "same", 17, 33, 65, 150],
+    "N_k": ["same", "same", 1, 17, 33, 65, 150],
     "schedule": [0, 1, 2, 3, 4],
     "arch": [80, 90],
 }
-EVERY_RUN = {"N": [15, 17, 64, 65, 129], "N_k": ["same", "same", 33, 150], "schedule": [0, 1, 2]}
+EVERY_RUN = {"N": [1, 15, 17, 64, 65, 129], "N_k": ["same", "same", 1, 33, 150], "schedule": [0, 1, 2]}
 CROSSES = [["D", "extra", "mask"], ["N", "N_k"], ["D", "layout", "schedule"]]
 
 
@@ -81,17 +77,42 @@ def test_parity(case, monkeypatch):
     joint.check_case(case, torch.device("cpu"), "cuda", B=2 if case["mask"] == "a clip has none" else 1)
 
 
+SHORT = [(1, 1), (1, 65), (2, 2), (70, 1), (70, 2)]
+WAYS = [{}, {"D": 80}, {"D": 40, "mask": "some", "extra": "softcap"}, {"dropout_p": 0.3, "extra": "rotary"}]
+
+
+def check_short(N, N_k, dtype, inputs, way, seed, monkeypatch):
+    torch.manual_seed(seed)
+    monkeypatch.setattr(joint, "joint_attention", simulated)
+    case = {"D": 64, "layout": "separate", "mask": None, "dropout_p": 0.0, "extra": None} | way
+    case |= {"N": N, "N_k": N_k, "inputs": inputs, "dtype": dtype}
+    if case["extra"] == "rotary" and N_k != N:
+        case["extra"] = None
+    joint.check_case(case, torch.device("cpu"), "cuda", B=1)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("N, N_k", [(1, 1), (1, 65), (200, 1)])
-def test_a_single_query_or_key(N, N_k, dtype):
-    """Forward alone: with gradients support.py refuses the call."""
-    q, k, v, _ = tensors(N, N_k, dtype=dtype)
-    exact, eager = (joint_attention(q.to(d), k.to(d), v.to(d), backend="torch") for d in (torch.float64, dtype))
-    assert judge(simulated(q, k, v), exact, eager).ok
-    call = Call("joint_attention", tuple(q.shape), dtype, "cuda", True, arch=90, keys=N_k)
-    assert any("single query or key" in refusal.reason for refusal in cuda_joint_refusals(call))
-    call = dataclasses.replace(call, needs_grad=False)
-    assert not any("single query or key" in refusal.reason for refusal in cuda_joint_refusals(call))
+@pytest.mark.parametrize("N, N_k", SHORT)
+def test_few_rows_do_not_show_how_o_is_rounded(N, N_k, dtype, monkeypatch):
+    """delta is then summed from probabilities. That o is not read for it is seen where it is NaN."""
+    check_short(N, N_k, dtype, "dominant", {}, 0, monkeypatch)
+    q, k, v, do = tensors(N, N_k, dtype=dtype)
+    lse, gradients = torch.zeros(1, 2, N), [poisoned(x) for x in (q, k, v)]
+    cuda_simulator.joint_forward(q, k, v, poisoned(q), lse)
+    cuda_simulator.joint_backward(do, q, k, v, poisoned(q), lse, torch.full_like(lse, math.nan), *gradients)
+    assert all(x.isfinite().all() for x in gradients)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "N, N_k", [*SHORT, (2, 1), (3, 3), (1, 200), (5, 70), (15, 15), (15, 130), (200, 3), (130, 15)]
+)
+@pytest.mark.parametrize("inputs", ["normal", "constant", "dominant"])
+def test_few_rows(N, N_k, dtype, inputs, monkeypatch):
+    for way in WAYS:
+        for seed in range(6):
+            check_short(N, N_k, dtype, inputs, way, seed, monkeypatch)
 
 
 def step(q, k, v, do, **options):
@@ -189,3 +210,14 @@ def test_which_forwards_take_hoppers_kernel():
     hopper += [turns | {"turned": torch.empty(2, 1, 70, 2, 64, dtype=torch.bfloat16)}]
     assert all(products(**options) > 0 for options in hopper)
     assert [products(**options) for options in [{"arch": 80}, turns]] == [0, 0]
+
+
+def test_which_backwards_take_hoppers_kernels():
+    """Plain ones with heads of 40 to 64 channels, on sm_90, but those with few rows."""
+
+    def products(N, D=64, **options) -> int:
+        step(*tensors(N, N, D), **options)
+        return cuda_simulator.made().products_of_launch()
+
+    assert products(70, arch=90) > 0 and products(16, D=40, arch=90) > 0
+    assert products(70, arch=80) == products(15, arch=90) == products(20, D=72, arch=90) == 0

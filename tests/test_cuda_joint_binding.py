@@ -46,8 +46,8 @@ def refused(**changes) -> list[Refusal]:
         {"arch": 89},
         {"arch": 120},
         {"uses": ("key_mask", "dropout", "rotary", "softcap")},
-        {"shape": (1, 1, 1, 64), "keys": 100_000, "needs_grad": False},
-        {"shape": (1, 100_000, 1, 64), "keys": 1, "needs_grad": False},
+        {"shape": (1, 1, 1, 64), "keys": 100_000},
+        {"shape": (1, 100_000, 1, 64), "keys": 1},
         *({"shape": (1, 50, 2, D)} for D in range(16, 161, 8)),
     ],
 )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import cubin, cuda_gate, cuda_model
+from bench import cubin, cuda_gate, cuda_model, cuda_model_backward
 
 SASS = """
         /*0000*/                   BAR.SYNC.DEFER_BLOCKING R0, 0x100 ;
@@ -75,3 +75,54 @@ def test_a_kernel_without_such_a_loop_is_named(kernel):
     plain = cubin.Kernel("k", 90, 32, 0, 0, 0, 32, cubin.Counter(), "        /*0000*/                   EXIT ;")
     with pytest.raises(ValueError, match="k has no loop with products and exponentials"):
         cuda_model.tile_of(plain)
+
+
+# ---- backward ----
+
+GRADIENTS = """
+        /*0000*/                   HGMMA.64x64x16.F32.BF16 R24, R120, gdesc[UR8], RZ, !UPT ;
+        /*0010*/                   HGMMA.64x64x16.F32.BF16 R24, R124, gdesc[UR8], R24, gsb0 ;
+        /*0020*/                   HGMMA.64x64x16.F32.BF16 R56, R128, gdesc[UR8], RZ, !UPT, gsb0 ;
+        /*0030*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*0040*/                   MUFU.EX2 R24, R24 ;
+        /*0050*/                   MUFU.EX2 R25, R25 ;
+        /*0060*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0070*/                   LDS.128 R4, [R3] ;
+        /*0080*/                   F2FP.BF16.F32.PACK_AB R148, R25, R24 ;
+        /*0090*/               @P1 BRA 0x0 ;
+        /*00a0*/                   EXIT ;
+"""
+
+
+@pytest.fixture
+def gradients() -> cubin.Kernel:
+    return cubin.Kernel("k", 90, 168, 0, 0, 0, 384, cubin.instructions(GRADIENTS), GRADIENTS)
+
+
+def test_a_tile_of_the_backward(gradients):
+    tile = cuda_model_backward.tile_of(gradients)
+    assert tile.products == 3 * 32 and tile.exponentials == 2 * 8 and tile.issue == 10 and tile.alu == 2
+    assert tile.shared == 3 * 64 * 32 // 128 + 4 * 4
+    assert tile.chain == 96 + 1 + 3, "all products, the wait, and what comes after it: the exponentials lie beside one"
+
+
+def test_one_warpgroup_is_walked_through():
+    product = "HGMMA.64x64x16.F32.BF16 R24, R120, gdesc[UR8], RZ, !UPT, gsb0"
+    wait, exponentials = ("WARPGROUP", " gsb0, 0x0"), [("MUFU", "")] * 8
+    assert cuda_model_backward.walk([("HGMMA", product), wait, *exponentials]) == 33 + 7 * 8 + 1
+    assert cuda_model_backward.walk([("HGMMA", product), *exponentials, wait]) == 8 * 8, "hidden behind them"
+    assert cuda_model_backward.walk([("HGMMA", product), ("MUFU", ""), wait]) == 33
+
+
+def test_both_launches_make_a_call(gradients, capsys, monkeypatch, tmp_path):
+    tile = cuda_model_backward.tile_of(gradients)
+    us, tflops = cuda_model_backward.call_us([tile, tile], 8, 12, 3136)
+    assert us == 2 * cuda_model_backward.launch_us(tile, 8, 12, 3136)
+    assert tflops * us * 1e6 == pytest.approx(10 * 8 * 12 * 3136**2 * 64)
+    assert cuda_model_backward.launch_us(tile, 1, 132, 128) < cuda_model_backward.launch_us(tile, 1, 133, 128)
+    names = [f"pipelined_joint_{x}<bfloat16>" for x in ("gradient_of_queries", "gradients_of_keys")]
+    monkeypatch.setattr(cuda_gate, "read", lambda path: [(name, gradients) for name in names])
+    assert cuda_model.main(["--file", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert all(printed.count(name) == 1 for name in names) and "queries x" not in printed
+    assert len([line for line in printed.splitlines() if line.startswith("bfloat16")]) == 4

@@ -2,6 +2,7 @@
 // side by side.
 #include "joint.cuh"
 #include "joint_hopper.h"
+#include "joint_hopper_backward.h"
 
 namespace vivit::cuda {
 
@@ -17,6 +18,7 @@ int launch_joint_forward(const JointParams& params, void* stream) {
 }
 
 int launch_joint_backward(const JointParams& params, void* stream) {
+    if (joint_hopper_backward_runs(params)) return launch_joint_hopper_backward(params, stream);
     return params.dtype == DType::kBFloat16 ? launch_joint<BFloat16, true>(params, stream)
                                             : launch_joint<Float16, true>(params, stream);
 }

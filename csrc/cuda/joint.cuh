@@ -28,7 +28,7 @@ int launch_streaming_backward(const JointParams& p, void* stream) {
 
 template <class T, int kSteps, bool kBackward>
 int launch_joint_steps(const JointParams& p, void* stream) {
-    const bool plain = p.scale > 0.f && p.softcap == 0.f && p.mask == nullptr && p.seed == nullptr && p.cos == nullptr;
+    const bool plain = is_plain(p);
     if constexpr (kBackward) {
         return plain ? launch_streaming_backward<T, kSteps, true>(p, stream)
                      : launch_streaming_backward<T, kSteps, false>(p, stream);

@@ -15,11 +15,6 @@
 
 namespace vivit::cuda {
 
-// Says, for a warp, that it is done with something.
-VIVIT_DEVICE void release(PhaseBarrier* empty) {
-    if (lane_number() == 0) phase_arrive(empty);
-}
-
 // 64 queries of a tile on their way over the keys.
 template <class T, class Variant>
 struct HopperQueries {

@@ -3,6 +3,7 @@
 
 #include "joint_hopper.cuh"
 #include "joint_hopper.h"
+#include "joint_hopper_map.h"
 #include "steps.cuh"
 
 namespace vivit::cuda {
@@ -24,21 +25,14 @@ struct ChosenVariant {
     using Type = Of<kKeys>;
 };
 
-// The token grid in place: sizes (D, H, N, B), boxes of `rows` tokens of a slab's channels; where D is less, zeros
-// follow.
+// Boxes of `rows` tokens of a slab's channels.
 template <int kSteps>
 bool slab_maps(SlabMaps& maps, const Tokens& x, const JointParams& p, int32_t N, int32_t rows) {
-    const int64_t sizes[] = {p.D, p.H, N, p.B}, strides[] = {1, x.stride_h, x.stride_n, x.stride_b};
-    const auto map_of = [&](TensorMap& map, int32_t channels) {
-        if (channels == 0) return true;
-        TensorShape shape;
-        shape.data = x.data, shape.element_bytes = 2, shape.rank = 4;
-        const int32_t box[] = {channels, 1, rows, 1};
-        for (int i = 0; i < 4; ++i) shape.sizes[i] = sizes[i], shape.strides[i] = 2 * strides[i], shape.box[i] = box[i];
-        return make_tensor_map(map, shape);
+    const auto slab_map = [&](TensorMap& map, int32_t channels) {
+        return channels == 0 || map_of(map, x, p, N, rows, channels);
     };
     using Rows = Slabs<kSteps>;
-    return map_of(maps.wide, Rows::kWide > 0 ? 64 : 0) && map_of(maps.tail, 16 * Rows::kTail);
+    return slab_map(maps.wide, Rows::kWide > 0 ? 64 : 0) && slab_map(maps.tail, 16 * Rows::kTail);
 }
 
 // False where a map cannot be made, or there are too many tiles.

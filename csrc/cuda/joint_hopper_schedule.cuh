@@ -5,9 +5,8 @@
 // other warpgroup computes 64 queries. The next tile's first copies are under way while this one's results are stored.
 #pragma once
 
-#include "joint.h"
+#include "joint_hopper_ring.cuh"
 #include "scores.cuh"
-#include "verbs_hopper.cuh"
 
 namespace vivit::cuda {
 
@@ -116,17 +115,7 @@ struct HopperMemory {
     }
 };
 
-// A stage, and the parity of the phase in which it is used this time round. Who fills it waits for the phase before,
-// which of a new barrier counts as over.
-struct Ring {
-    int32_t stage = 0;
-    uint32_t parity = 0;
-
-    VIVIT_DEVICE void advance() {
-        if (++stage < kKeyStages) return;
-        stage = 0, parity ^= 1;
-    }
-};
+using Ring = StageRing<kKeyStages>;
 
 // The warpgroups that compute take turns to hand products to the tensor cores: while one's products run, the others
 // turn scores into weights, instead of all doing the same at a time. Each waits at the barrier of its own number, where

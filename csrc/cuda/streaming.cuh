@@ -3,33 +3,16 @@
 #pragma once
 
 #include "joint.h"
+#include "joint_place.cuh"
 #include "weights.cuh"
 
 namespace vivit::cuda {
 
 constexpr int32_t kTileRows = 64;
 
-// What a block keeps: of one clip and head the rows from `first` on. Heads are neighbours in memory, but blocks of the
-// same head count fastest: they read the same rows, which the second-level cache then has.
-struct Stretch {
-    int32_t b, h, first;
-
-    VIVIT_DEVICE Stretch(const JointParams& p, int32_t N, int32_t rows) {
-        const uint32_t block = blockIdx.x, per = static_cast<uint32_t>(N + rows - 1) / static_cast<uint32_t>(rows);
-        const uint32_t sequence = block / per;
-        first = static_cast<int32_t>(block - sequence * per) * rows;
-        b = static_cast<int32_t>(sequence / static_cast<uint32_t>(p.H));
-        h = static_cast<int32_t>(sequence - static_cast<uint32_t>(b) * p.H);
-    }
-
-    // All rows of the clip and head in a tensor.
-    VIVIT_DEVICE Rows rows(const Tokens& x) const {
-        return {static_cast<char*>(x.data) + 2 * (b * x.stride_b + h * x.stride_h), 2 * x.stride_n};
-    }
-    // The number that dropout and saved statistics know a query by, in [B, H, N_q].
-    VIVIT_DEVICE int64_t query_number(const JointParams& p, int32_t i) const {
-        return (static_cast<int64_t>(b) * p.H + h) * p.N_q + i;
-    }
+// What a block keeps.
+struct Stretch : JointPlace {
+    VIVIT_DEVICE Stretch(const JointParams& p, int32_t N, int32_t rows) : JointPlace(p, blockIdx.x, N, rows) {}
 };
 
 VIVIT_BOTH int64_t stretches(const JointParams& p, int32_t N, int32_t rows) {

@@ -1,7 +1,8 @@
 // Streaming backward, two launches. The first keeps queries and goes over the keys, for dq (3 products), and leaves
-// delta = sum(do * o) of each query behind; the second keeps keys and goes over the queries, for dk and dv (4
-// products). One pass would recompute two products less, but would have to add to dq from every block: here each
-// gradient is summed in registers and written once, the same bits in every run, with no float32 copy of dq.
+// delta = sum(do * o) of each query behind (of a call with few rows summed in another way, joint.h); the second keeps
+// keys and goes over the queries, for dk and dv (4 products). One pass would recompute two products less, but would
+// have to add to dq from every block: here each gradient is summed in registers and written once, the same bits in
+// every run, with no float32 copy of dq.
 #pragma once
 
 #include "streaming.cuh"
@@ -45,19 +46,19 @@ struct Queries {
     float lse[kTiles][2], delta[kTiles][2];  // of rows g and g + 8
 };
 
-// The share of 16 kGroups keys in dq.
+// Products x of queries and 16 kGroups keys, gradients dp of their weights; may: which keys may be attended, a bit
+// each.
 template <class T, int kGroups, int kSteps, int kTiles, bool kPlain>
-VIVIT_DEVICE void queries_step(RowSums<kSteps> (&dq)[kTiles], const Queries<kSteps, kTiles>& own, const char* keys,
-                               const char* values, const Places<kSteps>& places, const StreamRules<kPlain>& rules,
-                               int32_t first_row, int32_t first_key) {
-    uint32_t may[(kGroups + 1) / 2];
+VIVIT_DEVICE void queries_products(Pairs<kGroups> (&x)[kTiles], Pairs<kGroups> (&dp)[kTiles],
+                                   uint32_t (&may)[(kGroups + 1) / 2], const Queries<kSteps, kTiles>& own,
+                                   const char* keys, const char* values, const Places<kSteps>& places,
+                                   const StreamRules<kPlain>& rules, int32_t first_row, int32_t first_key) {
     bool hides = false;
 #pragma unroll
     for (int i = 0; i < (kGroups + 1) / 2; ++i) {
         may[i] = keys_that_may(rules, first_key + 32 * i);
         hides = hides || may[i] != ~0u;
     }
-    Pairs<kGroups> x[kTiles], dp[kTiles];
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
         across_step<T>(x, own.q, keys, places.across, s);
@@ -74,8 +75,27 @@ VIVIT_DEVICE void queries_step(RowSums<kSteps> (&dq)[kTiles], const Queries<kSte
             }
         }
         if (kPlain && hides) hide(x[tile], may);  // a plain score of minus infinity is that of a product
+    }
+}
+
+// Whether the key of a column may be attended, as queries_products says. A plain one that may not has no score left.
+template <bool kPlain, int kCount>
+VIVIT_DEVICE bool may_be(const uint32_t (&may)[kCount], int32_t column) {
+    return kPlain || (may[column / 32] >> column % 32 & 1u) != 0;
+}
+
+// The share of 16 kGroups keys in dq.
+template <class T, int kGroups, int kSteps, int kTiles, bool kPlain>
+VIVIT_DEVICE void queries_step(RowSums<kSteps> (&dq)[kTiles], const Queries<kSteps, kTiles>& own, const char* keys,
+                               const char* values, const Places<kSteps>& places, const StreamRules<kPlain>& rules,
+                               int32_t first_row, int32_t first_key) {
+    Pairs<kGroups> x[kTiles], dp[kTiles];
+    uint32_t may[(kGroups + 1) / 2];
+    queries_products<T>(x, dp, may, own, keys, values, places, rules, first_row, first_key);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
         score_gradients(x[tile].blocks(), dp[tile].blocks(), rules.scores, own.lse[tile], own.delta[tile],
-                        [&](int32_t column) { return kPlain || (may[column / 32] >> column % 32 & 1u) != 0; });
+                        [&](int32_t column) { return may_be<kPlain>(may, column); });
     }
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
@@ -83,6 +103,42 @@ VIVIT_DEVICE void queries_step(RowSums<kSteps> (&dq)[kTiles], const Queries<kSte
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) as_operand<T>(a[tile], x[tile].of[j][0], x[tile].of[j][1]);
         along_rows<T>(dq, a, keys + 16 * j * Pitch<kSteps>::kBytes, places.along);
+    }
+}
+
+// The lane's share of 16 kGroups keys in delta.
+template <class T, int kGroups, int kSteps, int kTiles, bool kPlain>
+VIVIT_DEVICE void delta_step(float (&delta)[kTiles][2], const Queries<kSteps, kTiles>& own, const char* keys,
+                             const char* values, const Places<kSteps>& places, const StreamRules<kPlain>& rules,
+                             int32_t first_row, int32_t first_key) {
+    Pairs<kGroups> x[kTiles], dp[kTiles];
+    uint32_t may[(kGroups + 1) / 2];
+    queries_products<T>(x, dp, may, own, keys, values, places, rules, first_row, first_key);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+        for (int i = 0; i < 8 * kGroups; ++i) {
+            const float weight = exp2_fast(rules.scores.of(product(x[tile].blocks(), i)) - own.lse[tile][i % 4 / 2]);
+            if (may_be<kPlain>(may, column_of(i))) delta[tile][i % 4 / 2] += weight * product(dp[tile].blocks(), i);
+        }
+    }
+}
+
+// step(keys, values, first_key) for every kStep keys, in order.
+template <class T, int kSteps, int kStep, int kThreads, bool kPlain, class KeysAndValues, class Step>
+VIVIT_DEVICE void over_keys(const KeysAndValues& ring, const StreamRules<kPlain>& rules, const Step& step) {
+    constexpr int32_t kRowBytes = Pitch<kSteps>::kBytes;
+    const JointParams& p = rules.p;
+    ring.begin();
+    for (int32_t tile = 0; tile < ring.tiles(); ++tile) {
+        ring.next(tile);
+        char *keys = ring.rows(tile, 0), *values = ring.rows(tile, 1);
+        const int32_t first_key = tile * kTileRows;
+        if (rules.turns()) turn_stretch<T, kSteps, kThreads>(p, keys, first_key, p.N_k, kTileRows);
+#pragma unroll 1
+        for (int32_t i = 0; i < kTileRows && first_key + i < p.N_k; i += kStep) {
+            step(keys + i * kRowBytes, values + i * kRowBytes, first_key + i);
+        }
     }
 }
 
@@ -103,6 +159,7 @@ __global__ void __launch_bounds__(QueriesShape<kSteps>::kThreads) streaming_grad
     block_barrier();
     if (rules.turns()) turn_stretch<T, kSteps, kThreads>(p, queries, at.first, p.N_q, Shape::kQueries);
     const int32_t mine = 16 * kTiles * warp_number(), first_row = at.first + mine;
+    const bool few = min(p.N_q, p.N_k) < kFewRows;
     Queries<kSteps, kTiles> own;
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
@@ -114,26 +171,32 @@ __global__ void __launch_bounds__(QueriesShape<kSteps>::kThreads) streaming_grad
             const bool there = query < p.N_q;
             const int64_t number = at.query_number(p, query);
             own.lse[i][r] = there ? load_one(p.lse + number) : kInfinity;
-            own.delta[i][r] = delta_of_row<T, kSteps>(at.rows(p.o).row(query), there, d_outputs, row, p.D);
-            if (there && lane_number() % 4 == 0) store_one(p.delta + number, own.delta[i][r]);
+            own.delta[i][r] = few ? 0.f : delta_of_row<T, kSteps>(at.rows(p.o).row(query), there, d_outputs, row, p.D);
         }
     }
     block_barrier();
 
-    ring.begin();
     const Places<kSteps> places;
-    RowSums<kSteps> dq[kTiles];
-    for (int32_t tile = 0; tile < ring.tiles(); ++tile) {
-        ring.next(tile);
-        char *keys = ring.rows(tile, 0), *values = ring.rows(tile, 1);
-        const int32_t first_key = tile * kTileRows;
-        if (rules.turns()) turn_stretch<T, kSteps, kThreads>(p, keys, first_key, p.N_k, kTileRows);
-#pragma unroll 1
-        for (int32_t i = 0; i < kTileRows && first_key + i < p.N_k; i += kStep) {
-            queries_step<T, Shape::kGroups>(dq, own, keys + i * kRowBytes, values + i * kRowBytes, places, rules,
-                                            first_row, first_key + i);
-        }
+    if (few) {
+        float delta[kTiles][2] = {};
+        over_keys<T, kSteps, kStep, kThreads>(
+            ring, rules, [&](const char* keys, const char* values, int32_t first_key) {
+                delta_step<T, Shape::kGroups>(delta, own, keys, values, places, rules, first_row, first_key);
+            });
+#pragma unroll
+        for (int i = 0; i < 2 * kTiles; ++i) own.delta[i / 2][i % 2] = sum_of_row(delta[i / 2][i % 2]);
+        block_barrier();
     }
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) {
+        const int32_t query = first_row + 8 * i + lane_number() / 4;
+        if (query < p.N_q && lane_number() % 4 == 0)
+            store_one(p.delta + at.query_number(p, query), own.delta[i / 2][i % 2]);
+    }
+    RowSums<kSteps> dq[kTiles];
+    over_keys<T, kSteps, kStep, kThreads>(ring, rules, [&](const char* keys, const char* values, int32_t first_key) {
+        queries_step<T, Shape::kGroups>(dq, own, keys, values, places, rules, first_row, first_key);
+    });
     if (rules.turns()) block_barrier();
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {

@@ -166,6 +166,31 @@ template <class T, int kColumns>
 VIVIT_DEVICE void group_along_step(float (&)[kColumns / 8][4], const uint32_t (&)[4], uint64_t) {}
 #endif
 
+// ---- products ----
+
+// As group_across_step of verbs.cuh, a in registers: [64, 16], four blocks in each warp. Shared memory is then read for
+// b alone. x has 64 columns.
+template <class T, int kColumns>
+VIVIT_DEVICE void group_across_step(float (&x)[kColumns / 8][4], const uint32_t (&a)[4], uint64_t b, bool keep);
+
+#if defined(VIVIT_HOPPER)
+#define VIVIT_ACROSS_FROM_REGISTERS(Type, name)                                                                      \
+    template <>                                                                                                      \
+    VIVIT_DEVICE void group_across_step<Type, 64>(float (&x)[8][4], const uint32_t (&a)[4], uint64_t b, bool keep) { \
+        asm volatile(                                                                                                \
+            "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                                                             \
+            "wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name " {" VIVIT_NAMES_32                          \
+            "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"                                                           \
+            : VIVIT_32(x)                                                                                            \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(keep)));                      \
+    }
+VIVIT_ACROSS_FROM_REGISTERS(BFloat16, "bf16")
+VIVIT_ACROSS_FROM_REGISTERS(Float16, "f16")
+#else
+template <class T, int kColumns>
+VIVIT_DEVICE void group_across_step(float (&)[kColumns / 8][4], const uint32_t (&)[4], uint64_t, bool) {}
+#endif
+
 // ---- warps among themselves ----
 
 // Barriers 1 to 15, of `threads` threads in whole warps: those that wait, and those that arrive and go on. Then the

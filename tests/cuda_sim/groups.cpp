@@ -225,9 +225,12 @@ void start(const Site& site, void* const* threads) {
             x.registers[thread] = of(threads, thread).registers;
             x.in_registers.insert(x.in_registers.end(), x.registers[thread], x.registers[thread] + 4);
         }
-        x.operands.emplace_back(site, x.product.b, kDepth, x.product.columns / 8);
     } else {
         x.operands.emplace_back(site, x.product.a, kRows, kDepth / 8);
+    }
+    if (x.product.along) {
+        x.operands.emplace_back(site, x.product.b, kDepth, x.product.columns / 8);
+    } else {
         x.operands.emplace_back(site, x.product.b, x.product.columns, kDepth / 8);
     }
     x.sums = &sums_of(site, group, threads);
@@ -249,13 +252,16 @@ std::pair<std::vector<float>, std::vector<float>> widened(const Started& x) {
                 const uint32_t word = x.in_registers[thread * 4 + i / 2];
                 a[row * kDepth + column] = x.product.widen(static_cast<uint16_t>(word >> (16 * (i % 2))));
             }
-        const auto& numbers = x.operands[0].numbers;
-        std::transform(numbers.begin(), numbers.end(), b.begin(), x.product.widen);
     } else {
-        const auto &rows = x.operands[0].numbers, &columns_of = x.operands[1].numbers;
+        const auto& rows = x.operands.front().numbers;
         std::transform(rows.begin(), rows.end(), a.begin(), x.product.widen);
+    }
+    const auto& right = x.operands.back().numbers;
+    if (x.product.along) {
+        std::transform(right.begin(), right.end(), b.begin(), x.product.widen);
+    } else {
         for (int n = 0; n < columns; ++n)
-            for (int k = 0; k < kDepth; ++k) b[k * columns + n] = x.product.widen(columns_of[n * kDepth + k]);
+            for (int k = 0; k < kDepth; ++k) b[k * columns + n] = x.product.widen(right[n * kDepth + k]);
     }
     return {std::move(a), std::move(b)};
 }

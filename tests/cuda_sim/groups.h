@@ -10,14 +10,14 @@
 
 namespace vivit::cuda::sim {
 
-// A product as one thread asks for it: d [64, columns] (+)= a b, over 16. a in registers: b 16 rows of `columns`
-// channels, 64 at most; else both rows of channels, b transposed.
+// A product as one thread asks for it: d [64, columns] (+)= a b, over 16. a: 64 rows of channels, in registers or at
+// its descriptor. b: 16 rows of `columns` channels (along), or `columns` rows of channels, transposed.
 struct Product {
     float* d;
     const uint32_t* registers;  // of a, or null
     uint64_t a, b;              // descriptors
     int columns;
-    bool keep;
+    bool along, keep;
     float (*widen)(uint16_t);
 };
 

@@ -5,6 +5,7 @@
 #include "cuda/joint_hopper_softmax.cuh"
 #include "cuda_sim/calls.h"
 #include "cuda_sim/groups.h"
+#include "cuda_sim/tokens.h"
 
 namespace vivit::cuda {
 
@@ -12,11 +13,6 @@ int launch_joint_hopper_variant(const JointParams& params, int groups, int polyn
 
 namespace sim {
 namespace {
-
-Tokens tokens(Run& run, const char* name, const View& view, bool output) {
-    const auto& strides = std::get<3>(view);
-    return {run.add(name, view, output), strides[0], strides[1], strides[2]};
-}
 
 // False where another kernel is to run the call. variant: (groups, polynomial, slack), or none for what is chosen.
 bool joint_hopper(const View& q, const View& k, const View& v, const View& o, const MaybeView& lse, int dtype,

@@ -5,15 +5,11 @@
 #include "cuda/joint.h"
 #include "cuda_sim/calls.h"
 #include "cuda_sim/options.h"
+#include "cuda_sim/tokens.h"
 
 namespace vivit::cuda::sim {
 
 namespace {
-
-Tokens tokens(Run& run, const char* name, const View& view, bool output = false) {
-    const auto& strides = std::get<3>(view);
-    return {run.add(name, view, output), strides[0], strides[1], strides[2]};
-}
 
 // What both directions share, by name.
 struct JointCall {

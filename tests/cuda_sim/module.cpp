@@ -12,10 +12,11 @@
 
 namespace vivit::cuda::sim {
 
-void add_copies(pybind11::module_& m);        // copies_module.cpp
-void add_tiles(pybind11::module_& m);         // tiles_module.cpp
-void add_joint(pybind11::module_& m);         // joint_module.cpp
-void add_joint_hopper(pybind11::module_& m);  // joint_hopper_module.cpp
+void add_copies(pybind11::module_& m);                 // copies_module.cpp
+void add_joint(pybind11::module_& m);                  // joint_module.cpp
+void add_joint_hopper(pybind11::module_& m);           // joint_hopper_module.cpp
+void add_joint_hopper_backward(pybind11::module_& m);  // joint_hopper_backward_module.cpp
+void add_tiles(pybind11::module_& m);                  // tiles_module.cpp
 
 }  // namespace vivit::cuda::sim
 
@@ -169,4 +170,5 @@ PYBIND11_MODULE(cuda_sim, m) {
     sim::add_copies(m);
     sim::add_tiles(m);
     sim::add_joint_hopper(m);
+    sim::add_joint_hopper_backward(m);
 }

@@ -321,13 +321,14 @@ inline uint64_t descriptor(const void* operand, VIVIT_SIM_CALLER) {
 template <class T, int kColumns>
 void group_across_step(float (&x)[kColumns / 8][4], uint64_t a, uint64_t b, bool keep, VIVIT_SIM_CALLER) {
     static_assert((kColumns >= 64 && kColumns <= 256 && kColumns % 16 == 0) || kColumns == 32 || kColumns == 16);
-    sim::Product mine{x[0], nullptr, a, b, kColumns, keep, [](uint16_t bits) { return sim::widened(bits, T()); }};
+    sim::Product mine{x[0],     nullptr, a,    b,
+                      kColumns, false,   keep, [](uint16_t bits) { return sim::widened(bits, T()); }};
     sim::start_product({"group_across_step", file, line}, mine);
 }
 
 template <class T>
 void group_along(float (&x)[8][4], const uint32_t (&a)[4], uint64_t b, VIVIT_SIM_CALLER) {
-    sim::Product mine{x[0], a, 0, b, 64, true, [](uint16_t bits) { return sim::widened(bits, T()); }};
+    sim::Product mine{x[0], a, 0, b, 64, true, true, [](uint16_t bits) { return sim::widened(bits, T()); }};
     sim::start_product({"group_along", file, line}, mine);
 }
 

@@ -56,8 +56,15 @@ uint64_t narrow_descriptor(const void* operand, VIVIT_SIM_CALLER) {
 template <class T, int kColumns>
 void group_along_step(float (&x)[kColumns / 8][4], const uint32_t (&a)[4], uint64_t b, VIVIT_SIM_CALLER) {
     static_assert(kColumns == 64 || kColumns == 32 || kColumns == 16);
-    sim::Product mine{x[0], a, 0, b, kColumns, true, [](uint16_t bits) { return sim::widened(bits, T()); }};
+    sim::Product mine{x[0], a, 0, b, kColumns, true, true, [](uint16_t bits) { return sim::widened(bits, T()); }};
     sim::start_product({"group_along_step", file, line}, mine);
+}
+
+template <class T, int kColumns>
+void group_across_step(float (&x)[kColumns / 8][4], const uint32_t (&a)[4], uint64_t b, bool keep, VIVIT_SIM_CALLER) {
+    static_assert(kColumns == 64);
+    sim::Product mine{x[0], a, 0, b, kColumns, false, keep, [](uint16_t bits) { return sim::widened(bits, T()); }};
+    sim::start_product({"group_across_step", file, line}, mine);
 }
 
 inline void named_wait(int32_t number, int32_t threads, VIVIT_SIM_CALLER) {

@@ -34,16 +34,12 @@ def cuda_attention_refusals(call: Call) -> list[Refusal]:
 
 def cuda_joint_refusals(call: Call) -> list[Refusal]:
     """The native library's CUDA kernels of joint attention: 16 bits, head sizes 16 to 160 in steps of 8, every option,
-    any number of queries and keys; a single query or key without gradients alone."""
+    any number of queries and keys."""
     found = _native.cuda_refusals(call) + _head_size_refusals(call)
     if call.dtype == torch.float32:
         found.append(
             Refusal("float32: its products are those of tensor cores, of 16 bits", "use backend='triton' or 'torch'")
         )
-    if call.needs_grad and 1 in (call.shape[1], call.keys):
-        # sum(do * o) of an o that is rounded: where gradients of scores cancel in it, a lone row shows the rounding
-        reason = "the gradients of a single query or key err more than numerics.py allows"
-        found.append(Refusal(reason, "use backend='triton' or 'torch'"))
     return found
 
 
