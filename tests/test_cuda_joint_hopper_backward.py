@@ -26,7 +26,8 @@ def launched(given: tuple[Tensor, ...], o, lse, delta, gradients, seed=0, arch=9
     return cuda_simulator.made().joint_hopper_backward(*tensors, NUMBERS[do.dtype], scale, softcap, seed, arch)
 
 
-def saved(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+def saved(given: tuple[Tensor, ...], scale: float | None = None) -> tuple[Tensor, Tensor]:
+    q, k, v, _ = given
     B, N_q, H, D = q.shape
     o, lse = between_nan(torch.zeros_like(q.contiguous())), torch.full((B, H, N_q), float("nan"))
     cuda_simulator.joint_forward(q, k, v, o, lse, arch=80, scale=D**-0.5 if scale is None else scale)
@@ -35,13 +36,13 @@ def saved(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[
 
 def defined(given: tuple[Tensor, ...], dtype: torch.dtype, scale: float | None) -> tuple[Tensor, ...]:
     q, k, v, do = (x.detach().to(dtype) for x in given)
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    return torch.autograd.grad(joint_attention(*leaves, plain(q, scale)), leaves, do)
+    leaves = q, k, v = [x.clone().requires_grad_() for x in (q, k, v)]
+    return torch.autograd.grad(joint_attention(q, k, v, plain(q, scale)), leaves, do)
 
 
 def gradients_of(given: tuple[Tensor, ...], seed: int, scale: float | None = None, kept=None) -> list[Tensor]:
     q, k, v, _ = given
-    o, lse = kept or saved(q, k, v, scale)
+    o, lse = kept or saved(given, scale)
     found = [between_nan(torch.full_like(x.contiguous(), float("nan"))) for x in (q, k, v)]
     delta = torch.full_like(lse, float("nan"))
     assert launched(given, o, lse, delta, found, seed, scale=scale) and delta.isfinite().all()
@@ -50,7 +51,7 @@ def gradients_of(given: tuple[Tensor, ...], seed: int, scale: float | None = Non
 
 def check(given: tuple[Tensor, ...], seeds=(0,), scale: float | None = None) -> None:
     """Under each schedule the same bits, and within the budget."""
-    kept = saved(*given[:3], scale)
+    kept = saved(given, scale)
     found = [gradients_of(given, seed, scale, kept) for seed in seeds]
     assert all(torch.equal(x, y) for run in found[1:] for x, y in zip(run, found[0], strict=True))
     exact, eager = (defined(given, dtype, scale) for dtype in (torch.float64, given[0].dtype))
@@ -106,7 +107,7 @@ def test_scores_far_below_zero_leave_nothing_behind():
     q, k = 1 + torch.rand(1, 66, 1, 64), -12 - 0.1 * torch.randn(1, 66, 1, 64)
     for dtype in DTYPES:
         given = tuple(x.to(dtype) for x in (q, k, torch.randn_like(q), torch.randn_like(q)))
-        assert saved(*given[:3])[1].max() < -128
+        assert saved(given)[1].max() < -128
         check(given)
 
 
