@@ -14,12 +14,18 @@ int launch_streaming_forward(const JointParams& p, void* stream) {
                   Shape::kBytes, stream, p);
 }
 
-// The second launch reads the delta of the first.
+// The last launch reads the delta of the first.
 template <class T, int kSteps, bool kPlain>
 int launch_streaming_backward(const JointParams& p, void* stream) {
     using First = QueriesShape<kSteps>;
-    const int error = launch(streaming_gradient_of_queries<T, kSteps, kPlain>, stretches(p, p.N_q, First::kQueries),
-                             First::kThreads, First::kBytes, stream, p);
+    int error = 0;
+    if (p.N_q < kFewRows || p.N_k < kFewRows) {
+        error = launch(streaming_delta<T, kSteps, kPlain>, stretches(p, p.N_q, First::kQueries), First::kThreads,
+                       First::kBytes, stream, p);
+    }
+    if (error != 0) return error;
+    error = launch(streaming_gradient_of_queries<T, kSteps, kPlain>, stretches(p, p.N_q, First::kQueries),
+                   First::kThreads, First::kBytes, stream, p);
     if (error != 0) return error;
     using Second = KeysShape<kSteps>;
     return launch(streaming_gradients_of_keys<T, kSteps, kPlain>, stretches(p, p.N_k, Second::kKeys), Second::kThreads,

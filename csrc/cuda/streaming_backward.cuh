@@ -1,5 +1,5 @@
 // Streaming backward, two launches. The first keeps queries and goes over the keys, for dq (3 products), and leaves
-// delta = sum(do * o) of each query behind (of a call with few rows summed in another way, joint.h); the second keeps
+// delta = sum(do * o) of each query behind (of a call with few rows one before it does, joint.h); the second keeps
 // keys and goes over the queries, for dk and dv (4 products). One pass would recompute two products less, but would
 // have to add to dq from every block: here each gradient is summed in registers and written once, the same bits in
 // every run, with no float32 copy of dq.
@@ -33,6 +33,7 @@ struct QueriesShape {
     static constexpr int kTiles = kSteps <= 4 ? 2 : 1;  // of 16 queries, to a warp
     static constexpr int kThreads = 128, kQueries = 16 * kTiles * kThreads / 32;
     static constexpr int kGroups = 1;  // 16 keys each, to a step
+    kSteps == 2 ? 4 : 1;               // on a multiprocessor; it would take 140 registers for 128
     using KeysAndValues = Ring<kSteps, 2, kThreads, kTileRows>;
     static constexpr int32_t kBytes = KeysAndValues::kBytes;
     // at first queries and gradients of outputs lie where the ring does, at last rows on their way back
@@ -142,25 +143,24 @@ VIVIT_DEVICE void over_keys(const KeysAndValues& ring, const StreamRules<kPlain>
     }
 }
 
-template <class T, int kSteps, bool kPlain>
-__global__ void __launch_bounds__(QueriesShape<kSteps>::kThreads) streaming_gradient_of_queries(const JointParams p) {
+// The queries of a block to its warps, through `memory`. delta(d_outputs, row, query): of one of them, by its four
+// lanes.
+template <class T, int kSteps, int kTiles, bool kPlain, class Delta>
+VIVIT_DEVICE void load_queries(Queries<kSteps, kTiles>& own, const StreamRules<kPlain>& rules, char* memory,
+                               const Delta& delta) {
     using Shape = QueriesShape<kSteps>;
-    constexpr int kTiles = Shape::kTiles, kThreads = Shape::kThreads;
-    constexpr int32_t kRowBytes = Pitch<kSteps>::kBytes, kStep = 16 * Shape::kGroups;
-    const Stretch at(p, p.N_q, Shape::kQueries);
-    const StreamRules<kPlain> rules(p, at);
-    const typename Shape::KeysAndValues ring{shared_memory(), at.rows(p.k), at.rows(p.v), p.N_k, p.D};
-
-    char *queries = ring.memory, *d_outputs = queries + Shape::kQueries * kRowBytes;
+    constexpr int kThreads = Shape::kThreads;
+    constexpr int32_t kRowBytes = Pitch<kSteps>::kBytes;
+    const JointParams& p = rules.p;
+    const Stretch& at = rules.at;
+    char *queries = memory, *d_outputs = queries + Shape::kQueries * kRowBytes;
     copy_stretch<kSteps, kThreads>(queries, at.rows(p.q), at.first, p.N_q, Shape::kQueries, p.D);
     copy_stretch<kSteps, kThreads>(d_outputs, at.rows(p.d_o), at.first, p.N_q, Shape::kQueries, p.D);
     copies_commit();
     copies_wait<0>();
     block_barrier();
     if (rules.turns()) turn_stretch<T, kSteps, kThreads>(p, queries, at.first, p.N_q, Shape::kQueries);
-    const int32_t mine = 16 * kTiles * warp_number(), first_row = at.first + mine;
-    const bool few = min(p.N_q, p.N_k) < kFewRows;
-    Queries<kSteps, kTiles> own;
+    const int32_t mine = 16 * kTiles * warp_number();
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
         own.q[i] = Operand<kSteps>(queries + (mine + 16 * i) * kRowBytes);
@@ -168,35 +168,61 @@ __global__ void __launch_bounds__(QueriesShape<kSteps>::kThreads) streaming_grad
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int32_t row = mine + 16 * i + 8 * r + lane_number() / 4, query = at.first + row;
-            const bool there = query < p.N_q;
-            const int64_t number = at.query_number(p, query);
-            own.lse[i][r] = there ? load_one(p.lse + number) : kInfinity;
-            own.delta[i][r] = few ? 0.f : delta_of_row<T, kSteps>(at.rows(p.o).row(query), there, d_outputs, row, p.D);
+            own.lse[i][r] = query < p.N_q ? load_one(p.lse + at.query_number(p, query)) : kInfinity;
+            own.delta[i][r] = delta(d_outputs, row, query);
         }
     }
     block_barrier();
+}
 
+VIVIT_DEVICE void store_delta(const JointParams& p, const Stretch& at, int32_t query, float delta) {
+    if (query < p.N_q && lane_number() % 4 == 0) store_one(p.delta + at.query_number(p, query), delta);
+}
+
+// Of a call with few rows, before the others.
+template <class T, int kSteps, bool kPlain>
+__global__ void __launch_bounds__(QueriesShape<kSteps>::kThreads) streaming_delta(const JointParams p) {
+    using Shape = QueriesShape<kSteps>;
+    constexpr int kTiles = Shape::kTiles, kStep = 16 * Shape::kGroups;
+    const Stretch at(p, p.N_q, Shape::kQueries);
+    const StreamRules<kPlain> rules(p, at);
+    const typename Shape::KeysAndValues ring{shared_memory(), at.rows(p.k), at.rows(p.v), p.N_k, p.D};
+    const int32_t first_row = at.first + 16 * kTiles * warp_number();
+    Queries<kSteps, kTiles> own;
+    load_queries<T>(own, rules, ring.memory, [](const char*, int32_t, int32_t) { return 0.f; });
     const Places<kSteps> places;
-    if (few) {
-        float delta[kTiles][2] = {};
-        over_keys<T, kSteps, kStep, kThreads>(
-            ring, rules, [&](const char* keys, const char* values, int32_t first_key) {
-                delta_step<T, Shape::kGroups>(delta, own, keys, values, places, rules, first_row, first_key);
-            });
+    over_keys<T, kSteps, kStep, Shape::kThreads>(
+        ring, rules, [&](const char* keys, const char* values, int32_t first_key) {
+            delta_step<T, Shape::kGroups>(own.delta, own, keys, values, places, rules, first_row, first_key);
+        });
 #pragma unroll
-        for (int i = 0; i < 2 * kTiles; ++i) own.delta[i / 2][i % 2] = sum_of_row(delta[i / 2][i % 2]);
-        block_barrier();
-    }
-#pragma unroll
-    for (int i = 0; i < 2 * kTiles; ++i) {
-        const int32_t query = first_row + 8 * i + lane_number() / 4;
-        if (query < p.N_q && lane_number() % 4 == 0)
-            store_one(p.delta + at.query_number(p, query), own.delta[i / 2][i % 2]);
-    }
-    RowSums<kSteps> dq[kTiles];
-    over_keys<T, kSteps, kStep, kThreads>(ring, rules, [&](const char* keys, const char* values, int32_t first_key) {
-        queries_step<T, Shape::kGroups>(dq, own, keys, values, places, rules, first_row, first_key);
+    for (int i = 0; i < 2 * kTiles; ++i)
+        store_delta(p, at, first_row + 8 * i + lane_number() / 4, sum_of_row(own.delta[i / 2][i % 2]));
+}
+
+template <class T, int kSteps, bool kPlain>
+__global__ void __launch_bounds__(QueriesShape<kSteps>::kThreads) streaming_gradient_of_queries(const JointParams p) {
+    using Shape = QueriesShape<kSteps>;
+    constexpr int kTiles = Shape::kTiles, kStep = 16 * Shape::kGroups;
+    const Stretch at(p, p.N_q, Shape::kQueries);
+    const StreamRules<kPlain> rules(p, at);
+    const typename Shape::KeysAndValues ring{shared_memory(), at.rows(p.k), at.rows(p.v), p.N_k, p.D};
+    const int32_t first_row = at.first + 16 * kTiles * warp_number();
+    const bool few = min(p.N_q, p.N_k) < kFewRows;
+    Queries<kSteps, kTiles> own;
+    load_queries<T>(own, rules, ring.memory, [&](const char* d_outputs, int32_t row, int32_t query) {
+        const bool there = query < p.N_q;
+        if (few) return there ? load_one(p.delta + at.query_number(p, query)) : 0.f;
+        const float delta = delta_of_row<T, kSteps>(at.rows(p.o).row(query), there, d_outputs, row, p.D);
+        store_delta(p, at, query, delta);
+        return delta;
     });
+    const Places<kSteps> places;
+    RowSums<kSteps> dq[kTiles];
+    over_keys<T, kSteps, kStep, Shape::kThreads>(
+        ring, rules, [&](const char* keys, const char* values, int32_t first_key) {
+            queries_step<T, Shape::kGroups>(dq, own, keys, values, places, rules, first_row, first_key);
+        });
     if (rules.turns()) block_barrier();
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {

@@ -33,8 +33,9 @@ def launch_fwd(q: Tensor, k: Tensor, v: Tensor, _: int, options: Options, keep: 
 
 
 def launch_bwd(do, q, k, v, o, lse, dq, dk, dv, _: int, options: Options) -> None:
-    """Writes dq, dk, dv, each once, the same bits in every run, in two launches; o and lse are the forward's. Copies as
-    the forward does; what it needs beside is four bytes a query and head."""
+    """Writes dq, dk, dv, each once, the same bits in every run, in two launches, or three of fewer than 16 queries or
+    keys; o and lse are the forward's. Copies as the forward does; what it needs beside is four bytes a query and head.
+    """
     if q.numel():
         given = *map(aligned_rows, (do, q, k, v, o)), lse, torch.empty_like(lse), dq, dk, dv, *flat(options)
         torch.ops.vivit_kernels_native.cuda_joint_bwd(*given, *_scalars(options))
