@@ -33,7 +33,6 @@ struct QueriesShape {
     static constexpr int kTiles = kSteps <= 4 ? 2 : 1;  // of 16 queries, to a warp
     static constexpr int kThreads = 128, kQueries = 16 * kTiles * kThreads / 32;
     static constexpr int kGroups = 1;  // 16 keys each, to a step
-    kSteps == 2 ? 4 : 1;               // on a multiprocessor; it would take 140 registers for 128
     using KeysAndValues = Ring<kSteps, 2, kThreads, kTileRows>;
     static constexpr int32_t kBytes = KeysAndValues::kBytes;
     // at first queries and gradients of outputs lie where the ring does, at last rows on their way back
