@@ -1,7 +1,8 @@
 """Functions run by several processes that know each other: `together(4, function, *arguments)`.
 
-The processes are forks of this one, which has PyTorch imported: starting four takes less than a second. What a function
-returns comes back in the order of the processes; what one raises is raised here.
+The processes are forks of a server that has PyTorch imported and no thread but its own: starting four takes a second or
+two, and none inherits a lock that a thread of the tests held. What a function returns comes back in the order of the
+processes; what one raises is raised here.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ def free_port() -> int:
 
 
 def together(count: int, function, *arguments: Any, seconds: float = 120.0) -> list[Any]:
-    fork = multiprocessing.get_context("fork")
+    fork = multiprocessing.get_context("forkserver")
+    fork.set_forkserver_preload(["torch", "vivit"])
     queue, port = fork.SimpleQueue(), free_port()
     children = [
         fork.Process(target=_child, args=(queue, i, count, port, seconds, function, arguments)) for i in range(count)
