@@ -65,36 +65,6 @@ def test_order_on_a_gpu(monkeypatch):
     assert first(replace(PLAIN, arch=80, dtype=torch.float32)) == "torch"
 
 
-def test_where_cuda_comes_first_on_hopper():
-    plain = Call("factorized_attention", (8, 16, 196, 12, 64), torch.bfloat16, "cuda", True, (), 90, temporal_heads=0)
-    for changes in ({}, {"needs_grad": False}, {"temporal_heads": 6}, {"dtype": torch.float16}):
-        assert factorized.order(replace(plain, **changes))[0] == "cuda", changes
-    for changes in (
-        {"arch": 80},
-        {"arch": 100},
-        {"temporal_heads": 12},
-        {"uses": ("key_mask",)},
-        {"dtype": torch.float32},
-        {"shape": (8, 16, 256, 12, 64)},
-        {"shape": (8, 16, 196, 12, 80)},
-        {"shape": (8, 17, 196, 12, 64), "temporal_heads": 6},
-    ):
-        assert factorized.order(replace(plain, **changes))[0] == "triton", changes
-
-
-def test_cuda_comes_first_where_it_is_computed_to_take_fewer_pairs():
-    """Sixteens by sixteens, against Triton's 64 queries by 64 keys forward and by 32 backward."""
-
-    def up(n: int, to: int) -> int:
-        return -(-n // to) * to
-
-    rungs = factorized.LADDERS["cuda"].rungs
-    for low, high in {(low, high) for rung in rungs for name, low, high in rung.sizes if name == "S"}:
-        for S in range(low, high + 1):
-            pairs, queries = up(S, 16) ** 2, up(S, 64)
-            assert pairs <= 0.665 * queries * up(S, 64) and pairs <= 0.755 * queries * up(S, 32), S
-
-
 # ---- the form ----
 
 

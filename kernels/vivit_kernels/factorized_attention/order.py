@@ -9,36 +9,18 @@ from .._dispatch import Call
 from .._order import MANY, Decision, Ladder, Rung
 
 LETTERS = ("B", "T", "S", "H", "D")
-# Up to 16 tokens beyond a multiple of 64: CUDA C++ cuts frames into sixteens, Triton into 64 queries by 64 or 32 keys.
-_CUT_CLOSER = ((65, 80), (129, 144), (193, 208))
 LADDERS = {
     "cuda": Ladder(
         ("triton", "cuda", "torch"),
         "This project's kernels, then the composition of PyTorch ops. One H100, 2026-11-26, time on the device, bf16, "
         "8 clips of 16 x 196 tokens, 12 heads of 64, forward, then forward + backward: along time triton 60 and 154, "
         "torch 555 and 2068 us; within frames triton 101 and 376 us, torch 115 and 1918; half of the heads each way "
-        "triton 85 and 287 us, torch 460 and 2421. CUDA C++ comes second but where a rung says more. What is known of "
-        "it: the same shapes on one H200, kernels alone, right against float64, forward and backward: along time cuda "
-        "48 and 76 us, triton 44 and 73; 256 tokens, 16 heads, cuda 120 and 405 us, triton 130 and 384. Without "
-        "Hopper's products, on the H100, within frames cuda 120 and 329 us.",
-        tuple(
-            Rung(
-                "cuda",
-                arches=(90,),
-                dtypes=(torch.bfloat16, torch.float16),
-                sizes=(("D", 64, 64), ("S", low, high), *more),
-                axis=axis,
-                reason="Computed, until records are there: of so many tokens Hopper's resident kernels take at most "
-                "0.66 of the pairs of queries and keys that Triton's tiles take forward, 0.75 backward (of 196: 208 x "
-                "208, 256 x 256, 256 x 224), read rows once and write gradients in one launch. An earlier state of "
-                "them on one H200, 2026-11-26, kernels alone, not recorded, bf16, 8 clips of 16 x 196 tokens, 12 heads "
-                "of 64, forward and backward: within frames cuda 83 and 219 us, triton 96 and 267; half of the heads "
-                "each way cuda 67 and 165 us, triton 77 and 188. Their present state is proved on a simulator and has "
-                "not run on a GPU: VIVIT_KERNELS_BACKENDS=triton,torch takes Triton's.",
-            )
-            for axis, more in (("space", ()), ("both", (("T", 1, 16),)))
-            for low, high in _CUT_CLOSER
-        ),
+        "triton 85 and 287 us, torch 460 and 2421. CUDA C++ comes second until it has passed all of its tests on a GPU "
+        "and is in the records. What is known of it: the same shapes on one H200, kernels alone, right against "
+        "float64, forward and backward: along time cuda 48 and 76 us, triton 44 and 73; within frames, by Hopper's "
+        "products, cuda 83 and 219 us, triton 96 and 267; half of the heads each way cuda 67 and 165 us, triton 77 and "
+        "188; 256 tokens, 16 heads, cuda 120 and 405 us, triton 130 and 384. Without Hopper's products, on the H100, "
+        "within frames cuda 120 and 329 us.",
     ),
     "cpu": Ladder(
         ("cpu", "torch"),
