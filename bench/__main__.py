@@ -5,7 +5,19 @@ from __future__ import annotations
 import importlib
 import sys
 
-COMMANDS = ("models", "memory", "accelerate", "report", "tune", "static", "gate", "cuda_gate", "cuda_model", "gpu")
+COMMANDS = (
+    "models",
+    "memory",
+    "accelerate",
+    "report",
+    "tune",
+    "static",
+    "gate",
+    "kept",
+    "cuda_gate",
+    "cuda_model",
+    "gpu",
+)
 
 
 def main() -> int:

@@ -1,8 +1,8 @@
 """`python -m bench report`: the records become tables in Markdown, and figures beside them.
 
 README's tables stand between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`, NAME one of `ops`, `models`, `memory`,
-`gains` and `figures`; every other case and dtype goes to a README.md in the folder of the records. The same records
-give the same text, byte for byte; `--check` compares and writes nothing.
+`gains`, `bytes` and `figures`; every other case and dtype goes to a README.md in the folder of the records. The same
+records give the same text, byte for byte; `--check` compares and writes nothing.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import argparse
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vivit.config import nearest
 from vivit_kernels import gains
 
-from . import gain_tables, plots, tables
+from . import gain_tables, kept, kept_tables, plots, tables
 from .record import RESULTS, ROOT, Record, read
 
 _NOTHING = {
@@ -24,19 +26,22 @@ _NOTHING = {
     "models": "No record of a whole model yet: `python -m bench models --out bench/results` measures.",
     "memory": "No record of memory yet: `python -m bench memory --out bench/results` measures.",
     "gains": "No record yet: `python -m bench accelerate --keep` measures.",
+    "bytes": "No record yet: `python -m bench kept --keep` measures.",
     "figures": "No figure yet: there is no record to draw.",
 }
 _MARKER = re.compile(r"^<!-- (/?)bench:(\S+) -->$")
 
 
-def sections(records: list[Record], figures: str, details: str) -> dict[str, list[str]]:
-    """Lines for every marker. figures, details: the folder of figures and the file of all tables, as README links."""
+def sections(records: list[Record], figures: str, details: str, counted: Sequence[Any] = ()) -> dict[str, list[str]]:
+    """Lines for every marker. figures, details: the folder of figures and the file of all tables, as README links;
+    counted: the records of kept.py."""
     ops = tables.ops(records)
     found = {
         "ops": [*ops, "", f"All cases, dtypes and figures: [{details}]({details})."] if ops else [],
         "models": tables.models(records),
         "memory": tables.memory(records),
         "gains": gain_tables.lines(gains.records()),
+        "bytes": kept_tables.lines(counted, figures),
         "figures": _pictures(records, figures),
     }
     return {name: lines or [_NOTHING[name]] for name, lines in found.items()}
@@ -124,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
         print(f"{os.path.relpath(path)}: from {len(records)} records")
-    _draw(records, args.figures, ".png" if args.png else ".svg")
+    _draw(_figures(args.source, records), args.figures, ".png" if args.png else ".svg")
     return 0
 
 
@@ -152,7 +157,8 @@ def _texts(args: argparse.Namespace, records: list[Record]) -> dict[Path, str]:
     def link(target: Path, file: Path) -> str:
         return Path(os.path.relpath(target, file.parent)).as_posix()
 
-    contents = sections(records, link(args.figures, args.readme), link(details, args.readme))
+    counted = kept.read(args.source / kept.FILE.name)
+    contents = sections(records, link(args.figures, args.readme), link(details, args.readme), counted)
     texts = {args.readme: filled(old, contents, args.readme.name)}
     if records:
         lines = everything(records, link(args.figures, details), f"{link(ROOT, details)}/")
@@ -165,16 +171,19 @@ def _check(args: argparse.Namespace, records: list[Record], texts: dict[Path, st
     for path, text in texts.items():
         old = path.read_text(encoding="utf-8") if path.is_file() else ""
         complaints.append(first_difference(old, text, os.path.relpath(path)))
-    drawn = [figure.name for figure in plots.planned(records) if (args.figures / f"{figure.name}.svg").is_file()]
-    if missing := [figure.name for figure in plots.planned(records) if figure.name not in drawn]:
+    names = [figure.name for figure in _figures(args.source, records)]
+    if missing := [name for name in names if not (args.figures / f"{name}.svg").is_file()]:
         complaints.append(f"bench report: {missing[0]}.svg is linked to and not in {os.path.relpath(args.figures)}")
     complaint = next(filter(None, complaints), "")
     print(f"{complaint}\n  -> python -m bench report" if complaint else f"as the {len(records)} records give it")
     return int(bool(complaint))
 
 
-def _draw(records: list[Record], folder: Path, suffix: str) -> None:
-    figures = plots.planned(records)
+def _figures(source: Path, records: list[Record]) -> list[plots.Planned]:
+    return [*plots.planned(records), *kept_tables.planned(kept.read(source / kept.FILE.name))]
+
+
+def _draw(figures: list[plots.Planned], folder: Path, suffix: str) -> None:
     try:
         for figure in figures:
             plots.save(figure, folder / f"{figure.name}{suffix}")

@@ -17,10 +17,11 @@ from parity import F32_BUDGET, assert_same
 
 from vivit import checkpoint, recipe
 from vivit.annotations import Heads
-from vivit.data import LoaderError, Order, Sample
+from vivit.data import Batch, Order, Sample, collate, evaluation_batches, training_batches
 from vivit.evaluate import Result, evaluate
 from vivit.optimizers import make_optimizer
 from vivit.train import Interrupted, Run, TrainingError, learning_rate
+from vivit.trouble import LoaderError
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = """
@@ -309,6 +310,43 @@ def test_a_worker_that_hangs_is_one_message_and_the_run_goes_on(tmp_path):
     assert losses(tmp_path / "a") == losses(tmp_path / "whole")
 
 
+class Bus:
+    """Notes what tensors are moved to the model's device, and how."""
+
+    def __init__(self, monkeypatch):
+        self.moved = []
+        real = torch.Tensor.to
+
+        def to(x, *args, **keywords):
+            if keywords.get("non_blocking"):
+                self.moved.append((x.dtype, x.dim()))
+            return real(x, *args, **keywords)
+
+        monkeypatch.setattr(torch.Tensor, "to", to)
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.5])
+def test_bytes_cross_the_bus_and_floats_do_not(tmp_path, monkeypatch, mixup):
+    """In training and in evaluation, with mixup, which makes floats, too; from pinned memory where there is a GPU."""
+    bus = Bus(monkeypatch)
+    run = Run(config(epochs=1, augment__mixup=mixup), Noise(), tmp_path)
+    run.fit(Noise(8), quiet=True)
+    videos = [dtype for dtype, dims in bus.moved if dims > 2]
+    assert len(videos) == 5 + 2 and set(videos) == {torch.uint8}
+    assert {dtype for dtype, dims in bus.moved if dims <= 2} == {torch.int64}  # labels
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_batches_are_pinned_where_there_is_a_gpu(monkeypatch, gpu):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    for batches in (training_batches(Noise(), Order(20, 4, 1, 0), 0), evaluation_batches(Noise(), 4, 0)):
+        assert batches.pin_memory == gpu
+    pinned = torch.utils.data._utils.pin_memory.pin_memory
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x, *_: x.clone())
+    batch = pinned(collate([Noise()[0, 0], Sample(None, 1, [("a.mp4", "empty")])]))
+    assert isinstance(batch, Batch) and batch.video.dtype == torch.uint8 and batch.problems == [("a.mp4", "empty")]
+
+
 # ---- what a step may do besides ----
 
 
@@ -506,6 +544,19 @@ def test_recipes_are_the_papers(name, epochs, lr, classes, regularisers, views):
         ("data.decoder=pyva", "did you mean 'pyav'"),
         ("data.views=[4, 2]", "crops is 1 or 3"),
         ("batch=0", "batch=0 must be at least 1"),
+        ("data.views=[4.5, 3]", r"data.views=\(4.5, 3\) must be a list of 2, each of it a whole number"),
+        ("optimizer.betas=[0.9, 1]", r"optimizer.betas=\(0.9, 1\) must be in \[0, 1\), both"),
+        ("optimizer.betas=[0.9]", "must be a list of 2, each of it a number"),
+        ("optimizer.lr=inf", "optimizer.lr=inf must be a number"),
+        ("augment.scale_jitter=[a, b]", "augment.scale_jitter='.a, b.' must be a list, each of it a number"),
+        ("device=gpu", "device='gpu' is not known: auto, cpu, cuda"),
+        ("model.tubelet=2", "tubelet=2 must be a list of 3, each of it a whole number"),
+        ("model.dropout=x", "dropout='x' must be a number"),
+        ("model.depth=true", "depth=True must be a positive integer"),
+        ("model.classes=[3, 4, 5]", "must be a whole number or a list of 2"),
+        ("model.temporal_heads=0", "temporal_heads=0 must be a positive integer, or left out"),
+        ("model.temporal_depth=-1", "temporal_depth=-1 must be 0 or more layers"),
+        ("model.pixel_std=0", "pixel_std=0 must be positive"),
         ("model=3", "model must be a table"),
         ("nonsense", "key=value"),
     ],

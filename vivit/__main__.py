@@ -1,4 +1,4 @@
-"""`python -m vivit`: train CONFIG, evaluate, predict VIDEO, info, plan, verify-weights PATH, loader CONFIG, demo."""
+"""`python -m vivit`: train CONFIG, evaluate, predict VIDEO, info, plan, verify-weights PATH, loader, demo, ablate."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from . import recipe, verify
+from . import ablation, recipe, verify
 from .annotations import Classes, DataError, from_json
 from .config import nearest
-from .data import ClipSpec, LoaderError, Problems, VideoClips, listing
+from .data import ClipSpec, Problems, VideoClips, listing
 from .video import VideoError, decoder_line
 
 CREDIT_EPILOG = "`make demo` runs `python -m vivit demo`. Configs that come with the package: "
@@ -95,7 +95,16 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--baseline-epochs", type=float, default=None, help="the baseline's epochs, as a share of the model's"
     )
+    demo.add_argument(
+        "--recipe", choices=("plain", "full"), default="plain",
+        help="full: besides, the paper's regularisers (demo_full.toml) against none of them, in a plot",
+    )  # fmt: skip
+    demo.add_argument("--seeds", type=int, default=1, help="runs of both with --recipe full (%(default)s)")
     demo.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+
+    ablation.add_arguments(
+        commands.add_parser("ablate", help="regularisers added one by one on a small set: table and plot, by seeds")
+    )
     return top
 
 
@@ -184,7 +193,8 @@ def command_evaluate(args: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     note = found.report(args.data, args.videos or Path(args.data).parent)
     clips = VideoClips(found.items, classes, spec, note=note)
-    result = evaluate(model, clips, args.batch, device, args.bf16, args.workers, show="evaluate")
+    patience = recipe.DataConfig.timeout
+    result = evaluate(model, clips, args.batch, device, args.bf16, args.workers, show="evaluate", timeout=patience)
     _report(result.problems)
     if not result.clips:
         raise DataError(f"{args.data}: none of its {len(found.items)} videos can be read")
@@ -288,9 +298,15 @@ def _with_data(config: recipe.TrainConfig, **given: str | None) -> recipe.TrainC
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **named))
 
 
+def command_ablate(args: argparse.Namespace) -> int:
+    return ablation.command(args)
+
+
 def command_demo(args: argparse.Namespace) -> int:
     from . import demo
 
+    if args.recipe == "full":
+        return _compare_recipes(args)
     config = recipe.load("demo", args.set)
     metrics = demo.run(
         config,
@@ -303,6 +319,20 @@ def command_demo(args: argparse.Namespace) -> int:
     print(demo.report(metrics, Path(args.out)))
     missed = "margin" in metrics and not (args.data or args.video) and metrics["margin"] < metrics["margin_wanted"]
     return 1 if missed else 0
+
+
+def _compare_recipes(args: argparse.Namespace) -> int:
+    from . import demo
+
+    if args.data or args.seeds < 1:
+        given = f"--data {args.data}" if args.data else f"--seeds {args.seeds}"
+        raise ValueError(
+            f"demo --recipe full: {given}: it is of the film, by one seed or more; `vivit ablate` takes --data"
+        )
+    sets = [f"epochs={demo.FEW_EPOCHS}", f"evaluate_every={demo.FEW_EPOCHS // 5}", *args.set]
+    plain, full = recipe.load("demo", sets), recipe.load("demo_full", sets)
+    print("\n".join(demo.compare(plain, full, Path(args.out) / "recipes", args.video, args.seeds)))
+    return 0
 
 
 def _who() -> str:
@@ -327,14 +357,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return commands[args.command](args)
     except Interrupted as stop:
-        again = "" if args.command == "demo" else " with --resume"
+        again = "" if args.command in ("demo", "ablate") else " with --resume"
         if _who() in ("", " [process 0]"):  # all of them stop together
             print(f"vivit {args.command}: {stop}\n  -> the same command{again} goes on", file=sys.stderr)
         return stop.code
     except KeyboardInterrupt:
         print(f"vivit {args.command}: stopped", file=sys.stderr)
         return 130
-    except (DataError, LoaderError, VideoError, TrainingError, ValueError, ModuleNotFoundError, OSError) as error:
+    except (DataError, VideoError, TrainingError, ValueError, ModuleNotFoundError, OSError) as error:
         print(f"vivit {args.command}{_who()}: {error}", file=sys.stderr)
         return 2
 

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import types
+import typing
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 MODELS = (
@@ -30,6 +34,8 @@ SIZES = {
     "L": (1024, 24, 16, 4096),
     "H": (1280, 32, 16, 5120),
 }
+
+_SIZES = ("frames", "height", "width", "channels", "embedding", "depth", "heads", "mlp")
 
 Config = TypeVar("Config")
 
@@ -53,6 +59,42 @@ def from_dict(cls: type[Config], values: dict[str, Any], where: str = "config") 
 
 def _tuples(value):
     return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "left out"}
+
+
+def check_types(config: Any, prefix: str = "", but: tuple[str, ...] = ()) -> None:
+    """Every field (`but` some) holds what its annotation says; whole numbers serve as floats, which must be finite."""
+    hints = typing.get_type_hints(type(config))
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if f.name not in but and not _fits(value, hints[f.name]):
+            key = f"{prefix}.{f.name}" if prefix else f.name
+            raise ValueError(f"{key}={value!r} must be {_in_words(hints[f.name])}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    inner = typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_fits(value, one) for one in inner)
+    if typing.get_origin(hint) is tuple:
+        wanted = inner[:1] * len(value) if isinstance(value, tuple) and inner[-1] is ... else inner
+        return isinstance(value, tuple) and len(value) == len(wanted) and all(map(_fits, value, wanted))
+    if hint in (int, float):
+        number = isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+        return number and math.isfinite(value)
+    return isinstance(value, hint)
+
+
+def _in_words(hint: Any) -> str:
+    inner = typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(map(_in_words, inner))
+    if typing.get_origin(hint) is tuple:
+        each = _in_words(inner[0])
+        return f"a list, each of it {each}" if inner[-1] is ... else f"a list of {len(inner)}, each of it {each}"
+    return _WORDS.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 @dataclass(frozen=True)
@@ -103,6 +145,7 @@ class ViViTConfig:
         if self.pool is None:
             object.__setattr__(self, "pool", "cls" if self.attention in ("joint", "factorized_encoder") else "mean")
         self._check_choices()
+        self._check_types()
         self._check_sizes()
         self._check_attention()
 
@@ -185,11 +228,27 @@ class ViViTConfig:
             if value not in allowed:
                 self._fail(f"{field}={value!r} is not known; {nearest(str(value), allowed)}")
 
+    def _check_types(self):
+        try:
+            check_types(self, but=_SIZES)
+        except ValueError as error:
+            self._fail(str(error))
+
     def _check_sizes(self):
-        for field in ("frames", "height", "width", "channels", "embedding", "depth", "heads", "mlp"):
+        for field in _SIZES:
             value = getattr(self, field)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 self._fail(f"{field}={value!r} must be a positive integer")
+        for field in ("uniform_frames", "temporal_heads", "temporal_mlp", "representation"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                self._fail(f"{field}={value!r} must be a positive integer, or left out")
+        if self.temporal_depth < 0:
+            self._fail(f"temporal_depth={self.temporal_depth} must be 0 or more layers")
+        for field in ("eps", "pixel_std"):
+            value = getattr(self, field)
+            if min(value if isinstance(value, tuple) else (value,), default=1) <= 0:
+                self._fail(f"{field}={value} must be positive")
         if len(self.tubelet) != 3 or min(self.tubelet) < 1:
             self._fail(f"tubelet={self.tubelet} must be three positive sizes (frames, rows, columns)")
         if self.embedding % self.heads:

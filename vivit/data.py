@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -186,7 +185,7 @@ def read_folder(root: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
         (path, label)
         for label, folder in enumerate(folders)
         for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in EXTENSIONS and path.is_file()
+        if path.suffix.lower() in EXTENSIONS and not path.is_dir()  # a pipe or a broken link is reported when read
     ]
     if not items:
         raise DataError(
@@ -317,10 +316,6 @@ def collate(samples: list[Sample]) -> Batch:
     return Batch(video, torch.tensor([s.label for s in good], dtype=torch.long), problems)
 
 
-class LoaderError(Exception):
-    """A loader process died or hung; shown without a traceback."""
-
-
 def training_batches(dataset: Dataset, order: Order | Share, workers: int, timeout: float = 0) -> DataLoader:
     return _batches(dataset, order, workers, timeout)
 
@@ -345,24 +340,6 @@ def _batches(dataset: Dataset, keys: Any, workers: int, timeout: float) -> DataL
         pin_memory=torch.cuda.is_available(),
         timeout=timeout if workers else 0,
     )
-
-
-@contextmanager
-def loader_deaths_explained() -> Iterator[None]:
-    """A worker that a broken file killed or stopped is one message, not a traceback of PyTorch's."""
-    try:
-        yield
-    except RuntimeError as error:
-        text = str(error)
-        if "DataLoader" not in text:
-            raise
-        hung = "timed out" in text
-        what = "took longer than data.timeout for a batch" if hung else "died: a file may crash the decoder"
-        raise LoaderError(
-            f"a loader process {what} ({' '.join(text.split())[:160]})"
-            "\n  -> --resume goes on from the last checkpoint; data.workers = 0 or another data.decoder finds the "
-            "file, a higher data.timeout waits longer"
-        ) from error
 
 
 def _one_thread(_: int) -> None:

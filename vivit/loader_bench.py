@@ -16,7 +16,7 @@ from .data import Order, VideoClips, augment_rng, training_batches, training_cli
 from .images import resize
 from .video import Video, VideoError, open_video
 
-STAGES = ("open and index", "decode", "resize", "crop and copy", "augment")
+STAGES = ("open and index", "decode", "resize", "crop and copy", "augment", "transfer")
 
 
 class Speed(NamedTuple):
@@ -26,6 +26,7 @@ class Speed(NamedTuple):
     clips: int
     unreadable: int
     rates: dict[int, float]
+    bytes: int = 0  # of a clip
 
     @property
     def per_core(self) -> float:
@@ -34,6 +35,7 @@ class Speed(NamedTuple):
     def table(self) -> str:
         total = sum(self.seconds.values())
         lines = [f"{self.clips} clips in one process: {self.per_core:.2f} clips/s per core"]
+        lines += [f"  a clip crosses the bus as {self.bytes / 1e6:.2f} MB, a byte for each value"]
         for stage, each in self.seconds.items():
             lines.append(f"  {stage.ljust(16)} {1e3 * each:8.1f} ms a clip  {each / total:6.1%}")
         if self.unreadable:
@@ -89,7 +91,8 @@ def measure(clips: VideoClips, count: int, batch: int, workers: Sequence[int] = 
     """Of `count` training clips, taken in the order of training; each kind of loader makes as many."""
     seconds, unreadable = _stages(clips, count)
     rates = {each: _rate(clips, count, batch, each) for each in workers}
-    return Speed(seconds, count - unreadable, unreadable, rates)
+    size = clips.spec.frames * clips.spec.height * clips.spec.width * 3
+    return Speed(seconds, count - unreadable, unreadable, rates, size)
 
 
 def _stages(clips: VideoClips, count: int) -> tuple[dict[str, float], int]:
@@ -120,13 +123,25 @@ def _stages(clips: VideoClips, count: int) -> tuple[dict[str, float], int]:
                 augment(torch.from_numpy(clip), spec.augment, augment_rng(clips.seed, 0, index))
             ended = time.perf_counter()
             spent = (ready - began, video.seconds, video.resizing)
-            spent += (cut - ready - video.seconds - video.resizing, ended - cut)
+            spent += (cut - ready - video.seconds - video.resizing, ended - cut, _transfer(clip))
             for stage, each in zip(STAGES, spent, strict=True):
                 total[stage] += each
     read = max(count - unreadable, 1)
     names = {"decode": "decode and resize"} if spec.resize == "decoder" else {}
     kept = {names.get(stage, stage): each / read for stage, each in total.items()}
     return {stage: each for stage, each in kept.items() if each > 0}, unreadable
+
+
+def _transfer(clip: np.ndarray) -> float:
+    """Seconds that a clip takes to a GPU, as bytes from pinned memory; 0 where there is none."""
+    if not torch.cuda.is_available():
+        return 0.0
+    pinned = torch.from_numpy(clip).pin_memory()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    pinned.to("cuda", non_blocking=True)
+    torch.cuda.synchronize()
+    return time.perf_counter() - began
 
 
 def _rate(clips: VideoClips, count: int, batch: int, workers: int) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from .evaluate import Prediction
 from .model import ViViT
 from .rollout import rollout
+from .trials import summaries
 
 INK, ACCENT, MUTED = "#1a1c20", "#d1495b", "#9aa1ad"
 
@@ -136,5 +137,75 @@ def learning_curve(logs: dict[str, Path], path: str | Path, chance: float) -> Pa
     right.legend(frameon=False, loc="lower right")
     path = Path(path)
     figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+# ---- recipes side by side ----
+
+
+def trials(records: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
+    """Held-out top-1 of every recipe, a dot for each seed, the bar their mean; what each adds, beside the paper's."""
+    rows = summaries(records)
+    plt = pyplot()
+    height = 1.6 + 0.42 * len(rows)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, height), constrained_layout=True, sharey=True)
+    _dots(left, [[100 * x for x in row.top1] for row in rows])
+    left.axvline(100 / records[0]["classes"], color=MUTED, linestyle="--", linewidth=1)
+    left.set(yticks=range(len(rows)), yticklabels=[row.label for row in rows], ylim=(len(rows) - 0.4, -0.6))
+    left.set_xlabel(f"top-1 of {records[0]['clips']} held-out clips, % (dashed: chance)")
+    right.axvline(0, color=MUTED, linewidth=1)
+    _dots(right, [list(row.effect) for row in rows])
+    told = [(row.paper, y) for y, row in enumerate(rows) if row.paper is not None]
+    if told:
+        right.plot(*zip(*told, strict=True), "D", markersize=7, markerfacecolor="none", markeredgecolor=INK)
+    right.set_xlabel("points added, seed by seed" + "; hollow: the paper's, EPIC-Kitchens" * bool(told))
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+    return _saved(figure, path)
+
+
+def _dots(axes: Any, rows: Sequence[Sequence[float]]) -> None:
+    for y, values in enumerate(rows):
+        if values:
+            mean = sum(values) / len(values)
+            axes.plot(values, [y] * len(values), "o", color=MUTED, markersize=4.5, zorder=2)
+            axes.plot([mean, mean], [y - 0.28, y + 0.28], color=ACCENT, linewidth=3, zorder=3)
+
+
+def recipes(records: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
+    """Two or three recipes over the steps, thin a seed, thick their mean; and the test of each at the end."""
+    plt, rows = pyplot(), summaries(records)
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(10.5, 3.6), constrained_layout=True, gridspec_kw={"width_ratios": [2, 1]}
+    )
+    for row, colour in zip(rows, (MUTED, ACCENT, INK), strict=False):
+        curves = [np.array(r["curve"], dtype=float) for r in records if r["trial"] == row.name and r["curve"]]
+        for curve in curves:
+            left.plot(curve[:, 0], 100 * curve[:, 1], color=colour, linewidth=0.7, alpha=0.6)
+        if curves and len({len(curve) for curve in curves}) == 1:
+            mean = np.mean(curves, axis=0)
+            left.plot(
+                mean[:, 0], 100 * mean[:, 1], color=colour, linewidth=2.2, marker="o", markersize=4, label=row.label
+            )
+    left.axhline(100 / records[0]["classes"], color=MUTED, linestyle="--", linewidth=1)
+    left.set(xlabel="step", ylabel="validation top-1, % (dashed: chance)")
+    left.legend(frameon=False, loc="lower right")
+    _dots(right, [[100 * x for x in row.top1] for row in rows])
+    right.set(yticks=range(len(rows)), yticklabels=[row.label for row in rows], ylim=(len(rows) - 0.4, -0.6))
+    right.set_xlabel(f"top-1 of {records[0]['clips']} test clips, %")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    return _saved(figure, path)
+
+
+def _saved(figure: Any, path: str | Path) -> Path:
+    """The same records give the same file, byte for byte."""
+    import matplotlib
+
+    plt, path = pyplot(), Path(path)
+    with matplotlib.rc_context({"svg.hashsalt": "vivit", "svg.fonttype": "none"}):
+        figure.savefig(path, dpi=110, metadata={"Date": None, "Creator": None} if path.suffix == ".svg" else {})
     plt.close(figure)
     return path

@@ -7,6 +7,7 @@ it and the nearest valid one.
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import typing
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from . import annotations
 from . import memory as memory_levels
 from .annotations import DataError
 from .augment import AugmentConfig
-from .config import MODELS, ViViTConfig, from_dict, nearest
+from .config import MODELS, ViViTConfig, check_types, from_dict, nearest
 from .data import ClipSpec, VideoClips, find_splits, listing, split
 from .finetune import KINDS, InitConfig
 from .images import RESIZES
@@ -101,9 +102,10 @@ class OptimizerConfig:
         _check(not eight or self.kernel == "auto", "optimizer.kernel", self.kernel, "goes with states = 'float32'")
         _choice("optimizer.name", self.name, OPTIMIZERS)
         _check(self.lr > 0, "optimizer.lr", self.lr, "must be positive")
-        for key in ("weight_decay", "warmup_epochs", "clip_norm", "momentum"):
+        for key in ("weight_decay", "warmup_epochs", "clip_norm"):
             _check(getattr(self, key) >= 0, f"optimizer.{key}", getattr(self, key), "must not be negative")
-        _check(len(self.betas) == 2, "optimizer.betas", self.betas, "must be two numbers")
+        _check(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "must be in [0, 1)")
+        _check(all(0 <= beta < 1 for beta in self.betas), "optimizer.betas", self.betas, "must be in [0, 1), both")
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,8 @@ class TrainConfig:
         for key in ("seed", "threads", "skip_not_finite"):
             _check(getattr(self, key) >= 0, key, getattr(self, key), "must not be negative")
         memory_levels.check(self.memory, "recipe")
+        known = self.device in ("auto", "cpu") or re.fullmatch(r"cuda(:\d+)?", self.device) is not None
+        _check(known, "device", self.device, "is not known: auto, cpu, cuda, or cuda:1 for another than the first GPU")
         _check(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "must be in [0, 1)")
         _choice("parallel", self.parallel, PARALLEL)
         _choice("ema_on", self.ema_on, ("model", "cpu"))
@@ -160,27 +164,12 @@ def _choice(key: str, value: str, allowed) -> None:
     _check(value in allowed, key, value, f"is not known; {nearest(value, allowed)}")
 
 
-def check_types(config: Any, prefix: str) -> None:
-    """Every field holds its annotated type; whole numbers serve as floats."""
-    hints = typing.get_type_hints(type(config))
-    for f in dataclasses.fields(config):
-        wanted, value = hints[f.name], getattr(config, f.name)
-        kind = typing.get_origin(wanted) or wanted
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if kind is float and number:
-            continue
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", tuple: "a list"}
-            key = f"{prefix}.{f.name}" if prefix else f.name
-            raise ValueError(f"{key}={value!r} must be {names.get(kind, kind.__name__)}")
-
-
 def check_augment(config: AugmentConfig) -> None:
     check_types(config, "augment")
     scale, layers = config.scale_jitter, config.randaugment
     good = not scale or (len(scale) == 2 and 0 < scale[0] <= scale[1])
     _check(good, "augment.scale_jitter", scale, "must be [lowest, highest] factors, for example [0.9, 1.33]")
-    good = not layers or (len(layers) == 2 and all(isinstance(n, int) and n >= 0 for n in layers))
+    good = not layers or (len(layers) == 2 and min(layers) >= 0)
     _check(good, "augment.randaugment", layers, "must be [layers, magnitude], for example [2, 15]")
     for key in ("color_jitter", "greyscale"):
         value = getattr(config, key)

@@ -31,7 +31,6 @@ from .data import (
     Share,
     VideoClips,
     augment_rng,
-    loader_deaths_explained,
     training_batches,
 )
 from .evaluate import Result, evaluate
@@ -261,7 +260,7 @@ class Run:
         begun = time.monotonic()
         shown = Bar(name, self.total, start=self.step, quiet=quiet or not self.world.first)
         lost = parallel.losses_explained(self.world, lambda: self.step)
-        with signals() as caught, loader_deaths_explained(), lost, shown as bar:
+        with signals() as caught, lost, shown as bar:
             if self.step < self.total:
                 self.model.train()
                 mine = Share(order, self.world.share)

@@ -26,6 +26,10 @@ class TrainingError(Exception):
     """The run cannot go on, with what to try."""
 
 
+class LoaderError(TrainingError):
+    """A process that reads videos died or hung."""
+
+
 class NotFinite(TrainingError):
     """A step whose loss or gradient is no number; nothing was updated."""
 
@@ -69,9 +73,19 @@ def explained(config: TrainConfig, step: int, clips: Sequence[str]) -> Iterator[
     except (RuntimeError, MemoryError, OSError) as error:
         if _out_of_memory(error):
             raise TrainingError(f"step {step}: out of memory; {_smaller(config)}") from error
-        if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
-            raise TrainingError(_dead_worker(f"{error} {error.__cause__} {error.__context__}", step, clips)) from error
-        raise
+        with loader_explained(f"step {step}", clips):
+            raise
+
+
+@contextmanager
+def loader_explained(where: str, clips: Sequence[str]) -> Iterator[None]:
+    """Processes that read videos and died or hung, of a broken file for instance, are one message that says whose."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        raise LoaderError(_lost_worker(f"{error} {error.__cause__} {error.__context__}", where, clips)) from error
 
 
 def _out_of_memory(error: BaseException) -> bool:
@@ -95,12 +109,19 @@ def _smaller(config: TrainConfig) -> str:
     return found + "".join(f"\n  -> {remedy}" for remedy in remedies)
 
 
-def _dead_worker(text: str, step: int, clips: Sequence[str]) -> str:
+def _lost_worker(text: str, where: str, clips: Sequence[str]) -> str:
+    reading = f"reading, among others: {listed(clips)}"
+    finds = "data.workers = 0 reads in this process, and shows an error where it happens"
+    if "timed out" in text:
+        return (
+            f"{where}: a loader process took longer than data.timeout for a batch\n  {reading}"
+            f"\n  -> --resume goes on from the last checkpoint; {finds}; a higher data.timeout waits longer"
+        )
     number = re.search(r"pid\(?s?\)?:? ?([\d, ]+)", text)
     reason = re.search(r"killed by signal: (.+?)\.", text)
     which = f"process {number[1].strip(' ,')}" if number else "a process"
     how = f"was killed ({reason[1]}: often no memory left)" if reason else "ended unexpectedly"
     return (
-        f"step {step}: {which} of the workers that read videos {how}\n  reading, among others: {listed(clips)}"
-        "\n  -> fewer data.workers; data.workers = 0 reads in this process, and shows an error where it happens"
+        f"{where}: {which} of the workers that read videos {how}\n  {reading}"
+        f"\n  -> --resume goes on from the last checkpoint; fewer data.workers, or another data.decoder; {finds}"
     )

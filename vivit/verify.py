@@ -19,7 +19,7 @@ from .data import ClipSpec, VideoClips, listing
 from .evaluate import evaluate
 from .finetune import InitConfig
 from .model import ViViT
-from .recipe import CLIP_KEYS
+from .recipe import CLIP_KEYS, DataConfig
 from .video import decoder_line
 
 FILES = ["config.json", "preprocessor_config.json", "model.safetensors"]  # of a model on the hub
@@ -235,7 +235,8 @@ def _evaluate(
     note = found.report(args.data, args.videos or Path(args.data).parent)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clips = VideoClips(found.items, found.classes, spec, note=note)
-    result = evaluate(model, clips, args.batch, device, args.bf16, args.workers, show="evaluate")
+    patience = DataConfig.timeout
+    result = evaluate(model, clips, args.batch, device, args.bf16, args.workers, show="evaluate", timeout=patience)
     if str(result.problems):
         print(result.problems, file=sys.stderr)
     if not result.clips:

@@ -214,6 +214,47 @@ def read_image_vit(path: str | Path) -> dict[str, Any]:
     return _from_hf(read_tensors(path), heads, path)
 
 
+def image_vit_of(model: ViViT) -> dict[str, np.ndarray]:
+    """A ViViT of single frames as the image ViT that it is, under Scenic's names, as `read_image_vit` gives them.
+
+        np.savez("vit.npz", **image_vit_of(model))  # then init.path = "vit.npz" starts a ViViT from it
+
+    model: joint attention, `frames = 1`, `tubelet = (1, y, x)`. Raises ValueError for another.
+    """
+    config = model.config
+    if config.T != 1 or config.tubelet[0] != 1 or config.attention != "joint":
+        raise ValueError(
+            f"image_vit_of: a model of {config.attention!r} over {config.T} times of tubelets {config.tubelet} is no "
+            "image ViT\n  -> attention='joint', frames=1, tubelet=(1, y, x)"
+        )
+    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    flat = {
+        "embedding/kernel": state["tubelet_weight"][:, :, 0].permute(2, 3, 1, 0),
+        "embedding/bias": state["tubelet_bias"],
+        "Transformer/posembed_input/pos_embedding": state["position"],
+    }
+    if config.has_class_token:
+        flat["cls"] = state["class_token"]
+    pairs = {"norm": "Transformer/encoder_norm", "head": "output_projection"}
+    for i in range(config.depth):
+        pairs |= {
+            f"blocks.{i}.{ours}": f"Transformer/encoderblock_{i}/{theirs}"
+            for ours, theirs in (
+                ("norms.0", "LayerNorm_0"), ("norm_mlp", "LayerNorm_1"), ("mlp.fc1", "MlpBlock_0/Dense_0"),
+                ("mlp.fc2", "MlpBlock_0/Dense_1"), ("attentions.0.proj", "MultiHeadDotProductAttention_0/out"),
+            )
+        }  # fmt: skip
+        for kind in ("weight", "bias"):
+            parts = state[f"blocks.{i}.attentions.0.qkv.{kind}"].chunk(3)
+            for name, part in zip(("query", "key", "value"), parts, strict=True):
+                path = f"Transformer/encoderblock_{i}/MultiHeadDotProductAttention_0/{name}"
+                flat |= _flax_parameter(path, kind, part, config.heads)
+    for ours, theirs in pairs.items():
+        for kind in ("weight", "bias"):
+            flat |= _flax_parameter(theirs, kind, state[f"{ours}.{kind}"], config.heads)
+    return {name: x.contiguous().numpy() for name, x in flat.items()}
+
+
 def _canonical(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
     named = {}
     for key, value in flat.items():
