@@ -10,6 +10,7 @@ import pytest
 import torch
 from flax_files import flax_bytes, nested
 from parity import small
+from safetensors.numpy import save_file
 from test_data import write
 from test_finetune import scenic_vivit
 
@@ -176,6 +177,31 @@ def test_logits_are_transformers_logits(tmp_path, capsys):
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("reference"))
     apart, of = float(line.split("differ by ")[1].split()[0]), float(line.rsplit(None, 1)[1])
     assert apart <= 100 * torch.finfo(torch.float32).eps * of
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "kind", ["model1_spacetime_B16x2_k400", "model2_factorized_encoder_B16x2_Lt4_k400", "huggingface"]
+)
+def test_the_published_layouts_in_their_true_size(tmp_path, capsys, kind):
+    """All names and shapes of the files that were published, with random values: recognised, whole, run once."""
+    listed = json.loads((Path(__file__).parent / "fixtures" / "state_dict_keys_B16x2.json").read_text())
+    is_scenic = kind != "huggingface"
+    shapes = listed["scenic"][kind] if is_scenic else listed["hf_hub_google_vivit_b_16x2_kinetics400_names"]
+    rng = np.random.default_rng(0)
+    flat = {name: (0.02 * rng.standard_normal(shape, dtype=np.float32)) for name, shape in shapes.items()}
+    if is_scenic:
+        (tmp_path / "checkpoint").write_bytes(flax_bytes({"optimizer": {"target": nested(flat)}}))
+    else:
+        save_file(flat, tmp_path / "model.safetensors")
+        about = {"model_type": "vivit", "num_labels": 400, "tubelet_size": [2, 16, 16], "id2label": {}}
+        (tmp_path / "config.json").write_text(json.dumps(about))
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(STORED))
+    assert main(["verify-weights", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    model, top1, count = ("FE", 78.4, "115,062,928") if "model2" in kind else ("", 79.9, "88,954,000")
+    assert f"ViViT-B/16x2 {model}".strip() + ", Kinetics-400" in out and f"{count} in " in out
+    assert f"published    {top1} % top-1, 4x3 views" in out and "Scenic's range" in out
 
 
 # ---- the loader's speed ----
