@@ -104,7 +104,7 @@ def train_image_vit(film: films.Film, config: TrainConfig, path: Path, say: Call
     of_frames = TrainConfig(one, data, optimizer=optimizer, epochs=FRAME_EPOCHS, batch=64, threads=threads)
     of_frames = dataclasses.replace(of_frames, evaluate_every=FRAME_EPOCHS)
     found = trials.trained(of_frames, {"train": frames, "val": frames, "test": frames}, path.parent, True, "image ViT")
-    np.savez(path, **weights.image_vit_of(found["run"].model))
+    np.savez(path, **weights.image_vit_of(found["run"].model))  # pyright: ignore[reportArgumentType]
     say(f"image ViT: tells {len(frames.classes)} parts of the training film apart, {found['test_top1']:.1%} of frames")
 
 
