@@ -42,7 +42,7 @@ def test_train_survives_broken_videos_and_reports_them(trained, capsys, videos):
     assert main(["evaluate", "--run", str(trained), "--data", str(videos), "--views", "2x3", "--workers", "0"]) == 0
     out, err = capsys.readouterr()
     assert "of 14 videos" in out and "true \\ told" in out
-    assert "6 file(s) had problems" in err and "the file is empty" in err
+    assert "7 file(s) had problems" in err and "the file is empty" in err
 
 
 def test_predict_prints_and_draws(trained, videos, tmp_path, capsys):

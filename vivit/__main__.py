@@ -87,7 +87,14 @@ def parser() -> argparse.ArgumentParser:
     loader.add_argument("--workers", default="0,1,2", help="numbers of workers to try (%(default)s)")
     loader.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
 
-    demo = commands.add_parser("demo", help="train, test and predict on a real film, in minutes")
+    _demo_arguments(commands.add_parser("demo", help="train, test and predict on a real film, in minutes"))
+    ablation.add_arguments(
+        commands.add_parser("ablate", help="regularisers added one by one on a small set: table and plot, by seeds")
+    )
+    return top
+
+
+def _demo_arguments(demo: argparse.ArgumentParser) -> None:
     demo.add_argument("--data", default="", help="instead of the film: videos, a folder per class")
     demo.add_argument("--video", default="", help="instead of Big Buck Bunny: a film of two minutes or longer")
     demo.add_argument("--out", default="runs/demo", help="where results go (%(default)s)")
@@ -97,15 +104,10 @@ def parser() -> argparse.ArgumentParser:
     )
     demo.add_argument(
         "--recipe", choices=("plain", "full"), default="plain",
-        help="full: besides, the paper's regularisers (demo_full.toml) against none of them, in a plot",
+        help="full: the paper's regularisers (demo_full.toml) against none of them, on a small set, in a plot",
     )  # fmt: skip
     demo.add_argument("--seeds", type=int, default=1, help="runs of both with --recipe full (%(default)s)")
     demo.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-
-    ablation.add_arguments(
-        commands.add_parser("ablate", help="regularisers added one by one on a small set: table and plot, by seeds")
-    )
-    return top
 
 
 def command_train(args: argparse.Namespace) -> int:
