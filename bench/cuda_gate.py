@@ -32,6 +32,7 @@ from .static import table
 # pipelined: copies of boxes, products and exponentials at a time, by warps that each do one and trade registers.
 # turned: rows with their rotary embedding, for pipelined.
 # streaming: rows that go by through shared memory, and sums stored in the same way; nothing is transposed in registers.
+# gathering: a weight by copies of boxes, pixels from memory to registers and from there to products.
 # tubelet: both operands of its products from shared memory, one of them by asynchronous copies; parameter: what is done
 # around those products, with plain arithmetic.
 # float32: multiply-adds of what lies in shared memory, and no tensor cores: they would round operands to tf32.
@@ -42,16 +43,18 @@ WANTED = {
     "hopper": (*_PACKED, "HGMMA", "UTMALDG", "LDSM", "STG.64"),
     "pipelined": ("HGMMA", "UTMALDG", "SYNCS", "USETMAXREG", "MUFU.EX2", "STG.64"),
     "turned": ("LDG.128", "STG.128"),
+    "gathering": ("HGMMA", "UTMALDG", "SYNCS", "LDG", "STG.64"),
     "streaming": ("HMMA", "LDSM", "LDGSTS.128", "STG.64"),
     "float32": ("FFMA", "LDGSTS.128", "LDS.128", "STG.128"),
     "tubelet": ("HMMA", "LDSM", "LDGSTS.128"),
     "parameter": ("LDG",),
 }
-ONLY_ON = {"hopper": 90, "pipelined": 90}  # elsewhere a kernel of that name is empty
+ONLY_ON = {"hopper": 90, "pipelined": 90, "gathering": 90}  # elsewhere a kernel of that name is empty
 NARROW = ("LDG.16", "STG.16", "STG.8", "LDGSTS.16", "LDGSTS.8")  # LDG.8 reads a mask
 # Kernels that have to: runs of pixels that are no multiple of eight or begin anywhere, parameters of odd length. Not
 # the ones whose name says (the last `true`) that every eight pixels lie side by side.
-NARROW_ALLOWED = ("tubelet_*false>", "tubelet_video_gradient<*", "parameter_*")
+# And where a lane's share of a product are two neighbours.
+NARROW_ALLOWED = ("tubelet_*false>", "tubelet_video_gradient<*", "parameter_*", "gathering_*, unsigned char, *")
 PRODUCTS = ("HMMA", "HGMMA")  # by tensor cores
 # Where every register is taken, a few kernels keep one or two values in local memory for a while, outside of the
 # loops that multiply. That stays in the first-level cache and costs some cycles of a tile's thousands; in such a loop
@@ -145,6 +148,18 @@ def too_little_asked(name: str, kernel: cubin.Kernel) -> list[str]:
     return found
 
 
+def waited_for(kernel: cubin.Kernel) -> list[str]:
+    """Whether the loop's products run on while operands of the next ones are made: every wait in it is to leave some
+    running. A compiler that gives up on their registers waits for each."""
+    loop = min(loops_with_products(kernel), key=lambda x: x.last - x.first, default=None)
+    if loop is None:
+        return []
+    text = kernel.sass[kernel.sass.index(f"/*{loop.first:04x}*/") : kernel.sass.index(f"/*{loop.last:04x}*/")]
+    waits = [int(wait, 16) for _, wait in _ORDER.findall(text) if wait]
+    left = [f"overlap: {waits.count(0)} of {len(waits)} waits in the loop at {loop.first:#06x} are for all products"]
+    return left if 0 in waits or not waits else []
+
+
 def complaints(name: str, kernel: cubin.Kernel) -> list[str]:
     """What is wrong with a kernel: what Triton's gate says of any but for local memory, and what its name promises."""
     mix, found = kernel.mix, []
@@ -159,10 +174,10 @@ def complaints(name: str, kernel: cubin.Kernel) -> list[str]:
         return found
     if wanted is None:
         found.append(f"name: begins with neither {' nor '.join(WANTED)}, so no opcode is asked of it")
-    if word == "pipelined":
+    if word in ("pipelined", "gathering"):
         taken = kernel.stack + kernel.local
         found += [f"local memory: {taken} bytes a thread, none at all here"] if taken else []
-        found += not_overlapped(kernel)
+        found += not_overlapped(kernel) if word == "pipelined" else waited_for(kernel)
         found += [f"a product under way: {line}" for line in cubin.overwritten(kernel.sass)]
     found += [f"opcode: no {opcode}" for opcode in wanted or () if not mix[opcode]]
     if word == "float32":

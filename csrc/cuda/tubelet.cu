@@ -1,6 +1,7 @@
 // From a call of tubelet_embedding to the parameters of its kernels. The products are compiled elsewhere, by dtype and
 // direction, so that it can be done side by side.
 #include "tubelet_backward.cuh"
+#include "tubelet_hopper_launch.cuh"
 #include "tubelet_launch.cuh"
 #include "tubelet_parameters.cuh"
 
@@ -8,6 +9,8 @@ namespace vivit::cuda {
 
 extern template int launch_forward_products<BFloat16>(const ForwardParams&, Element, void*);
 extern template int launch_forward_products<Float16>(const ForwardParams&, Element, void*);
+extern template int launch_hopper_forward<BFloat16>(const HopperForward&, Element, void*);
+extern template int launch_hopper_forward<Float16>(const HopperForward&, Element, void*);
 extern template int launch_weight_products<BFloat16>(const WeightGradientParams&, Element, int32_t, void*);
 extern template int launch_weight_products<Float16>(const WeightGradientParams&, Element, int32_t, void*);
 extern template int launch_video_products<BFloat16>(const VideoGradientParams&, void*);
@@ -132,6 +135,11 @@ int launch_tubelet_forward(const TubeletParams& p, void* stream) {
     params.unit = static_cast<float>(affine.unit);
     params.row = p.row, params.position = p.position, params.class_token = p.class_token;
     params.out = static_cast<char*>(p.out), params.E = p.E, params.blocks_e = blocks(p.E, kTile);
+    if (HopperForward plan; plan_hopper_forward(plan, params)) {
+        return by_dtype(
+            p, [&] { return launch_hopper_forward<BFloat16>(plan, p.video.type, stream); },
+            [&] { return launch_hopper_forward<Float16>(plan, p.video.type, stream); });
+    }
     return by_dtype(
         p, [&] { return launch_forward_products<BFloat16>(params, p.video.type, stream); },
         [&] { return launch_forward_products<Float16>(params, p.video.type, stream); });

@@ -70,10 +70,12 @@ bool no_share_is_empty(const TubeletParams& params);
 
 // One launch each, on `stream` (a cudaStream_t) of the current device. Return a cudaError_t, 0 for success.
 int launch_tubelet_prepare(const TubeletParams& params, bool backward, void* stream);  // writes row, operand
-int launch_tubelet_forward(const TubeletParams& params, void* stream);                 // writes out
-int launch_tubelet_row_sums(const TubeletParams& params, void* stream);                // d_position, d_class, strips
-int launch_tubelet_weight_gradient(const TubeletParams& params, void* stream);         // writes parts
-int launch_tubelet_finish(const TubeletParams& params, void* stream);                  // writes d_weight, d_bias
-int launch_tubelet_video_gradient(const TubeletParams& params, void* stream);          // writes d_video
+// Writes out. On sm_90 by Hopper's own instructions (tubelet_hopper.cuh), of the calls that tubelet_hopper_launch.cuh
+// plans: pairs of pixels side by side, 128 channels and more; all others by the kernels of sm_80.
+int launch_tubelet_forward(const TubeletParams& params, void* stream);
+int launch_tubelet_row_sums(const TubeletParams& params, void* stream);         // d_position, d_class, strips
+int launch_tubelet_weight_gradient(const TubeletParams& params, void* stream);  // writes parts
+int launch_tubelet_finish(const TubeletParams& params, void* stream);           // writes d_weight, d_bias
+int launch_tubelet_video_gradient(const TubeletParams& params, void* stream);   // writes d_video
 
 }  // namespace vivit::cuda

@@ -84,21 +84,19 @@ struct TubeletsAcross {
     }
 };
 
+// Channels e to e + 3 of tubelet m's token, and of a class row with the first of its group.
 template <class T>
-VIVIT_DEVICE void store_tokens(const ForwardParams& p, const TileSums& sums, int32_t first_m, int32_t first_e) {
-    for_fours(sums, [&](int32_t row, int32_t column, float4 sum) {
-        const int32_t m = first_m + row, e = first_e + column;
-        if (m >= p.places.tubelets || e >= p.E) return;
-        const int32_t number = p.tokens.number(m);
-        const float4 added = four_of<T>({const_cast<float*>(p.row), 0, true}, 0, e);
-        const float4 position = four_of<T>(p.position, number + p.tokens.before, e);
-        char* to = p.out + 2 * (p.tokens.row(m) * p.E + e);
-        store_four<T>(to, sum.x * p.unit + added.x + position.x, sum.y * p.unit + added.y + position.y,
-                      sum.z * p.unit + added.z + position.z, sum.w * p.unit + added.w + position.w);
-        if (p.tokens.before == 0 || number > 0) return;
-        const float4 x = four_of<T>(p.class_token, 0, e), y = four_of<T>(p.position, 0, e);
-        store_four<T>(to - int64_t{2} * p.E, x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w);
-    });
+VIVIT_DEVICE void store_token(const ForwardParams& p, int32_t m, int32_t e, float4 sum) {
+    if (m >= p.places.tubelets || e >= p.E) return;
+    const int32_t number = p.tokens.number(m);
+    const float4 added = four_of<T>({const_cast<float*>(p.row), 0, true}, 0, e);
+    const float4 position = four_of<T>(p.position, number + p.tokens.before, e);
+    char* to = p.out + 2 * (p.tokens.row(m) * p.E + e);
+    store_four<T>(to, sum.x * p.unit + added.x + position.x, sum.y * p.unit + added.y + position.y,
+                  sum.z * p.unit + added.z + position.z, sum.w * p.unit + added.w + position.w);
+    if (p.tokens.before == 0 || number > 0) return;
+    const float4 x = four_of<T>(p.class_token, 0, e), y = four_of<T>(p.position, 0, e);
+    store_four<T>(to - int64_t{2} * p.E, x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w);
 }
 
 // Blocks beside each other share their tubelets: the video is read from memory once, the weight stays in the L2 cache.
@@ -113,7 +111,9 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(Pixel) == 1 && kWide ? 2 
     TileSums sums;
     sum_gathered<T, true, Lies::kAcross, Lies::kAcross>(sums, shared_memory(), tubelets, weight,
                                                         (p.places.taps + kStep - 1) / kStep);
-    store_tokens<T>(p, sums, first_m, first_e);
+    for_fours(sums, [&](int32_t row, int32_t column, float4 sum) {
+        store_token<T>(p, first_m + row, first_e + column, sum);
+    });
 }
 
 constexpr int32_t kForwardBytes = kGatheredBytes + 8 * kTile;  // two blocks fill sm_80's shared memory

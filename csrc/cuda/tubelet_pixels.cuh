@@ -99,20 +99,24 @@ struct BitsOf<4> {
     using Type = uint32_t;
 };
 
+// Two taps that lie side by side, of 16 bits or bytes in one word.
+template <class Pixel>
+VIVIT_DEVICE uint2 load_neighbours(const char* from) {
+    uint2 pair = {0u, 0u};
+    if constexpr (sizeof(Pixel) == 4) pair = load_one(reinterpret_cast<const uint2*>(from));
+    if constexpr (sizeof(Pixel) == 2) pair.x = load_one(reinterpret_cast<const uint32_t*>(from));
+    if constexpr (sizeof(Pixel) == 1) pair.x = load_one(reinterpret_cast<const uint16_t*>(from));
+    return pair;
+}
+
 // Taps k and k + 1, the first at `first`; zeros for those beyond the last. Runs of odd length, and pixels anywhere, are
 // read one by one.
 template <class Pixel>
 VIVIT_DEVICE uint2 load_pair(const PixelPlaces& places, const char* tubelet, int64_t first, int32_t k) {
     using Bits = typename BitsOf<sizeof(Pixel)>::Type;
-    uint2 pair = {0u, 0u};
-    if (k >= places.taps) return pair;
+    if (k >= places.taps) return {0u, 0u};
     const char* from = tubelet + first;
-    if (places.together > 1) {
-        if constexpr (sizeof(Pixel) == 4) pair = load_one(reinterpret_cast<const uint2*>(from));
-        if constexpr (sizeof(Pixel) == 2) pair.x = load_one(reinterpret_cast<const uint32_t*>(from));
-        if constexpr (sizeof(Pixel) == 1) pair.x = load_one(reinterpret_cast<const uint16_t*>(from));
-        return pair;
-    }
+    if (places.together > 1) return load_neighbours<Pixel>(from);
     const uint32_t one = load_one(reinterpret_cast<const Bits*>(from));
     uint32_t other = 0;
     if (k + 1 < places.taps) other = load_one(reinterpret_cast<const Bits*>(tubelet + places.tap(k + 1)));
@@ -168,6 +172,21 @@ constexpr double kCentredUnit = 1.0;
 template <>
 constexpr double kCentredUnit<BFloat16> = 64.0;
 
+// How floating-point taps k and k + 1 enter a product.
+struct PairAffine {
+    float2 scale = {1.f, 1.f}, shift = {0.f, 0.f};
+
+    VIVIT_DEVICE PairAffine(const PixelPlaces& places, const Normalisation& n, int32_t k) {
+        if (!n.applies || k >= places.taps) return;
+        const int32_t c = places.channel(k), d = k + 1 < places.taps ? places.channel(k + 1) : c;
+        scale = {n.scale[c], n.scale[d]}, shift = {n.shift[c], n.shift[d]};
+    }
+    template <class T>
+    VIVIT_DEVICE uint32_t number(float2 u) const {
+        return packed<T>(u.x * scale.x + shift.x, u.y * scale.y + shift.y);
+    }
+};
+
 // Taps of a chunk as numbers of the products, two to a word.
 template <class T, class Pixel, bool kWide>
 VIVIT_DEVICE uint4 as_numbers(const PixelChunk<Pixel, kWide>& chunk, const PixelPlaces& places, const Normalisation& n,
@@ -184,12 +203,7 @@ VIVIT_DEVICE uint4 as_numbers(const PixelChunk<Pixel, kWide>& chunk, const Pixel
             } else {
                 u = unpacked<T>(chunk.of[i]);
             }
-            if (n.applies && k + 2 * i < places.taps) {
-                const int32_t c = places.channel(k + 2 * i);
-                const int32_t d = k + 2 * i + 1 < places.taps ? places.channel(k + 2 * i + 1) : c;
-                u.x = u.x * n.scale[c] + n.shift[c], u.y = u.y * n.scale[d] + n.shift[d];
-            }
-            pair[i] = packed<T>(u.x, u.y);
+            pair[i] = n.applies ? PairAffine(places, n, k + 2 * i).template number<T>(u) : packed<T>(u.x, u.y);
         }
     }
     return {pair[0], pair[1], pair[2], pair[3]};

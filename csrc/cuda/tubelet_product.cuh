@@ -7,6 +7,8 @@
 
 namespace vivit::cuda {
 
+// On sm_90 the forward has a kernel of its own (tubelet_hopper.cuh) for most calls.
+//
 // Why 128 x 128: two blocks of it share a multiprocessor of sm_80, too (128 registers a thread, 81 KB each), so that
 // one converts pixels while the other multiplies. No GPU has timed it. What follows is an estimate for ViViT-B/16x2, 8
 // clips in uint8, on one H100 (132 multiprocessors, 1.755 GHz), from the machine code of nvcc 13.0. In the forward a
@@ -194,26 +196,28 @@ struct CopiedAlong {
 
 // ---- sums ----
 
-// Calls store(row, column, four): four neighbouring sums of a row, for all of the tile's. Neighbouring lanes trade so
-// that each has four in a row: of 16 bits then four lanes store 32 bytes, a whole sector of memory.
+// Of a lane's pairs of sums in two neighbouring blocks of eight columns, four sums in a row: neighbouring lanes trade.
+// Of 16 bits then four lanes store 32 bytes, a whole sector of memory.
+VIVIT_DEVICE float4 traded(const float (&left)[4], const float (&right)[4], int r) {
+    const bool odd = tile_lane() % 2 != 0;
+    const float x = from_lane_xor(odd ? left[2 * r] : right[2 * r], 1);
+    const float y = from_lane_xor(odd ? left[2 * r + 1] : right[2 * r + 1], 1);
+    if (odd) return {x, y, right[2 * r], right[2 * r + 1]};
+    return {left[2 * r], left[2 * r + 1], x, y};
+}
+// Where they are among the 16 columns of the two blocks.
+VIVIT_DEVICE int32_t traded_column() { return tile_lane() % 2 * 8 + tile_lane() % 4 / 2 * 4; }
+
+// Calls store(row, column, four): four neighbouring sums of a row, for all of the tile's.
 template <class Store>
 VIVIT_DEVICE void for_fours(const TileSums& sums, Store store) {
-    const int32_t g = tile_lane() / 4, t = tile_lane() % 4;
-    const bool odd = t % 2 != 0;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        const int r = i % 2;
-        const int32_t row = row_of_warp() + 16 * (i / 2) + 8 * r + g;
+        const int32_t row = row_of_warp() + 16 * (i / 2) + 8 * (i % 2) + tile_lane() / 4;
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-            const float (&left)[4] = sums.of[i / 2][2 * j];
-            const float (&right)[4] = sums.of[i / 2][2 * j + 1];
-            const float x = from_lane_xor(odd ? left[2 * r] : right[2 * r], 1);
-            const float y = from_lane_xor(odd ? left[2 * r + 1] : right[2 * r + 1], 1);
-            const int32_t column = column_of_warp() + 16 * j + (odd ? 8 : 0) + t / 2 * 4;
-            float4 four = {left[2 * r], left[2 * r + 1], x, y};
-            if (odd) four = {x, y, right[2 * r], right[2 * r + 1]};
-            store(row, column, four);
+            const float4 four = traded(sums.of[i / 2][2 * j], sums.of[i / 2][2 * j + 1], i % 2);
+            store(row, column_of_warp() + 16 * j + traded_column(), four);
         }
     }
 }

@@ -13,7 +13,8 @@ _MOST_CHANNELS = 8  # of a video: kMostChannels of csrc/cuda/tubelet.h
 
 
 def cuda_refusals(call: Call) -> list[Refusal]:
-    """The native library's CUDA kernels: weights of 16 bits, tokens of whole 16 bytes, up to 8 channels."""
+    """The native library's CUDA kernels: weights of 16 bits, tokens of whole 16 bytes, up to 8 channels; runs of any
+    length, by one kernel or another (cuda_kernels.py)."""
     found = _native.cuda_refusals(call)
     if call.dtype == torch.float32:
         reason = "float32 weights: these kernels multiply in 16 bits"

@@ -1,0 +1,4 @@
+#include "tubelet_hopper_launch.cuh"
+
+template int vivit::cuda::launch_hopper_forward<vivit::cuda::Float16>(const vivit::cuda::HopperForward&,
+                                                                      vivit::cuda::Element, void*);
