@@ -1,5 +1,5 @@
-"""What tubelet_embedding's forward for Hopper must cost (csrc/cuda/tubelet_hopper.cuh), counted from its machine code as
-cuda_model.py counts attention's: a part of `python -m bench cuda_model`.
+"""What tubelet_embedding's forward for Hopper must cost (csrc/cuda/tubelet_hopper.cuh), counted from its machine code
+as cuda_model.py counts attention's: a part of `python -m bench cuda_model`.
 
 A step is 64 taps of a tile of 128 tubelets, both warpgroups' share of it. The busiest part of a multiprocessor bounds
 it: a bound and no prediction. Tokens are stored by one warpgroup while the other multiplies, so that no time is counted
@@ -116,7 +116,18 @@ def report(kernels: list[tuple[str, cubin.Kernel]]) -> str:
         for call, sizes in CALLS.items():
             us, tflops = call_us(step, *sizes)
             calls.append((name, call, f"{us:.0f}", f"{tflops:.0f}"))
-    head = ("kernel", "products", "issue", "+normalise", "alu", "fma", "shared", "period", "products'", "L2 bytes a cycle")
+    head = (
+        "kernel",
+        "products",
+        "issue",
+        "+normalise",
+        "alu",
+        "fma",
+        "shared",
+        "period",
+        "products'",
+        "L2 bytes a cycle",
+    )
     return "\n\n".join(
         [
             f"Cycles for {TUBELETS} tubelets x {TAPS} taps of a tile; period: what bounds it",

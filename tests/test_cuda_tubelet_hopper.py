@@ -92,7 +92,13 @@ def test_every_kind_of_video(schedule, video, layout, tubelet, simulate, monkeyp
     found = counted(monkeypatch)
     size, E = (2, 3, 5, 50, 66), [128, 200, 264, 328][schedule]
     normalise = [None, "common", "per channel"][len(layout) * schedule % 3]
-    changes = {"dtype": HALVES[schedule % 2], "video": video, "layout": layout, "normalise": normalise, "rows": "frame+token"}
+    changes = {
+        "dtype": HALVES[schedule % 2],
+        "video": video,
+        "layout": layout,
+        "normalise": normalise,
+        "rows": "frame+token",
+    }
     tubelets.check_case(CASE | {"size": size, "tubelet": tubelet, "E": E} | changes, CPU, "cuda")
     assert set(found) == {products(size, tubelet, E)}
 

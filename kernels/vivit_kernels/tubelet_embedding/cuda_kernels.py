@@ -6,8 +6,8 @@ workspace); a copy of the weight (E*K*2 bytes) is made where it cannot be read a
 come in the order of its pixels, a scale for each channel, K no multiple of 8.
 
 On sm_90 the forward has a kernel of its own (csrc/cuda/tubelet_hopper.cuh) for tokens of 128 channels and more and runs
-of even length that begin at even pixels (ViT-H's of 14 bytes, too); other calls take the one of sm_80, which runs all of
-them: odd runs or rows, narrow tokens, tubelets of more than 34,000 taps. Which one is chosen at the launch, in C++.
+of even length that begin at even pixels (ViT-H's of 14 bytes, too); other calls take the one of sm_80, which runs all:
+odd runs or rows, narrow tokens, tubelets of more than 34,000 taps. It is chosen at the launch, in C++.
 
 Backward sums dout over rows for position, class row and bias (at most 128*E*4 bytes of workspace), and the weight's
 gradient in `splits` parts, added up in order (splits*E*K*4 bytes, at most 64 MiB unless one part is more). Nothing is
