@@ -112,6 +112,8 @@ def test_who_may_read_one_or_two_bytes_at_a_time(planted):
         ("tubelet_forward<bfloat16, unsigned char, false>", True),
         ("tubelet_video_gradient<half>", True),
         ("parameter_row<half>", True),
+        ("gathering_tubelet_forward<half, unsigned char, 192>", True),
+        ("gathering_tubelet_forward<half, float, 192>", False),
         ("packed_attention<bfloat16, 4, false>", False),
     ):
         assert ("memory: 3 LDG.16" not in cuda_gate.complaints(name, narrow)) == allowed
