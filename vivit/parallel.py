@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .recipe import TrainConfig
 
 T = TypeVar("T")
+_ENDED: list[Any] = []  # process groups: see started
 _LEAST_TIMEOUT = 1800.0  # seconds that one process may wait for the others; loading a batch may take data.timeout
 
 
@@ -42,6 +43,7 @@ class World:
         self.first = rank == 0  # the one that writes logs, pictures and messages
         self.group: Any = None  # of the processes that have the same clips
         self.mesh: Any = None  # of all processes
+        self.groups: list[Any] = []  # those made for this world, besides the default one
 
     def __str__(self) -> str:
         if not self.together:
@@ -225,7 +227,11 @@ def started(config: TrainConfig) -> Iterator[World]:
     # small agreements go between CPUs even where gradients go between GPUs: no step waits for the device for them
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=patience))
-    yield joined(config.parallel, config.sequence_parallel, "cuda" if cuda else "cpu", local)
+    world = joined(config.parallel, config.sequence_parallel, "cuda" if cuda else "cpu", local)
+    # Held until the process ends. Else DDP, which is freed later than this, lets go of the last reference while it has
+    # the GIL, and waits for a thread of gloo that frees a tensor and waits for the GIL.
+    _ENDED.extend([dist.group.WORLD, *world.groups])
+    yield world
     dist.destroy_process_group()  # after an error the others may be gone, and the process ends anyway
 
 
@@ -238,6 +244,7 @@ def joined(kind: str, sequence: int, device: str, local: int = 0) -> World:
     if sequence > 1:  # neighbours, which are on one machine, share clips
         grid = init_device_mesh(device, (world.shares, sequence), mesh_dim_names=("data", "sequence"))
         world.group = grid["sequence"].get_group()
+        world.groups = grid.get_all_groups()
     return world
 
 
