@@ -14,6 +14,7 @@ extern const AttentionKernels kAttention;
 }
 
 namespace avx512_amx {
+namespace {
 
 // One core of an Intel Xeon, forward, 64 heads of 64: sequences of 16 tokens take as long in tiles as in vectors, of 17
 // 140 and 180 us, of 32 100 and 240, of 64 310 and 950.
@@ -54,6 +55,8 @@ int64_t backward_units(const AttentionParams& p, Axis axis) {
 void backward(const AttentionParams& p, Axis axis, int64_t first, int64_t end) {
     TileEntry<Backward>::run(p, axis, first, end, avx512_bf16::kAttention.backward);
 }
+
+}  // namespace
 
 extern const AttentionKernels kAttention;
 const AttentionKernels kAttention = {"avx512_amx", forward_units, forward, backward_units, backward};

@@ -115,10 +115,10 @@ struct Packing {
     // up to `columns` and missing rows are zero.
     static void across(uint32_t* to, const Rows<const E>& from, int64_t first, int64_t count, int64_t columns,
                        int64_t D) {
-        for (int64_t d = 0; d < columns; d += kLanes, to += kLanes * kLanes) {
+        for (int64_t d = 0; d < columns; d += kLanes, to += int64_t{kLanes} * kLanes) {
             const int here = static_cast<int>(smallest<int64_t>(kLanes, D - d));
             Words tile[kLanes];
-            if (count == kLanes * kPack && here == kLanes) {
+            if (count == int64_t{kLanes} * kPack && here == kLanes) {
 #pragma GCC unroll 16
                 for (int64_t i = 0; i < kLanes; ++i) {
                     const E* row = from.row(first + i * kPack);

@@ -40,6 +40,7 @@ template <bool kAdd, int R, int V>
 VIVIT_INLINE void tiles_part(float* c, int64_t ldc, const uint32_t* a, int64_t lda, int64_t step, const uint32_t* b,
                              int64_t ldb, int64_t K) {
     const int64_t c_bytes = ldc * 4, a_bytes = lda * 4, b_bytes = ldb * 4;
+    // NOLINTNEXTLINE(misc-const-correctness): tiles are stored to it, by macros of assembly
     float* below = c + 16 * ldc;
     if constexpr (kAdd) {
         _tile_loadd(0, c, c_bytes);
