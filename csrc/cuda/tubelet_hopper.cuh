@@ -272,7 +272,10 @@ struct GatheredProducts {
             group_across_registers<T, kColumns>(sums, now[s], weight + 2 * s, step > 0 || s > 0);
         }
         group_commit();
-        if (ahead > 0 && --ahead == 0) named_arrive(1, kGatherThreads);
+        if (ahead > 0) {
+            --ahead;
+            if (ahead == 0) named_arrive(1, kGatherThreads);
+        }
         group_wait<1>();
         group_settle(next);
         if (step > 0) release();
