@@ -169,43 +169,69 @@ def _written(opcode: str, modifiers: list[str], operands: list[str]) -> range:
     return range(int(found[1]), int(found[1]) + width)
 
 
+@dataclass(frozen=True)
+class _Instruction:
+    """What `overwritten` needs to know of one, found out once: ways through the code pass it many times."""
+
+    text: str
+    written: frozenset[int]
+    factor: frozenset[int] | None  # registers that a product reads; None of anything else
+    commits: bool  # the products so far become a group
+    pending: int | None  # groups that a wait leaves in flight
+    goes: tuple[int, ...]  # numbers of the instructions that may come next
+
+
+def _decoded(sass: str) -> list[_Instruction]:
+    lines = _LINE.findall(sass)
+    index = {int(line[0], 16): i for i, line in enumerate(lines)}
+    code = []
+    for i, (at, guard, opcode, dotted, rest) in enumerate(lines):
+        modifiers, operands = dotted.split(".")[1:], [x.strip() for x in rest.split(",")]
+        product = opcode == "HGMMA"
+        left = _REGISTER.fullmatch(operands[1]) if product else None
+        target = re.search(r"0x([0-9a-f]+)", operands[-1]) if opcode == "BRA" else None
+        goes = [index[int(target[1], 16)]] if target and int(target[1], 16) in index else []
+        if guard or opcode not in ("BRA", "EXIT", "RET") or (opcode == "BRA" and len(operands) > 1):
+            goes.append(i + 1)
+        code.append(
+            _Instruction(
+                text=f"{'.'.join([opcode, *modifiers])} at {int(at, 16):#06x}",
+                written=frozenset(_written(opcode, modifiers, operands)),
+                factor=frozenset(range(int(left[1]), int(left[1]) + 4) if left else ()) if product else None,
+                commits=product and "gsb0" in operands,
+                pending=int(operands[-1], 16) if opcode == "WARPGROUP" and "DEPBAR" in modifiers else None,
+                goes=tuple(goes),
+            )
+        )
+    return code
+
+
 def overwritten(sass: str) -> list[str]:
     """Instructions that write registers which a product of a warp group, issued and not waited for, may still read.
 
     HGMMA reads its left factor, where it lies in registers, some time after it was issued; PTX calls it undefined to
     write them before a wait. Where Triton leaves such products in flight, ptxas before CUDA 13.3 does just that
     (triton-lang/triton#9433): results are wrong, or right, with the timing. Every way through the code is followed."""
-    code = [
-        (int(at, 16), bool(guard), opcode, modifiers.split(".")[1:], [x.strip() for x in rest.split(",")])
-        for at, guard, opcode, modifiers, rest in _LINE.findall(sass)
-    ]
-    index = {at: i for i, (at, *_) in enumerate(code)}
+    code = _decoded(sass)
     seen: set[tuple[int, _InFlight]] = set()
     ways: list[tuple[int, _InFlight]] = [(0, ((), frozenset()))]
-    found: dict[int, str] = {}
+    found: dict[int, frozenset[int]] = {}
     while ways:
-        i, (groups, group) = ways.pop()
-        if i >= len(code) or (i, (groups, group)) in seen:
+        i, flight = ways.pop()
+        if i >= len(code) or (i, flight) in seen:
             continue
-        seen.add((i, (groups, group)))
-        at, guarded, opcode, modifiers, operands = code[i]
-        if hit := frozenset().union(group, *groups).intersection(_written(opcode, modifiers, operands)):
-            registers = ", ".join(f"R{n}" for n in sorted(hit))
-            found[at] = f"{'.'.join([opcode, *modifiers])} at {at:#06x} writes {registers}"
-        if opcode == "HGMMA":
-            factor = _REGISTER.fullmatch(operands[1])
-            group |= frozenset(range(int(factor[1]), int(factor[1]) + 4) if factor else ())
-            if "gsb0" in operands:
+        seen.add((i, flight))
+        step, (groups, group) = code[i], flight
+        if (groups or group) and (hit := frozenset().union(group, *groups) & step.written):
+            found[i] = hit
+        if step.factor is not None:
+            group |= step.factor
+            if step.commits:
                 groups, group = (*groups, group)[-_PENDING:], frozenset()
-        elif opcode == "WARPGROUP" and "DEPBAR" in modifiers:
-            pending = int(operands[-1], 16)
-            groups = groups[max(0, len(groups) - pending) :]
-        target = re.search(r"0x([0-9a-f]+)", operands[-1]) if opcode == "BRA" else None
-        if target and int(target[1], 16) in index:
-            ways.append((index[int(target[1], 16)], (groups, group)))
-        if guarded or opcode not in ("BRA", "EXIT", "RET") or (opcode == "BRA" and len(operands) > 1):
-            ways.append((i + 1, (groups, group)))
-    return [found[at] for at in sorted(found)]
+        elif step.pending is not None:
+            groups = groups[max(0, len(groups) - step.pending) :]
+        ways += [(following, (groups, group)) for following in step.goes]
+    return [f"{code[i].text} writes {', '.join(f'R{n}' for n in sorted(found[i]))}" for i in sorted(found)]
 
 
 NO_DEVICE_CODE = "does not contain device code"  # what cuobjdump says of a library built without CUDA

@@ -45,6 +45,7 @@ WANTED = {
     "turned": ("LDG.128", "STG.128"),
     "gathering": ("HGMMA", "UTMALDG", "SYNCS", "LDG", "STG.64"),
     "streaming": ("HMMA", "LDSM", "LDGSTS.128", "STG.64"),
+    "streaming_delta": ("HMMA", "LDSM", "LDGSTS.128"),  # stores a number of each row alone
     "float32": ("FFMA", "LDGSTS.128", "LDS.128", "STG.128"),
     "tubelet": ("HMMA", "LDSM", "LDGSTS.128"),
     "parameter": ("LDG",),
@@ -169,7 +170,7 @@ def complaints(name: str, kernel: cubin.Kernel) -> list[str]:
     judged = Compiled(kernel, (), kernel.threads or cubin.MOST_THREADS, kernel.shared).complaints
     found += [x for x in judged if not x.startswith(("spills: ", "local memory: "))]  # stricter there than here
     word = name.partition("_")[0]
-    wanted = WANTED.get(word)
+    wanted = WANTED.get(name.partition("<")[0], WANTED.get(word))
     if ONLY_ON.get(word, kernel.arch) != kernel.arch:
         return found
     if wanted is None:
