@@ -35,12 +35,13 @@ def choose(direction: str, T: int, itemsize: int, arch: int) -> Tile:
     """Forward 128 rows: half as many would read the weight twice as often. Backward 64, which holds the scores twice.
 
     Registers, compiled for sm_90, E = 768, heads of 64, steps of 32 channels: 228 forward, 244 backward; of 64 channels
-    255 and, backward, spills. Before sm_90 both spill with them, whose products hold both factors in registers.
+    255 and, backward, spills. Before sm_90, whose products hold both factors in registers, half the rows: forward, with
+    steps of 16 channels, 236 at most; with steps of 32 and 7 frames 255 and spills.
     """
     if itemsize == 4:  # products on the FMA pipes hold their operands in registers
         return Tile(direction, power_of_two(T), 16, 4, 1)
     if arch < 90:
-        return Tile(direction, 32, 32, 4, 2) if direction == "backward" else Tile(direction, 64, 32, 8, 2)
+        return Tile(direction, 32, 32, 4, 2) if direction == "backward" else Tile(direction, 64, 16, 8, 2)
     return Tile(direction, 64, 32, 4, 2) if direction == "backward" else Tile(direction, 128, 32, 8, 2)
 
 
