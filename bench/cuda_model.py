@@ -118,15 +118,15 @@ def inner_loop(kernel: cubin.Kernel) -> cubin.Loop:
     return min(found, key=lambda loop: loop.last - loop.first)
 
 
-def skipped(lines: list[tuple[int, str, str]], last: int, channels: int) -> set[int]:
-    """Addresses that a forward branch passes by and where sums are multiplied: where no base rises."""
+def passed_by(lines: list[tuple[int, str, str]], last: int, opcode: str, least: int) -> set[int]:
+    """Addresses that a forward branch may pass by, where at least so many of an opcode stand: rare work."""
     passed: set[int] = set()
-    for at, opcode, rest in lines:
-        target = re.search(r"0x([0-9a-f]+)", rest) if opcode == "BRA" else None
+    for at, name, rest in lines:
+        target = re.search(r"0x([0-9a-f]+)", rest) if name == "BRA" else None
         if target is None or not at < int(target[1], 16) <= last:
             continue
         inside = [(a, o) for a, o, _ in lines if at < a < int(target[1], 16)]
-        if sum(o == "FMUL" for _, o in inside) >= QUERIES * channels // 128:
+        if sum(o == opcode for _, o in inside) >= least:
             passed.update(a for a, _ in inside)
     return passed
 
@@ -135,7 +135,7 @@ def tile_of(kernel: cubin.Kernel, shape: Shape = Shape()) -> Tile:  # noqa: B008
     loop = inner_loop(kernel)
     every = [(int(at, 16), opcode, rest) for at, _, opcode, rest in LINE.findall(kernel.sass)]
     lines = [line for line in every if loop.first <= line[0] <= loop.last]
-    rare = skipped(lines, loop.last, shape.channels)
+    rare = passed_by(lines, loop.last, "FMUL", QUERIES * shape.channels // 128)  # sums, where no base rises
     counts = cubin.Counter(opcode for at, opcode, _ in lines if at not in rare)
     text = kernel.sass[kernel.sass.index(f"/*{loop.first:04x}*/") : kernel.sass.index(f"/*{loop.last:04x}*/")]
     found = products_of(text)

@@ -12,7 +12,17 @@ import re
 from dataclasses import dataclass
 
 from . import cubin, cuda_gate
-from .cuda_model import ALU, CLOCK_GHZ, FLOP_PER_CYCLE, FMA, LINE, MULTIPROCESSORS, SHARED_BYTES_PER_CYCLE, SHUFFLES
+from .cuda_model import (
+    ALU,
+    CLOCK_GHZ,
+    FLOP_PER_CYCLE,
+    FMA,
+    LINE,
+    MULTIPROCESSORS,
+    SHARED_BYTES_PER_CYCLE,
+    SHUFFLES,
+    passed_by,
+)  # fmt: skip
 from .static import table
 
 GROUPS, TUBELETS, TAPS = 2, 128, 64  # of a block, of its tile, of a step
@@ -52,19 +62,6 @@ class Step:
         return self.columns * TAPS * 2 + TUBELETS * TAPS * self.pixel_bytes
 
 
-def normalising(lines: list[tuple[int, str, str]], last: int) -> set[int]:
-    """Addresses that a forward branch passes by and where pairs of pixels are scaled and shifted."""
-    passed: set[int] = set()
-    for at, opcode, rest in lines:
-        target = re.search(r"0x([0-9a-f]+)", rest) if opcode == "BRA" else None
-        if target is None or not at < int(target[1], 16) <= last:
-            continue
-        inside = [(a, o) for a, o, _ in lines if at < a < int(target[1], 16)]
-        if sum(o == "FFMA" for _, o in inside) >= TAPS // 4:
-            passed.update(a for a, _ in inside)
-    return passed
-
-
 def step_of(name: str, kernel: cubin.Kernel) -> Step:
     found = _NAME.search(name)
     if found is None:
@@ -78,7 +75,7 @@ def step_of(name: str, kernel: cubin.Kernel) -> Step:
     widths = [int(n) for n in _PRODUCT.findall(text)]
     every = [(int(at, 16), opcode, rest) for at, _, opcode, rest in LINE.findall(kernel.sass)]
     lines = [line for line in every if loop.first <= line[0] <= loop.last]
-    rare = normalising(lines, loop.last)
+    rare = passed_by(lines, loop.last, "FFMA", TAPS // 4)  # pixels that are scaled and shifted
     mix = cubin.Counter(opcode for at, opcode, _ in lines if at not in rare)
     warps_of_scheduler, warps = GROUPS, 4 * GROUPS
     # an access of a warp takes a cycle for each 128 bytes, and one at least; a look-up is of four places in all

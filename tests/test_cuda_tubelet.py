@@ -176,25 +176,36 @@ def test_the_same_bits_in_every_order_of_threads(x, video, simulate):
         assert all(map(torch.equal, first, step(clip, values)))
 
 
+def among_nan(layout: str, dtype: torch.dtype, size: tuple, tubelet: tuple, column: int) -> torch.Tensor:
+    """Two clips of two channels as `[B, C, F, Y, X]`, laid out in memory as `layout` says and cut out of NaN, from a
+    column on; pixels that fill no tubelet are NaN, too."""
+    video = torch.full((3, 4, *(n + 8 for n in size)), float("nan"), dtype=dtype)
+    order = api._LAYOUTS[layout]
+    video = video.permute(as_laid_out(layout)).contiguous().permute(order)
+    clip = video[:2, 1:3, 1 : 1 + size[0], 2 : 2 + size[1], column : column + size[2]]
+    clip.copy_(torch.rand(clip.shape))
+    for dim, n, part in zip((2, 3, 4), size, tubelet, strict=True):
+        clip.narrow(dim, n // part * part, n % part).fill_(float("nan"))
+    return clip
+
+
+def as_laid_out(layout: str) -> list[int]:
+    """The permutation of `[B, C, F, Y, X]` into `layout`."""
+    return [api._LAYOUTS[layout].index(i) for i in range(5)]
+
+
 @pytest.mark.parametrize("layout", ["BCFYX", "BFCYX", "BFYXC"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_around_the_video_is_used(layout, dtype, simulate):
     """Every margin of the video is NaN, and so are the pixels that fill no tubelet."""
     simulate(1)
     size, tubelet = (5, 18, 26), (2, 4, 8)
-    video = torch.full((3, 4, *(n + 8 for n in size)), float("nan"), dtype=dtype)
-    order = api._LAYOUTS[layout]
-    inverse = [order.index(i) for i in range(5)]
-    video = video.permute(inverse).contiguous().permute(order)
-    clip = video[:2, 1:3, 1 : 1 + size[0], 2 : 2 + size[1], 3 : 3 + size[2]]
-    clip.copy_(torch.rand(clip.shape))
-    for dim, n, part in zip((2, 3, 4), size, tubelet, strict=True):
-        clip.narrow(dim, n // part * part, n % part).fill_(float("nan"))
+    clip = among_nan(layout, dtype, size, tubelet, 3)
     values = parameters(24, 2, tubelet, size, torch.bfloat16)
-    shown = clip.permute(inverse).detach().requires_grad_()
+    shown = clip.permute(as_laid_out(layout)).detach().requires_grad_()
     found = step(shown, values, layout=layout, mean=0.4, std=0.3)
     assert all(bool(x.isfinite().all()) for x in found)
-    gradient = found[-1].permute(order)
+    gradient = found[-1].permute(api._LAYOUTS[layout])
     assert not gradient[:, :, 4:].any() and not gradient[..., 16:, :].any() and not gradient[..., 24:].any()
 
 

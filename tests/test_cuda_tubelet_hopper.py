@@ -14,7 +14,6 @@ import torch
 from test_cuda_tubelet import CASE, HALVES, parameters, simulate  # noqa: F401  simulate: a fixture
 
 from vivit_kernels import tubelet_embedding
-from vivit_kernels.tubelet_embedding import api
 
 MULTIPROCESSORS = 3  # of the simulated GPU
 CPU = torch.device("cpu")
@@ -122,16 +121,9 @@ def test_nothing_around_the_video_is_used(layout, simulate):  # noqa: F811
     """Every margin of the video is NaN, and so are the pixels that fill no tubelet; a NaN within one stays there."""
     simulate(2)
     size, tubelet = (5, 18, 26), (2, 4, 6)
-    video = torch.full((3, 4, *(n + 8 for n in size)), float("nan"), dtype=torch.bfloat16)
-    order = api._LAYOUTS[layout]
-    inverse = [order.index(i) for i in range(5)]
-    video = video.permute(inverse).contiguous().permute(order)
-    clip = video[:2, 1:3, 1 : 1 + size[0], 2 : 2 + size[1], 2 : 2 + size[2]]
-    clip.copy_(torch.rand(clip.shape))
-    for dim, n, part in zip((2, 3, 4), size, tubelet, strict=True):
-        clip.narrow(dim, n // part * part, n % part).fill_(float("nan"))
+    clip = tubelets.among_nan(layout, torch.bfloat16, size, tubelet, 2)
     values = [x.detach() for x in parameters(136, 2, tubelet, size, torch.bfloat16)]
-    shown = clip.permute(inverse)
+    shown = clip.permute(tubelets.as_laid_out(layout))
     assert tubelet_embedding(shown, *values, layout=layout, mean=0.4, std=0.3).isfinite().all()
     clip[1, 1, 3, 5, 7] = float("nan")  # of tubelet (1, 1, 1) of the second clip
     tokens = tubelet_embedding(shown, *values, layout=layout)[:, 1:].view(2, 2, 4, 4, 136)
