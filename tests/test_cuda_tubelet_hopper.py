@@ -11,7 +11,14 @@ import cuda_simulator
 import pytest
 import test_tubelet_embedding as tubelets
 import torch
-from test_cuda_tubelet import CASE, HALVES, parameters, simulate  # noqa: F401  simulate: a fixture
+from test_cuda_tubelet import (  # noqa: F401  simulate: a fixture
+    CASE,
+    HALVES,
+    among_nan,
+    as_laid_out,
+    parameters,
+    simulate,
+)
 
 from vivit_kernels import tubelet_embedding
 
@@ -121,9 +128,9 @@ def test_nothing_around_the_video_is_used(layout, simulate):  # noqa: F811
     """Every margin of the video is NaN, and so are the pixels that fill no tubelet; a NaN within one stays there."""
     simulate(2)
     size, tubelet = (5, 18, 26), (2, 4, 6)
-    clip = tubelets.among_nan(layout, torch.bfloat16, size, tubelet, 2)
+    clip = among_nan(layout, torch.bfloat16, size, tubelet, 2)
     values = [x.detach() for x in parameters(136, 2, tubelet, size, torch.bfloat16)]
-    shown = clip.permute(tubelets.as_laid_out(layout))
+    shown = clip.permute(as_laid_out(layout))
     assert tubelet_embedding(shown, *values, layout=layout, mean=0.4, std=0.3).isfinite().all()
     clip[1, 1, 3, 5, 7] = float("nan")  # of tubelet (1, 1, 1) of the second clip
     tokens = tubelet_embedding(shown, *values, layout=layout)[:, 1:].view(2, 2, 4, 4, 136)
