@@ -15,6 +15,15 @@ PAPER_MS: dict[str, float] = dict(zip(MODELS, (58.9, 17.4, 31.7, 22.9), strict=T
 MIB = 2**20
 
 
+def name(case: str) -> str:
+    """Of a case as tables show it: preset, frames where they are not 32, and which of the paper's models."""
+    model = model_case(case)
+    if model is None:
+        return f"`{case}`"
+    frames = "" if model.frames == 32 else f", {model.frames} frames"
+    return f"{model.preset}{frames}: {MODELS.index(model.attention) + 1} {model.attention.replace('_', ' ')}"
+
+
 def row(record: Record) -> str:
     """One model, or why there is no time, on one line."""
     start = f"{record.case:<46}{record.op:<8}{record.dtype:<9} {('* ' if record.ours else '  ') + record.backend:<21}"

@@ -157,9 +157,9 @@ def _digest(reference: Spec) -> str:
     sources = [
         *(ROOT / "kernels").rglob("reference.py"),
         *(ROOT / "vivit").glob("*.py"),
-        *(ROOT / "bench").glob("*.py"),
+        *(ROOT / "bench" / name for name in ("zoo.py", "zoo_stock.py", "model_worker.py")),
     ]
-    for path in sorted(p for p in sources if p.parent.name != "bench" or p.name in ("zoo.py", "model_worker.py")):
+    for path in sorted(sources):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -283,9 +283,11 @@ def contestants(args: argparse.Namespace, base: Spec) -> list[Spec]:
         if args.backend:
             able = (*zoo.OURS, *peers) if model in zoo.VIVITS else peers
             names = [name for name in args.backend if name in able]
+            names = [name for name in names if name not in zoo.LEANER or base.step == "train"]
         else:
             names = zoo.own_backends(spec) if model in zoo.VIVITS else []
             names += [name for name in peers if name not in zoo.GPU_PEERS or base.device == "cuda"]
+            names += zoo.LEANER if model in zoo.VIVITS and base.step == "train" else ()
         specs += [replace(spec, contestant=name) for name in names]
     return sorted(specs, key=lambda spec: spec.contestant == "transformers_eager")  # slow, and nobody's choice: last
 

@@ -180,7 +180,8 @@ def source_files(op: str, backend: str) -> list[Path]:
         shared = sorted(package.glob("_attention/*.py"))
         files += [path for path in shared if not any(map(path.match, (*others, *_CHOICE)))] + [package / "_philox.py"]
     if op == "model":
-        files.append(ROOT / "vivit" / "model.py")
+        files += [ROOT / "vivit" / "model.py", ROOT / "vivit" / "memory.py"]
+        files += [package / "linear.py", package / "low_memory.py", *sorted(package.glob("_rows/*.py"))]
     if native := _NATIVE.intersection(backends):
         csrc, others = ROOT / "csrc", _NATIVE - native
         sources = (path for path in sorted(csrc.rglob("*")) if path.suffix in _NATIVE_SUFFIXES)

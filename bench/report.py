@@ -1,8 +1,8 @@
 """`python -m bench report`: the records become tables in Markdown, and figures beside them.
 
 README's tables stand between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`, NAME one of `ops`, `models`, `memory`,
-`gains`, `bytes` and `figures`; every other case and dtype goes to a README.md in the folder of the records. The same
-records give the same text, byte for byte; `--check` compares and writes nothing.
+`gains`, `bytes`, `levels` and `figures`; every other case and dtype goes to a README.md in the folder of the records.
+The same records give the same text, byte for byte; `--check` compares and writes nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from vivit.config import nearest
 from vivit_kernels import gains
 
-from . import gain_tables, kept, kept_tables, plots, tables
+from . import gain_tables, kept, kept_tables, level_tables, plots, tables
 from .record import RESULTS, ROOT, Record, read
 
 _NOTHING = {
@@ -27,6 +27,7 @@ _NOTHING = {
     "memory": "No record of memory yet: `python -m bench memory --out bench/results` measures.",
     "gains": "No record yet: `python -m bench accelerate --keep` measures.",
     "bytes": "No record yet: `python -m bench kept --keep` measures.",
+    "levels": "No record of them in turns yet: `python -m bench models --step train --out bench/results` measures.",
     "figures": "No figure yet: there is no record to draw.",
 }
 _MARKER = re.compile(r"^<!-- (/?)bench:(\S+) -->$")
@@ -42,6 +43,7 @@ def sections(records: list[Record], figures: str, details: str, counted: Sequenc
         "memory": tables.memory(records),
         "gains": gain_tables.lines(gains.records()),
         "bytes": kept_tables.lines(counted, figures),
+        "levels": level_tables.lines(records),
         "figures": _pictures(records, figures),
     }
     return {name: lines or [_NOTHING[name]] for name, lines in found.items()}

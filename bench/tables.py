@@ -23,6 +23,7 @@ from .compare import (
     opening,
 )
 from .model_tables import MODELS, PAPER_MS
+from .model_tables import name as name_of
 from .record import Record, latest
 
 _TWO, _FOUR = "factorized_encoder", "factorized_dot_product"
@@ -223,18 +224,10 @@ def _models_table(found: list[Group]) -> list[str]:
     return [_heading(found[0].first), "", *md.table(_MODELS_HEAD, rows, right=2), *md.spaced(below)]
 
 
-def _name(case: str) -> str:
-    model = model_case(case)
-    if model is None:
-        return f"`{case}`"
-    frames = "" if model.frames == 32 else f", {model.frames} frames"
-    return f"{model.preset}{frames}: {MODELS.index(model.attention) + 1} {model.attention.replace('_', ' ')}"
-
-
 def _models_row(group: Group, letters: dict[str, str]) -> list[str]:
     first, best = group.first, group.best
     many, work = clips(first.case), gflops(first.case)
-    row = [_name(first.case), f"{first.op}, {md.setting(first)}", str(many or "–"), f"{work:.1f}" if work else "–"]
+    row = [name_of(first.case), f"{first.op}, {md.setting(first)}", str(many or "–"), f"{work:.1f}" if work else "–"]
     against = [_against(group, name) for name in ("stock", "transformers")]
     if best is None:
         return [*row, "none", *["–"] * 5, *against]

@@ -310,6 +310,21 @@ def test_models_take_turns_and_leave_whole_records(pretend, tmp_path, capsys):
     assert "1.95  1.95-1.95" in shown  # 20.5 against 10.5, in every round
 
 
+def test_levels_of_memory_take_part_in_training_steps(pretend, tmp_path):
+    assert run(tmp_path, "--step", "train", "forward") == 0
+    found = stored(tmp_path / "out")
+    steps = {step: [made.backend for made in found if made.op == step and made.ours] for step in zoo.STEPS}
+    assert steps == {"train": ["torch", *zoo.LEANER], "forward": ["torch"]}
+
+
+@pytest.mark.parametrize("level", zoo.LEANER)
+def test_a_level_of_memory_is_the_model_at_that_level(level):
+    made = zoo.build(replace(TINY, contestant=level)).module
+    blocks = [part for part in made.modules() if isinstance(part, vivit.model.Block)]
+    assert len(blocks) == 3 and all(block.memory == level for block in blocks)
+    assert replace(TINY, contestant=level).ours
+
+
 def test_a_wrong_model_is_shown_and_not_stored(pretend, tmp_path, capsys):
     error = {"share": 3.2, "max": 1.0, "rms": 1.0, "of": "position", "checked": 1.0}
     pretend.behave["torch", "check"] = {"error": error, "flops": 10**9}

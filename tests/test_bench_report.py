@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import compare, plots, record, report, tables
+from bench import compare, level_tables, plots, record, report, tables
 from bench.record import Record
 from bench.show import final_table
 
@@ -256,6 +256,23 @@ def test_model_4_against_model_2():
     assert expected in "\n".join(tables.models(pair))
     pair[1].run = "r2"
     assert "measured time" not in "\n".join(tables.models(pair))
+
+
+def test_what_a_level_of_memory_costs():
+    """Each level against the same peers of its run; a run without levels is none of this table's."""
+
+    def step(backend: str, ms: float, peak: float, **changes) -> Record:
+        kind = {"op": "train", "direction": "train", "memory": {"peak": peak * 2.0**30}}
+        ours = backend not in ("stock", "transformers_sdpa")
+        return model("joint", backend, ms, **(kind | dict(ours=ours, source=NOW if ours else "") | changes))
+
+    records = [step("auto", 900.0, 2.0), step("stock", 1000.0, 4.0), step("transformers_sdpa", 1800.0, 8.0)]
+    assert not level_tables.lines(records)
+    records += [step("torch", 950.0, 3.0), step("smallest", 1250.0, 1.0), step("balanced", 1000.0, 1.5)]
+    fast, balanced, smallest = rows_of(level_tables.lines(records))
+    assert fast[2:5] == ["`fast`", "900 (900–1,800)", "2.00 GiB"] and fast[6:] == ["1.11× (0.500×)", "2.00× (0.250×)"]
+    assert balanced[2] == "`balanced`" and balanced[6:] == ["1.00× (0.375×)", "1.80× (0.188×)"]
+    assert smallest[2] == "`smallest`" and smallest[6:] == ["0.800× (0.250×)", "1.44× (0.125×)"]
 
 
 def memory(frames: int, clips: int, peak: float, backend: str = "torch") -> Record:

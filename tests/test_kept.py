@@ -9,7 +9,7 @@ import test_memory
 import torch
 from torch import nn
 
-from bench import kept, kept_tables, plots, zoo
+from bench import kept, kept_tables, plots, zoo, zoo_stock
 from vivit import footprint, memory
 
 SPEC = zoo.Spec("joint", "auto", "Ti/16x2", None, 2, "autocast", "train", "cpu")
@@ -33,7 +33,7 @@ def test_kinds_are_those_predicted(level):
 def test_stock_keeps_the_same_kinds():
     """What it keeps beyond "fast" is known: a sum for each branch, and every row of the last layer."""
     ours = test_memory.model("joint", "fast", **test_memory.SIZES)
-    stock, clip = zoo.StockViViT(ours.config), test_memory.video(ours)
+    stock, clip = zoo_stock.StockViViT(ours.config), test_memory.video(ours)
     found = kept.activations(lambda: stock(clip), stock, ours.config, SPEC)
     assert sum(found.values()) == test_memory.counted(stock, clip, True)
     tokens, width, layers = 2 * (ours.config.T * ours.config.S + 1), ours.config.embedding, ours.config.depth

@@ -10,7 +10,7 @@ import torch
 from parity import F64_BUDGET, assert_same
 from torch import Tensor, nn
 
-from bench import zoo
+from bench import zoo_stock
 from vivit import ViViT, ViViTConfig, footprint, memory
 from vivit.__main__ import main
 from vivit.model import Attention
@@ -140,7 +140,7 @@ def test_long_sequences_keep_what_attention_gave(level):
 def test_shares_of_stock_pytorch(attention):
     """The targets: half by "small", 15 % by "smallest", of permute, scaled_dot_product_attention and plain modules."""
     ours = model(attention, **{**SIZES, "frames": 32, "height": 32, "depth": 6})
-    stock = zoo.StockViViT(ours.config)
+    stock = zoo_stock.StockViViT(ours.config)
     clip = video(ours)
     plain = counted(stock, clip, True)
     shares = {}
