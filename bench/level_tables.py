@@ -15,10 +15,11 @@ from .zoo import LEANER, LEVELS
 
 _LEGEND = (
     "The same training step at each level of memory, in turns with the others. *ms*: median (20th–80th percentile). "
-    "*peak*: memory of one step above the loaded model. *time*: theirs over ours, below 1 we are slower; in brackets "
-    "our peak as a multiple of theirs. *error*: share used of the error budget against float64."
+    "*peak*: memory of one step above the loaded model; *whole*: with the model and all else of the process. *against*: "
+    "time of theirs over ours, below 1 we are slower; in brackets our peak, and our whole, as multiples of theirs. "
+    "*error*: share used of the error budget against float64."
 )
-_HEAD = "model | dtype | memory | ms | peak | error | against stock | against transformers"
+_HEAD = "model | dtype | memory | ms | peak | whole | error | against stock | against transformers"
 _PEERS = ("stock", "transformers_sdpa")
 
 
@@ -35,7 +36,7 @@ def lines(records: Iterable[Record]) -> list[str]:
             against = [_against(group, record, peer) for peer in _PEERS]
             rows.append([
                 name(record.case), record.dtype, f"`{level}`{md.marks(record)}{letters[record.run]}",
-                md.milliseconds(record), md.peak(record), md.error(record), *against,
+                md.milliseconds(record), md.peak(record), md.size(_whole(record)), md.error(record), *against,
             ])  # fmt: skip
     notes = md.sources(found)
     return [_LEGEND, "", *md.table(_HEAD, rows, right=3), *md.spaced([*notes, *md.explained(str([rows, notes]))])]
@@ -55,5 +56,13 @@ def _against(group: Group, record: Record, who: str) -> str:
     peer = next((other for other in group.peers if other.backend == who), None)
     if peer is None:
         return "–"
-    share = record.memory.get("peak", 0) / max(peer.memory.get("peak", 0), 1)
-    return f"{md.times(group.ratio(record, peer))} ({md.three(share)}×)"
+    shares = [of(record) / max(of(peer), 1) for of in (_peak, _whole)]
+    return f"{md.times(group.ratio(record, peer))} ({', '.join(f'{md.three(share)}×' for share in shares)})"
+
+
+def _peak(record: Record) -> float:
+    return record.memory.get("peak", 0)
+
+
+def _whole(record: Record) -> float:
+    return record.memory.get("loaded", 0) + _peak(record)

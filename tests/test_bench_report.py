@@ -262,7 +262,7 @@ def test_what_a_level_of_memory_costs():
     """Each level against the same peers of its run; a run without levels is none of this table's."""
 
     def step(backend: str, ms: float, peak: float, **changes) -> Record:
-        kind = {"op": "train", "direction": "train", "memory": {"peak": peak * 2.0**30}}
+        kind = {"op": "train", "direction": "train", "memory": {"loaded": 2.0**30, "peak": peak * 2.0**30}}
         ours = backend not in ("stock", "transformers_sdpa")
         return model("joint", backend, ms, **(kind | dict(ours=ours, source=NOW if ours else "") | changes))
 
@@ -270,9 +270,10 @@ def test_what_a_level_of_memory_costs():
     assert not level_tables.lines(records)
     records += [step("torch", 950.0, 3.0), step("smallest", 1250.0, 1.0), step("balanced", 1000.0, 1.5)]
     fast, balanced, smallest = rows_of(level_tables.lines(records))
-    assert fast[2:5] == ["`fast`", "900 (900–1,800)", "2.00 GiB"] and fast[6:] == ["1.11× (0.500×)", "2.00× (0.250×)"]
-    assert balanced[2] == "`balanced`" and balanced[6:] == ["1.00× (0.375×)", "1.80× (0.188×)"]
-    assert smallest[2] == "`smallest`" and smallest[6:] == ["0.800× (0.250×)", "1.44× (0.125×)"]
+    assert fast[2:5] == ["`fast`", "900 (900–1,800)", "2.00 GiB"]
+    assert fast[5:] == ["3.00 GiB", "0.50", "1.11× (0.500×, 0.600×)", "2.00× (0.250×, 0.333×)"]
+    assert balanced[2] == "`balanced`" and balanced[7:] == ["1.00× (0.375×, 0.500×)", "1.80× (0.188×, 0.278×)"]
+    assert smallest[2] == "`smallest`" and smallest[7:] == ["0.800× (0.250×, 0.400×)", "1.44× (0.125×, 0.222×)"]
 
 
 def memory(frames: int, clips: int, peak: float, backend: str = "torch") -> Record:
