@@ -15,9 +15,9 @@ from .zoo import LEANER, LEVELS
 
 _LEGEND = (
     "The same training step at each level of memory, in turns with the others. *ms*: median (20th–80th percentile). "
-    "*peak*: memory of one step above the loaded model; *whole*: with the model and all else of the process. *against*: "
-    "time of theirs over ours, below 1 we are slower; in brackets our peak, and our whole, as multiples of theirs. "
-    "*error*: share used of the error budget against float64."
+    "*peak*: memory of one step above the loaded model; *whole*: with the model and all else of the process. "
+    "*against*: time of theirs over ours, below 1 we are slower; in brackets our peak, and our whole, as multiples of "
+    "theirs. *error*: share used of the error budget against float64."
 )
 _HEAD = "model | dtype | memory | ms | peak | whole | error | against stock | against transformers"
 _PEERS = ("stock", "transformers_sdpa")
