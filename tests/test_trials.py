@@ -141,8 +141,8 @@ RECORDS = [
 def test_effects_are_seed_by_seed():
     lines = trials.table(RECORDS)
     assert "| A | **65.0%** (60.0% to 70.0%) | 2 | 0.50 |  |  |  |" in lines
-    assert "| B | **68.5%** (65.0% to 72.0%) | 2 | 0.50 | +3.5 (+2.0 to +5.0) | A | +2.0 |" in lines
-    assert "| C | **73.0%** (71.0% to 75.0%) | 2 | 0.50 | +4.5 (-1.0 to +10.0) | B | +0.6 |" in lines
+    assert "| B | **68.5%** (65.0% to 72.0%) | 2 | 0.50 | +3.5 ± 1.5 (+2.0 to +5.0) | A | +2.0 |" in lines
+    assert "| C | **73.0%** (71.0% to 75.0%) | 2 | 0.50 | +4.5 ± 5.5 (-1.0 to +10.0) | B | +0.6 |" in lines
     order = trials.order(RECORDS)
     assert order[0] == "Order here: C +4.5 > B +3.5." and order[1] == "Order in the paper: B +2.0 > C +0.6."
     assert order[2].startswith("Of 1 pairs") and " 0 stand " in order[2]

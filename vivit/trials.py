@@ -153,6 +153,12 @@ class Summary:
     def gain(self) -> float:
         return statistics.fmean(self.effect) if self.effect else 0.0
 
+    @property
+    def gain_error(self) -> float | None:
+        """Standard error of `gain` over the seeds; None with fewer than two."""
+        count = len(self.effect)
+        return statistics.stdev(self.effect) / count**0.5 if count > 1 else None
+
 
 def summaries(records: Sequence[Mapping[str, Any]]) -> list[Summary]:
     """In the order of the records, seeds ascending."""
@@ -185,7 +191,8 @@ def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in rows:
         cells = [row.label, f"**{statistics.fmean(row.top1):.1%}** ({min(row.top1):.1%} to {max(row.top1):.1%})"]
         cells += [str(len(row.top1)), f"{statistics.fmean(row.loss):.2f}"]
-        spread = f"{row.gain:+.1f} ({min(row.effect):+.1f} to {max(row.effect):+.1f})" if row.effect else ""
+        error = "" if row.gain_error is None else f" ± {row.gain_error:.1f}"
+        spread = f"{row.gain:+.1f}{error} ({min(row.effect):+.1f} to {max(row.effect):+.1f})" if row.effect else ""
         cells += [spread, labels.get(row.against, "")]
         cells += ["" if row.paper is None else f"{row.paper:+.1f}"] * is_papers
         lines.append("| " + " | ".join(cells) + " |")
