@@ -27,8 +27,9 @@ from .static import table
 
 # Opcodes that a kernel is written for, by the first word of its name. packed: all in registers, blocks transposed
 # between lanes where a product wants them so; resident: rows copied to shared memory, from where products take them;
-# hopper: products of a warp group, on sm_90 alone. The last two store sums as products leave them, 64 bits a lane once
-# pairs of lanes have traded, a sector of 32 bytes for two pairs; and they have what packed has, for the other axis.
+# hopper: products of a warp group, on sm_90 alone, and where a row lies in one slice those of single warps for the last
+# rows. The last two store sums as products leave them, 64 bits a lane once pairs of lanes have traded, a sector of 32
+# bytes for two pairs; and they have what packed has, for the other axis.
 # pipelined: copies of boxes, products and exponentials at a time, by warps that each do one and trade registers.
 # turned: rows with their rotary embedding, for pipelined.
 # streaming: rows that go by through shared memory, and sums stored in the same way; nothing is transposed in registers.
@@ -36,20 +37,23 @@ from .static import table
 # tubelet: both operands of its products from shared memory, one of them by asynchronous copies; parameter: what is done
 # around those products, with plain arithmetic.
 # float32: multiply-adds of what lies in shared memory, and no tensor cores: they would round operands to tf32.
+# tf32: the same by tensor cores, where that is allowed.
 _PACKED = ("HMMA", "MOVM", "LDG.128", "STG.128")
 WANTED = {
     "packed": _PACKED,
     "resident": (*_PACKED, "LDGSTS.128", "LDSM", "STG.64"),
-    "hopper": (*_PACKED, "HGMMA", "UTMALDG", "LDSM", "STG.64"),
+    "hopper": (*_PACKED, "HGMMA", "UTMALDG", "STG.64"),
     "pipelined": ("HGMMA", "UTMALDG", "SYNCS", "USETMAXREG", "MUFU.EX2", "STG.64"),
     "turned": ("LDG.128", "STG.128"),
     "gathering": ("HGMMA", "UTMALDG", "SYNCS", "LDG", "STG.64"),
     "streaming": ("HMMA", "LDSM", "LDGSTS.128", "STG.64"),
     "streaming_delta": ("HMMA", "LDSM", "LDGSTS.128"),  # stores a number of each row alone
     "float32": ("FFMA", "LDGSTS.128", "LDS.128", "STG.128"),
+    "tf32": ("HMMA", "LDGSTS.128", "LDS.128", "STG.128"),
     "tubelet": ("HMMA", "LDSM", "LDGSTS.128"),
     "parameter": ("LDG",),
 }
+IN_ONE_SLICE = re.compile(r"hopper_attention<\w+, [24], ")  # heads of up to 32, of 40 to 64 channels
 ONLY_ON = {"hopper": 90, "pipelined": 90, "gathering": 90}  # elsewhere a kernel of that name is empty
 NARROW = ("LDG.16", "STG.16", "STG.8", "LDGSTS.16", "LDGSTS.8")  # LDG.8 reads a mask
 # Kernels that have to: runs of pixels that are no multiple of eight or begin anywhere, parameters of odd length. Not
@@ -175,10 +179,13 @@ def complaints(name: str, kernel: cubin.Kernel) -> list[str]:
         return found
     if wanted is None:
         found.append(f"name: begins with neither {' nor '.join(WANTED)}, so no opcode is asked of it")
+    if IN_ONE_SLICE.match(name):
+        wanted = (*(wanted or ()), "LDSM")
     if word in ("pipelined", "gathering"):
         taken = kernel.stack + kernel.local
         found += [f"local memory: {taken} bytes a thread, none at all here"] if taken else []
         found += not_overlapped(kernel) if word == "pipelined" else waited_for(kernel)
+    if word in ("pipelined", "gathering", "hopper"):
         found += [f"a product under way: {line}" for line in cubin.overwritten(kernel.sass)]
     found += [f"opcode: no {opcode}" for opcode in wanted or () if not mix[opcode]]
     if word == "float32":

@@ -1,5 +1,5 @@
-"""`python -m bench cuda_model`: what a pipelined CUDA C++ kernel must cost, counted from its machine code; and, by
-cuda_model_tubelet.py, what one must that gathers tubelets.
+"""`python -m bench cuda_model`: what a pipelined CUDA C++ kernel must cost, counted from its machine code; and what one
+must that gathers tubelets (cuda_model_tubelet.py), or has sequences in shared memory (cuda_model_resident.py).
 
 For each kernel of csrc/cuda whose warps each do one thing at a time (its name begins with pipelined), the inner loop is
 read, a tile of keys in one warpgroup, and what it asks of each part of a multiprocessor is added up. All warpgroups
@@ -208,11 +208,13 @@ def main(argv: list[str]) -> int:
 
     found = cuda_gate.read(args.file or _library.library_path())
     kernels = [(name, x) for name, x in found if name.startswith("pipelined") and x.arch == 90]
-    from . import cuda_model_backward  # here: it counts with what stands above
+    from . import cuda_model_backward, cuda_model_resident  # here: they count with what stands above
 
     forward = [(name, x) for name, x in kernels if name.startswith("pipelined_joint_forward")]
     tubelets = [(name, x) for name, x in found if name.startswith("gathering") and x.arch == 90]
     reports = [report(forward) if forward else "", cuda_model_backward.report(kernels)]
     reports.append(cuda_model_tubelet.report(tubelets) if tubelets else "")
-    print("\n\n".join(filter(None, reports)) or "no kernel of sm_90 is called pipelined or gathering")
-    return 0 if kernels or tubelets else 1
+    reports.append(cuda_model_resident.report([(name, x) for name, x in found if x.arch == 90]))
+    text = "\n\n".join(filter(None, reports))
+    print(text or "no kernel of sm_90 is called pipelined, gathering or hopper")
+    return 0 if text else 1

@@ -1,4 +1,5 @@
-"""`python -m bench tune OP`: tries the candidates of an operation's tiles.py and prints the lines to paste there.
+"""`python -m bench tune OP`: tries the candidates of an operation's tiles.py and cuda_tiles.py, and prints the lines to
+paste there.
 
 A tiles.py is described in vivit_kernels/_attention/tiles.py; whatever has its parts takes part. Its functions are given
 the facts that their parameters name:
@@ -68,7 +69,7 @@ class Outcome:
 
 
 def tile_modules(op: str) -> list[ModuleType]:
-    names = [f"vivit_kernels.{PACKAGES[op]}.tiles"]
+    names = [f"vivit_kernels.{PACKAGES[op]}.{name}" for name in ("tiles", "cuda_tiles")]
     if op != "tubelet":
         names.append("vivit_kernels._attention.tiles")
     return [importlib.import_module(name) for name in names if importlib.util.find_spec(name)]

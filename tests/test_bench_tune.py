@@ -2,7 +2,7 @@
 
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import pytest
@@ -13,6 +13,7 @@ from bench.cases import CASES, SMALL, select
 from vivit_kernels import factorized_attention, joint_attention
 from vivit_kernels._attention import blockwise, sdpa, tiles
 from vivit_kernels._attention.options import Options
+from vivit_kernels.factorized_attention import cuda_tiles
 
 SETTING = tune.Setting(next(case for case in SMALL if case.op == "spatial"), "float32", "forward")
 CPU = torch.device("cpu")
@@ -104,6 +105,61 @@ def test_every_case_has_facts():
         assert known["itemsize"] == 2
         if case.op != "tubelet":
             assert tune.ask(tiles.plan, known, tiles.choose(True))
+
+
+# ---- what CUDA C++ kernels can be asked for at a launch ----
+
+
+def cuda_facts(op: str, direction: str, arch: int = 90, **changes) -> dict:
+    case = replace(next(case for case in CASES if case.op == op), **changes)
+    return tune.facts(tune.Setting(case, "bfloat16", direction), CPU) | {"arch": arch, "on_cpu": False}
+
+
+def test_cuda_launches_are_tuned_where_they_can_be_asked_for():
+    """Heads of a block of packed sequences, stages of longer ones; nothing where one kernel is all there is."""
+
+    def sizes(*given, **changes):
+        known = cuda_facts(*given, **changes)
+        found = tune.ask(cuda_tiles.candidates, known)
+        assert all(tile.direction == known["direction"] for tile in found)
+        return [(tile.packed_warps, tile.stages) for tile in found]
+
+    for direction in tune._DIRECTIONS:
+        assert sizes("temporal", direction, T=16) == [(warps, 0) for warps in (1, 2, 3, 4)]
+        assert sizes("temporal", direction, T=32, D=80) == [(0, stages) for stages in (1, 2, 3)]
+        assert sizes("spatial", direction, S=196, D=64) == [], "Hopper's products"
+        assert sizes("dot_product", direction, T=16, S=196) == [], "blocks of two kinds lie side by side"
+    assert sizes("temporal", "forward", T=32, D=64) == [], "two blocks share a multiprocessor"
+    assert sizes("temporal", "backward", T=32, D=64) == [(0, stages) for stages in (1, 2, 3)]
+    assert sizes("spatial", "backward", arch=80, S=196, D=64) == [(0, stages) for stages in (1, 2, 3)]
+    assert sizes("temporal", "backward", T=32, D=128, softcap=5.0) == [], "no registers for it"
+
+
+def test_the_same_launch_of_cuda_is_timed_once():
+    known = cuda_facts("temporal", "forward", T=16)
+    present = tune.ask(cuda_tiles.choose, known)
+    plans = [tune.ask(cuda_tiles.plan, known, tile) for tile in [present, *tune.ask(cuda_tiles.candidates, known)]]
+    assert plans[0] in plans[1:] and len(set(plans)) == cuda_tiles.PACKED_WARPS
+    assert cuda_tiles in tune.tile_modules("temporal") and cuda_tiles not in tune.tile_modules("joint")
+
+
+def test_a_cuda_tiling_is_measured_like_any_other():
+    """The composition of PyTorch ops in the place of the kernels: every tiling is in force while it is timed."""
+    seen = set()
+
+    class StandIn(tune.Session):
+        def candidate(self, backend):
+            return super().candidate("torch")
+
+        def call(self, candidate, direction):
+            run = super().call(candidate, direction)
+            return lambda: (seen.add(cuda_tiles.current(direction).packed_warps), run())[1]
+
+    case = next(case for case in SMALL if case.op == "temporal")
+    assert case.T <= 16
+    outcome = tune.measure(StandIn(CPU), "cuda", cuda_tiles, tune.Setting(case, "bfloat16", "forward"), 0.01)
+    assert seen == {0, 1, 2, 3} and outcome.present == cuda_tiles.Tiling("forward"), "4 is what 0 comes to"
+    assert tune.lines_to_paste([outcome], "here")[-1].startswith("return Tiling(direction='forward'")
 
 
 # ---- a tiles.py of somebody else, with a wrong, a crashing and a faster tile ----

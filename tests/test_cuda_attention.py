@@ -36,8 +36,8 @@ AXES = {name: axis for name, axis in factorized.AXES.items() if name not in "TS"
 }
 CROSSES = [["dtype", "grid", "heads"], ["dtype", "D", "layout"], ["dtype", "mask", "dropout_p", "extra", "heads"]]
 CROSSES += [["grid", "schedule"]]
-# Sequences of more than 64 tokens, of plain calls with heads of 40 to 64 channels: by products of a warpgroup on sm_90,
-# by those of a warp on sm_80; packed and resident sequences in one launch.
+# Sequences of more than 64 tokens, of plain calls: by products of a warpgroup on sm_90, by those of a warp on sm_80;
+# packed and resident sequences in one launch.
 HOPPER_GRIDS = [(1, S) for S in (65, 80, 100, 196, 197, 250, 256)] + [(16, 65), (16, 100), (2, 128), (81, 7)]
 HOPPER_AXES = AXES | {
     "D": [64],
@@ -68,6 +68,9 @@ HOPPER_OPTION_CROSSES = [["mask", "dropout_p", "extra"], ["grid", "extra"], ["dt
 FLOAT32_AXES = AXES | {"dtype": [torch.float32]}
 FLOAT32_CROSSES = [["grid", "heads"], ["D", "layout"], ["mask", "dropout_p", "extra", "heads"], ["grid", "schedule"]]
 HOPPER_CROSSES = [["arch", "dtype", "grid"], ["arch", "layout", "inputs", "heads"]]
+
+
+ASKED: dict = {}  # of every simulated launch, beside its call
 
 
 def poisoned(like: torch.Tensor) -> torch.Tensor:
@@ -123,7 +126,10 @@ def simulated(
     given = {"scale": None, "key_mask": None, "rotary": None, "softcap": None, "dropout_p": 0.0, "seed": None} | options
     checked = check_options("factorized_attention", q, T * S, (T, S), **given)._asdict()
     launch = (
-        {"schedule_seed": schedule, "arch": arch} | tiling | ({"shared_bytes": shared_bytes} if shared_bytes else {})
+        {"schedule_seed": schedule, "arch": arch}
+        | ASKED
+        | tiling
+        | ({"shared_bytes": shared_bytes} if shared_bytes else {})
     )
     return by.apply(q, k, v, packed, temporal_heads, checked | launch)
 
@@ -219,7 +225,7 @@ def products(options: dict, T=1, S=65, H=2, D=64, temporal_heads=0) -> tuple[int
 def test_which_calls_take_products_of_a_warpgroup():
     """Each length at which they start or stop, and each option."""
     assert all(products({})) and all(products({}, T=16, S=65, temporal_heads=1)) and all(products({}, 81, 3, 2, 64, 2))
-    assert all(products({}, D=40)) and all(products({}, D=56))
+    assert all(all(products({}, D=D, H=1)) for D in (16, 72, 128, 160))
     angles = torch.rand(65, 32)
     for options in (
         {"scale": -1.0},
@@ -232,12 +238,12 @@ def test_which_calls_take_products_of_a_warpgroup():
     others = [
         ({"arch": 80}, {}),
         ({}, {"S": 64}),
-        ({}, {"D": 32}),
-        ({}, {"D": 72}),
         ({}, {"T": 17, "temporal_heads": 1}),
     ]
     for options, sizes in others:
         assert products(options, **sizes) == (0, 0)
+    forward, backward = products({"softcap": 3.0}, D=160, H=1)
+    assert forward > 0 and backward == 0, "no registers for its sums and an option"
 
 
 def test_what_the_copy_engine_does_not_take_is_copied_by_threads():

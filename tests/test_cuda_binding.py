@@ -15,7 +15,7 @@ from allocations import allocations
 from vivit_kernels import _native, explain, factorized_attention, spatial_attention, temporal_attention
 from vivit_kernels._attention import cuda_grid
 from vivit_kernels._dispatch import Call, Refusal
-from vivit_kernels.factorized_attention import cuda_kernels
+from vivit_kernels.factorized_attention import cuda_kernels, cuda_tiles
 from vivit_kernels.factorized_attention.support import SUPPORT
 from vivit_kernels.numerics import judge
 
@@ -293,6 +293,43 @@ def test_the_forward_leaves_what_the_backward_reads(given, T, S, heads, kept, ke
         assert lse is None
 
 
+@pytest.mark.parametrize(
+    "dtype, allowed, tf32", [("float32", True, True), ("float32", False, False), ("bfloat16", True, False)]
+)
+def test_float32_is_taken_by_tf32_where_pytorch_allows_it(given, dtype, allowed, tf32):
+    before = torch.backends.cuda.matmul.allow_tf32
+    q = torch.empty(1, 3, 4, 2, 16, dtype=getattr(torch, dtype))
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+        o, _ = cuda_kernels.launch_fwd(q, q, q, 1, options(), True)
+        cuda_kernels.launch_bwd(q, q, q, q, o, None, q, q, q, 1, options())
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    backward, forward = given.pop(), given.pop()
+    assert forward[-3:] == (tf32, 0, 0) and backward[-4:] == (tf32, 0, 0, None)
+
+
+def test_a_forced_tiling_is_that_of_its_direction(given):
+    q = torch.empty(1, 3, 4, 2, 16, dtype=torch.bfloat16)
+    forward, backward = cuda_tiles.Tiling("forward", packed_warps=3), cuda_tiles.Tiling("backward", stages=2)
+    with cuda_tiles.forced(forward), cuda_tiles.forced(backward):
+        cuda_kernels.launch_fwd(q, q, q, 1, options())
+        cuda_kernels.launch_bwd(q, q, q, q, None, None, q, q, q, 1, options())
+    cuda_kernels.launch_fwd(q, q, q, 1, options())
+    after, backward, forward = given.pop(), given.pop(), given.pop()
+    assert forward[-2:] == (3, 0) and backward[-3:] == (0, 2, None) and after[-2:] == (0, 0)
+
+
+def test_sizes_of_a_launch_are_those_of_the_sources():
+    """Which calls stages can be asked for, as the launcher has it."""
+    text = "".join((CSRC / "cuda" / name).read_text() for name in ("attention.cuh", "resident.cuh", "hopper_rows.cuh"))
+    found = dict(re.findall(r"constexpr int k(PackedWarps|MostStages|GroupRows) = (\d+)", text))
+    sizes = cuda_tiles.PACKED_WARPS, cuda_tiles.MOST_STAGES, cuda_tiles.GROUP_ROWS
+    assert tuple(int(found[name]) for name in ("PackedWarps", "MostStages", "GroupRows")) == sizes
+    assert "kBlocksAtATime = kSteps <= 4 && kPlain && !kBackward ? 2 : 1;" in text
+    assert "kBlocksAtATime<kSteps, kPlain, kBackward> == 1 && (kPlain || !kBackward || kSteps < 8);" in text
+
+
 def test_no_clips_are_no_launch(given):
     q = torch.empty(0, 3, 4, 2, 16, dtype=torch.bfloat16)
     o, _ = cuda_kernels.launch_fwd(q, q, q, 1, options(), True)
@@ -306,7 +343,7 @@ def test_tables_and_mask_are_given_without_gaps(given):
     seed = torch.tensor([1, 0, 2])[::2]
     cuda_kernels.launch_fwd(q, q, q, 1, options(mask=mask, cos=table, sin=table, seed=seed, dropout_p=0.5))
     given_now = given.pop()
-    assert all(x.is_contiguous() for x in given_now[6:10]) and given_now[10:] == (1, 0.25, 0.0, 0.5)
+    assert all(x.is_contiguous() for x in given_now[6:10]) and given_now[10:14] == (1, 0.25, 0.0, 0.5)
     assert torch.equal(given_now[6], mask) and torch.equal(given_now[8], table)
 
 
@@ -533,7 +570,7 @@ def test_the_library_checks_what_it_is_given(wrong):
     if wrong == "again":
         lse = torch.empty(1, 2, 60, device="cuda")
         with pytest.raises(RuntimeError, match="longer than 16 tokens does not write o again"):
-            ops.cuda_attention_bwd(q, q, q, q, o, lse, o, o, o, *none, o)
+            ops.cuda_attention_bwd(q, q, q, q, o, lse, o, o, o, *none, o_again=o)
         return
     bad = {
         "device": o.cpu(),

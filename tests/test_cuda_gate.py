@@ -88,10 +88,15 @@ def test_what_is_planted_is_noticed(planted):
     assert any(line.startswith("memory: ") and line.endswith("LDG.16") for line in found)
     _, found = planted["other"]
     assert len(found) == 1 and found[0].startswith("name: begins with neither packed nor resident nor hopper")
-    name, (kernel, _) = "hopper_attention<bfloat16>", planted["packed_good<float4, true>"]
-    assert cuda_gate.complaints(name, kernel) == [
-        f"opcode: no {opcode}" for opcode in ("HMMA", "MOVM", "HGMMA", "UTMALDG", "LDSM", "STG.64")
-    ]
+    kernel, _ = planted["packed_good<float4, true>"]
+    for name, last in (
+        ("hopper_attention<bfloat16, 4, true, false>", ["LDSM"]),
+        ("hopper_attention<half, 5, true>", []),
+    ):
+        assert cuda_gate.complaints(name, kernel) == [
+            f"opcode: no {opcode}" for opcode in ("HMMA", "MOVM", "HGMMA", "UTMALDG", "STG.64", *last)
+        ]
+    name = "hopper_attention<bfloat16>"
     assert cuda_gate.complaints(name, dataclasses.replace(kernel, arch=80)) == []
 
 
@@ -100,6 +105,7 @@ def test_tensor_cores_are_not_for_float32(planted):
     (good, _), (products, _) = planted["packed_good<float4, true>"], planted["packed_products<false>"]
     missing = [f"opcode: no {opcode}" for opcode in ("FFMA", "LDGSTS.128", "LDS.128")]
     assert cuda_gate.complaints("float32_attention<true>", good) == missing
+    assert cuda_gate.complaints("tf32_attention<true>", good) == ["opcode: no HMMA", *missing[1:]]
     count = products.mix["HMMA"]
     assert f"opcode: {count} HMMA, which is not float32" in cuda_gate.complaints("float32_attention<true>", products)
 

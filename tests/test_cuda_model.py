@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import cubin, cuda_gate, cuda_model, cuda_model_backward
+from bench import cubin, cuda_gate, cuda_model, cuda_model_backward, cuda_model_resident
 
 SASS = """
         /*0000*/                   BAR.SYNC.DEFER_BLOCKING R0, 0x100 ;
@@ -126,3 +126,50 @@ def test_both_launches_make_a_call(gradients, capsys, monkeypatch, tmp_path):
     printed = capsys.readouterr().out
     assert all(printed.count(name) == 1 for name in names) and "queries x" not in printed
     assert len([line for line in printed.splitlines() if line.startswith("bfloat16")]) == 4
+
+
+RESIDENT = """
+        /*0000*/                   HGMMA.64x32x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT ;
+        /*0010*/                   HGMMA.64x32x16.F32.BF16 R40, gdesc[UR8], RZ, !UPT, gsb0 ;
+        /*0020*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0030*/                   MUFU.EX2 R24, R24 ;
+{more}
+        /*0080*/                   HGMMA.64x64x16.F32.BF16 R88, R148, gdesc[UR8].tnspB, R88 ;
+        /*0090*/                   HGMMA.64x16x16.F32.BF16 R120, R148, gdesc[UR8].tnspB, R120 ;
+        /*00a0*/                   HGMMA.64x64x16.F32.BF16 R88, R152, gdesc[UR8].tnspB, R88 ;
+        /*00b0*/                   HGMMA.64x16x16.F32.BF16 R120, R152, gdesc[UR8].tnspB, R120, gsb0 ;
+        /*00c0*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*00d0*/               @P1 BRA 0x0 ;
+        /*00e0*/                   EXIT ;
+"""
+SECOND_SUM = "\n".join(
+    f"        /*{16 * i:04x}*/                   HGMMA.64x{16 if i % 2 else 64}x16.F32.BF16 R9, R1, gdesc[UR8], R9 ;"
+    for i in range(4, 8)
+)
+
+
+@pytest.mark.parametrize("more, by_keys", [("", False), (SECOND_SUM, True)])
+def test_a_step_of_sequences_in_shared_memory(more, by_keys):
+    """Of 80 channels, which are sums of 64 and 16: two products that they are summed by, or one."""
+    sass = RESIDENT.format(more=more)
+    kernel = cubin.Kernel("k", 90, 186, 0, 0, 0, 256, cubin.instructions(sass), sass)
+    (step,) = cuda_model_resident.steps_of(kernel, steps=5)
+    assert (step.passing, step.by_keys, step.exponentials) == (32, by_keys, 8)
+    assert step.products == 2 * 16 + (2 if by_keys else 1) * (2 * 32 + 2 * 8) and step.chain >= step.products
+
+
+BOTH = (False, True)
+
+
+def test_a_tile_of_a_sequence_is_cut_into_steps():
+    def step(passing: int, by_keys: bool) -> cuda_model_resident.Step:
+        return cuda_model_resident.Step(passing, by_keys, *[passing] * 7)
+
+    found = [step(16, True), step(64, False), step(32, True), step(16, False)]
+    taken = {by_keys: [(n, x.passing) for n, x in cuda_model_resident.cut(found, by_keys, 196)] for by_keys in BOTH}
+    assert taken == {False: [(3, 64), (1, 16)], True: [(6, 32), (1, 16)]}
+    kernel = cubin.Kernel("k", 90, 128, 0, 0, 0, 256, cubin.Counter(), "")
+    assert cuda_model_resident.blocks_at_a_time(kernel, 4, True, 196) == 2
+    assert cuda_model_resident.blocks_at_a_time(kernel, 10, True, 196) == 0, "more than a block may have"
+    us, bound, memory = cuda_model_resident.call_us(kernel, found, 4, False, 196)
+    assert bound == "products" and us > 0 and memory == pytest.approx(4 * 2 * 128 * 12 * 196 * 64 / 3e6, rel=1e-6)

@@ -8,11 +8,12 @@ import threading
 import cuda_simulator
 import numpy as np
 import pytest
+import tf32
 import torch
 from cuda_simulator import expect, view
 
 VERBS = ["multiply_add", "transposed", "load_blocks", "load_blocks_transposed", "packed", "unpacked", "exp2", "lane"]
-VERBS += ["lanes where", "fours", "fours at once", "fours too early"]
+VERBS += ["as_tf32", "multiply_add_tf32", "lanes where", "fours", "fours at once", "fours too early"]
 FAULTS = ["none", "no barrier", "no wait", "waits too little", "wrong lane", "barrier in a branch", "verb in a branch"]
 FAULTS += ["returns early", "reads beyond", "misaligned", "shared beyond", "copy beyond", "writes input"]
 FAULTS += ["writes twice", "no warp barrier"]
@@ -57,6 +58,36 @@ def test_multiply_add(dtype):
     for i, place in enumerate(places):
         d[place] = found[:, i].view(np.float32)
     assert np.array_equal(d, (a.float() @ b.float() + c).numpy())
+
+
+def test_rounding_to_tf32():
+    """Of every size, and ties; infinities stay, and NaN."""
+    x = torch.randn(4096) * torch.logspace(-30, 30, 4096)
+    ties = (torch.arange(64, dtype=torch.int32) * 0x1000 + 0x3F800000).view(torch.float32)
+    for part in torch.cat([x, ties, -ties]).split(32):
+        found = one_verb("as_tf32", bits(part)[:, None])[:, 0].view(np.float32)
+        assert np.array_equal(found, tf32.rounded(part).numpy())
+    ends = torch.full((32,), float("inf"))
+    ends[1::2] = float("nan")
+    found = one_verb("as_tf32", bits(ends)[:, None])[:, 0].view(np.float32)
+    assert np.isinf(found[::2]).all() and np.isnan(found[1::2]).all()
+
+
+def test_multiply_add_of_tf32():
+    a, b = torch.randint(-1000, 1001, (16, 8)).float(), torch.randint(-1000, 1001, (8, 8)).float()
+    c = torch.randint(-1000, 1000, (16, 8)).float()
+    of_a = [bits(a)[G + 8 * (i % 2), T + 4 * (i // 2)] for i in range(4)]
+    of_b = [bits(b)[T + 4 * i, G] for i in range(2)]
+    places = [(G + 8 * (i // 2), 2 * T + i % 2) for i in range(4)]
+    words = np.stack([*of_a, *of_b, *(bits(c)[place] for place in places)], 1)
+    found = one_verb("multiply_add_tf32", words)
+    d = np.zeros((16, 8), np.float32)
+    for i, place in enumerate(places):
+        d[place] = found[:, i].view(np.float32)
+    assert np.array_equal(d, (a @ b + c).numpy())
+    words[3, 4] |= 1
+    with expect("multiply_add_tf32 .*an operand that as_tf32 has not rounded"):
+        one_verb("multiply_add_tf32", words)
 
 
 def random_bits(*shape: int) -> np.ndarray:

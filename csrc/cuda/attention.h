@@ -24,6 +24,11 @@ struct AttentionOptions {
     uint32_t keep_from = 0;         // a pair is kept iff its 32 bits are at least this
 };
 
+// No option of the call but a positive scale: kernels for that alone have nothing else compiled in.
+inline bool is_plain(const AttentionOptions& p) {
+    return p.scale > 0.f && p.softcap == 0.f && p.mask == nullptr && p.seed == nullptr && p.cos == nullptr;
+}
+
 // Of the probability that a pair is dropped.
 inline void set_dropout(AttentionOptions& options, double p) {
     const double threshold = std::ceil(p * 4294967296.0);  // 2^32: as many pairs as there are 32-bit words
@@ -50,6 +55,7 @@ struct Tiling {
 struct AttentionParams : AttentionOptions {
     int32_t B = 0, T = 0, S = 0, H = 0;
     int32_t temporal_heads = 0;
+    bool tf32 = false;  // of float32: products by tensor cores, of numbers rounded to the 10 bits that these take
     Grid q, k, v;
     Grid o;                // written by a forward, read by a backward where keeps_output says so
     Grid d_o, dq, dk, dv;  // backward only

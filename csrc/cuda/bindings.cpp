@@ -32,6 +32,15 @@ struct Call : Checks {
         aligned_rows(x, name);
         return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
     }
+
+    // More of either than a kernel is compiled for is refused by the launch.
+    void tile(int64_t packed_warps, int64_t stages) {
+        constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+        STD_TORCH_CHECK(packed_warps >= 0 && packed_warps <= kMost && stages >= 0 && stages <= kMost, kWho,
+                        "packed_warps ", packed_warps, ", stages ", stages);
+        params.tiling.packed_warps = static_cast<int32_t>(packed_warps);
+        params.tiling.stages = static_cast<int32_t>(stages);
+    }
 };
 
 Call call_of(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& lse, const MaybeTensor& mask,
@@ -65,9 +74,11 @@ void check_launch(int error, const AttentionParams& p, const char* direction) {
 
 void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o, const MaybeTensor& lse,
                    const MaybeTensor& mask, const MaybeTensor& seed, const MaybeTensor& cos, const MaybeTensor& sin,
-                   int64_t temporal_heads, double scale, double softcap, double dropout_p) {
+                   int64_t temporal_heads, double scale, double softcap, double dropout_p, bool tf32,
+                   int64_t packed_warps, int64_t stages) {
     Call call = call_of(q, k, v, lse, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p);
-    call.params.o = call.grid(o, "o");
+    call.params.o = call.grid(o, "o"), call.params.tf32 = tf32;
+    call.tile(packed_warps, stages);
     const torch::stable::accelerator::DeviceGuard guard(call.device);
     check_launch(vivit::cuda::launch_forward(call.params, call.current_stream()), call.params, "forward");
 }
@@ -75,9 +86,12 @@ void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
 void attention_bwd(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& o,
                    const MaybeTensor& lse, const Tensor& dq, const Tensor& dk, const Tensor& dv,
                    const MaybeTensor& mask, const MaybeTensor& seed, const MaybeTensor& cos, const MaybeTensor& sin,
-                   int64_t temporal_heads, double scale, double softcap, double dropout_p, const MaybeTensor& o_again) {
+                   int64_t temporal_heads, double scale, double softcap, double dropout_p, bool tf32,
+                   int64_t packed_warps, int64_t stages, const MaybeTensor& o_again) {
     Call call = call_of(q, k, v, lse, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p);
     AttentionParams& p = call.params;
+    p.tf32 = tf32;
+    call.tile(packed_warps, stages);
     const bool reads_output = vivit::cuda::keeps_output(p.T, p.S, p.H, p.temporal_heads, p.dtype);
     STD_TORCH_CHECK(!reads_output || (o.has_value() && p.lse != nullptr), kWho,
                     "the backward of sequences longer than ", kShortTokens, " tokens needs o and lse");
@@ -117,11 +131,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vivit_kernels_native, m) {
     m.def("cuda_keeps_output(int T, int S, int H, int temporal_heads, int element_bytes) -> bool");
     m.def(
         "cuda_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor(a!) o, Tensor(b!)? lse, Tensor? mask, Tensor? seed, "
-        "Tensor? cos, Tensor? sin, int temporal_heads, float scale, float softcap, float dropout_p) -> ()");
+        "Tensor? cos, Tensor? sin, int temporal_heads, float scale, float softcap, float dropout_p, bool tf32=False, "
+        "int packed_warps=0, int stages=0) -> ()");
     m.def(
         "cuda_attention_bwd(Tensor d_o, Tensor q, Tensor k, Tensor v, Tensor? o, Tensor? lse, Tensor(a!) dq, "
         "Tensor(b!) dk, Tensor(c!) dv, Tensor? mask, Tensor? seed, Tensor? cos, Tensor? sin, int temporal_heads, "
-        "float scale, float softcap, float dropout_p, Tensor(d!)? o_again=None) -> ()");
+        "float scale, float softcap, float dropout_p, bool tf32=False, int packed_warps=0, int stages=0, "
+        "Tensor(d!)? o_again=None) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vivit_kernels_native, CompositeExplicitAutograd, m) {

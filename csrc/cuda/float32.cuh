@@ -1,13 +1,13 @@
 // Attention of float32 rows: exact softmax of 8 queries at a time, and a backward that needs neither o nor lse.
 #pragma once
 
-#include "float32_rows.cuh"
+#include "tf32_rows.cuh"
 
 namespace vivit::cuda {
 
 // The same into rows from, ... of x, times factor(row).
-template <bool kBackward, class Factor>
-VIVIT_DEVICE void store_along(const FloatBlock<kBackward>& block, const Grid& x, int32_t s, int32_t from,
+template <bool kBackward, bool kTf32, class Factor>
+VIVIT_DEVICE void store_along(const FloatBlock<kBackward, kTf32>& block, const Grid& x, int32_t s, int32_t from,
                               const float* weights, const float* others, const Factor& factor) {
     const Rows to(x, block.at(s), block.axis, 4);
     along(block, weights, others, [&](int32_t row, int32_t chunk, float (&sum)[4]) {
@@ -19,7 +19,8 @@ VIVIT_DEVICE void store_along(const FloatBlock<kBackward>& block, const Grid& x,
 }
 
 // The gradient of rows from, ... of q or k, turned back where they were turned: through the tile that they came by.
-VIVIT_DEVICE void store_gradient(const FloatBlock<true>& block, const Grid& x, int32_t s, int32_t from,
+template <bool kTf32>
+VIVIT_DEVICE void store_gradient(const FloatBlock<true, kTf32>& block, const Grid& x, int32_t s, int32_t from,
                                  const float* others) {
     const AttentionParams& p = block.p;
     if (p.cos == nullptr) {
@@ -41,8 +42,8 @@ VIVIT_DEVICE void store_gradient(const FloatBlock<true>& block, const Grid& x, i
 // From products of queries from, ... with all keys, and of a backward of do with all v: weights 2^(score - most) that
 // dropout has been at, to be divided by their sum; of a backward dS over the scale. Lane 8 c + r has of row r chunks c,
 // c + 4, ... of keys.
-template <bool kBackward>
-VIVIT_DEVICE void weigh_keys(const FloatBlock<kBackward>& block, int32_t s, int32_t from) {
+template <bool kBackward, bool kTf32>
+VIVIT_DEVICE void weigh_keys(const FloatBlock<kBackward, kTf32>& block, int32_t s, int32_t from) {
     const FloatLayout<kBackward>& layout = block.layout;
     const AttentionParams& p = block.p;
     const int32_t row = from + block.lane % 8, begin = block.lane / 8 * 4;
@@ -77,7 +78,7 @@ VIVIT_DEVICE void weigh_keys(const FloatBlock<kBackward>& block, int32_t s, int3
             if (kBackward) {
                 dp[i] *= keep[i], delta += weight * dp[i];
             } else {
-                x[i] = weight * keep[i];
+                x[i] = block.operand(weight * keep[i]);
             }
         }
         write_four(kBackward ? d_weights + key : products + key, kBackward ? dp : x);
@@ -100,7 +101,7 @@ VIVIT_DEVICE void weigh_keys(const FloatBlock<kBackward>& block, int32_t s, int3
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const float weight = exp2_fast(block.scores.of(x[i]) + b[i] - most) * over;
-            dp[i] = weight * (dp[i] - delta) * block.scores.slope(x[i]);
+            dp[i] = block.operand(weight * (dp[i] - delta) * block.scores.slope(x[i]));
             x[i] = weight;
         }
         write_four(d_weights + key, dp);
@@ -108,14 +109,15 @@ VIVIT_DEVICE void weigh_keys(const FloatBlock<kBackward>& block, int32_t s, int3
         float keep[4] = {1.f, 1.f, 1.f, 1.f};
         if (block.dropout.on) kept(key, keep);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) x[i] *= keep[i];
+        for (int i = 0; i < 4; ++i) x[i] = block.operand(x[i] * keep[i]);
         write_four(products + key, x);
     }
 }
 
 // The same of keys from, ... with all queries, whose statistics are there: probabilities that dropout has been at, and
 // dS over the scale. Sums over channels are those of weigh_keys, in the same order, so that both have the same bits.
-VIVIT_DEVICE void weigh_queries(const FloatBlock<true>& block, int32_t s, int32_t from) {
+template <bool kTf32>
+VIVIT_DEVICE void weigh_queries(const FloatBlock<true, kTf32>& block, int32_t s, int32_t from) {
     const FloatLayout<true>& layout = block.layout;
     const int32_t key = from + block.lane % 8;
     const Sequence at = block.at(s);
@@ -134,16 +136,16 @@ VIVIT_DEVICE void weigh_queries(const FloatBlock<true>& block, int32_t s, int32_
             if (block.dropout.on) {
                 keep = block.dropout.factor(query_number(block.p, at, block.axis, query + i), key);
             }
-            dp[i] = weight * (dp[i] * keep - delta[i]) * block.scores.slope(x[i]);
-            x[i] = weight * keep;
+            dp[i] = block.operand(weight * (dp[i] * keep - delta[i]) * block.scores.slope(x[i]));
+            x[i] = block.operand(weight * keep);
         }
         write_four(products + query, x), write_four(d_weights + query, dp);
     }
 }
 
 // o of the queries from, ...; of a backward their dq, and o once more where o_again is there.
-template <bool kBackward>
-VIVIT_DEVICE void attend(const FloatBlock<kBackward>& block, int32_t s, int32_t from) {
+template <bool kBackward, bool kTf32>
+VIVIT_DEVICE void attend(const FloatBlock<kBackward, kTf32>& block, int32_t s, int32_t from) {
     const AttentionParams& p = block.p;
     block.load_tile(p.q, p.d_o, s, from);
     across(block, block.products(0), block.tile(0), block.others(0, s));
@@ -163,7 +165,8 @@ VIVIT_DEVICE void attend(const FloatBlock<kBackward>& block, int32_t s, int32_t 
 }
 
 // dk and dv of the keys from, ....
-VIVIT_DEVICE void gradients_of_keys(const FloatBlock<true>& block, int32_t s, int32_t from) {
+template <bool kTf32>
+VIVIT_DEVICE void gradients_of_keys(const FloatBlock<true, kTf32>& block, int32_t s, int32_t from) {
     block.load_tile(block.p.k, block.p.v, s, from);
     across(block, block.products(0), block.tile(0), block.others(0, s));
     across(block, block.products(1), block.tile(1), block.others(1, s));
@@ -174,9 +177,9 @@ VIVIT_DEVICE void gradients_of_keys(const FloatBlock<true>& block, int32_t s, in
     store_gradient(block, block.p.dk, s, from, block.others(0, s));
 }
 
-template <bool kBackward>
+template <bool kBackward, bool kTf32>
 VIVIT_DEVICE void float32_block(const AttentionParams& p, const Axis& axis, int64_t number) {
-    const FloatBlock<kBackward> block(p, axis, number);
+    const FloatBlock<kBackward, kTf32> block(p, axis, number);
     const int32_t tiles = block.layout.tiles(), all = block.sequences * tiles, rows = block.layout.rows;
     const int32_t warps = static_cast<int32_t>(blockDim.x) / 32;
     for (int32_t i = static_cast<int32_t>(threadIdx.x); i < block.sequences * rows; i += 32 * warps) {
@@ -193,13 +196,22 @@ VIVIT_DEVICE void float32_block(const AttentionParams& p, const Axis& axis, int6
 }
 
 // Space comes first, as with the kernels of 16 bits.
-template <bool kBackward>
-__global__ void __launch_bounds__(32 * kFloat32Warps) float32_attention(const AttentionParams p) {
+template <bool kBackward, bool kTf32>
+VIVIT_DEVICE void float32_on_its_axis(const AttentionParams& p) {
     int64_t block = blockIdx.x;
     Axis axis = space_axis(p);
     const int64_t over_space = axis.heads > 0 ? FloatLayout<kBackward>(axis.N, p.D).blocks(axis.sequences(p.B)) : 0;
     if (block >= over_space) block -= over_space, axis = time_axis(p);
-    float32_block<kBackward>(p, axis, block);
+    float32_block<kBackward, kTf32>(p, axis, block);
+}
+
+template <bool kBackward>
+__global__ void __launch_bounds__(32 * kFloat32Warps) float32_attention(const AttentionParams p) {
+    float32_on_its_axis<kBackward, false>(p);
+}
+template <bool kBackward>
+__global__ void __launch_bounds__(32 * kFloat32Warps) tf32_attention(const AttentionParams p) {
+    float32_on_its_axis<kBackward, true>(p);
 }
 
 // As many warps as the longer axis has work for and shared memory holds.
@@ -222,7 +234,8 @@ int launch_float32(const AttentionParams& p, void* stream) {
             bytes = layout.bytes(warps) > bytes ? layout.bytes(warps) : bytes;
         });
     }
-    return launch(float32_attention<kBackward>, blocks, 32 * warps, bytes, stream, p);
+    const auto kernel = p.tf32 ? tf32_attention<kBackward> : float32_attention<kBackward>;
+    return launch(kernel, blocks, 32 * warps, bytes, stream, p);
 }
 
 }  // namespace vivit::cuda

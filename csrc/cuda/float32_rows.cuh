@@ -6,6 +6,7 @@
 
 #include "rotary.cuh"
 #include "scores.cuh"
+#include "verbs_tf32.cuh"
 
 namespace vivit::cuda {
 
@@ -47,8 +48,9 @@ struct FloatLayout {
 // and for the gradients of keys also most, its largest score, and delta, the sum of its probabilities times dP.
 enum Statistic : int32_t { kBias, kOver, kMost, kDelta };
 
-// A block: its sequences, what a thread of it does, and where things lie in shared memory.
-template <bool kBackward>
+// A block: its sequences, what a thread of it does, and where things lie in shared memory. kTf32: whose products it
+// takes, those of multiply-adds below or those of tf32_rows.cuh.
+template <bool kBackward, bool kTf32>
 struct FloatBlock {
     const AttentionParams& p;
     const Axis& axis;
@@ -85,6 +87,9 @@ struct FloatBlock {
         return tile(layout.kTiles) + number * kTileRows * layout.score_pitch;
     }
 
+    // A number as products take it.
+    static VIVIT_DEVICE float operand(float x) { return kTf32 ? __uint_as_float(as_tf32(x)) : x; }
+
     // `count` rows of a sequence from row `from` on, on their way to shared memory, zeros beyond its end.
     VIVIT_DEVICE void copy(float* to, const Grid& x, int32_t s, int32_t from, int32_t count, int32_t thread,
                            int32_t threads) const {
@@ -97,8 +102,21 @@ struct FloatBlock {
         }
     }
 
-    // Rows of q or k turned where they lie, once they are there.
+    // Rows rounded where they lie, once they are there.
+    VIVIT_DEVICE void round(float* rows, int32_t count, int32_t thread, int32_t threads) const {
+        const int32_t chunks = p.D / 4;
+        for (int32_t i = thread; i < count * chunks; i += threads) {
+            float *place = rows + i / chunks * layout.pitch + 4 * (i % chunks), x[4];
+            read_four(x, place);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) x[j] = operand(x[j]);
+            write_four(place, x);
+        }
+    }
+
+    // Rows of q or k turned, if they are, and rounded, if they are, where they lie, once they are there.
     VIVIT_DEVICE void turn(float* rows, int32_t s, int32_t from, int32_t count, int32_t thread, int32_t threads) const {
+        if (kTf32 && p.cos == nullptr) return round(rows, count, thread, threads);
         const int32_t half = p.D / 2, fours = half / 4;
         const Sequence sequence = at(s);
         for (int32_t i = thread; i < count * fours; i += threads) {
@@ -110,7 +128,8 @@ struct FloatBlock {
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const float partner = y[j];
-                y[j] = turned(p, angle + j, partner, x[j], 1.f), x[j] = turned(p, angle + j, x[j], partner, -1.f);
+                y[j] = operand(turned(p, angle + j, partner, x[j], 1.f));
+                x[j] = operand(turned(p, angle + j, x[j], partner, -1.f));
             }
             write_four(place, x), write_four(place + half, y);
         }
@@ -126,8 +145,11 @@ struct FloatBlock {
         copies_commit();
         copies_wait<0>();
         block_barrier();
-        if (p.cos == nullptr) return;
-        for (int32_t s = 0; s < sequences; ++s) turn(others(0, s), s, 0, layout.rows, thread, threads);
+        if (!kTf32 && p.cos == nullptr) return;
+        for (int32_t s = 0; s < sequences; ++s) {
+            turn(others(0, s), s, 0, layout.rows, thread, threads);
+            if (kTf32) round(others(1, s), layout.rows, thread, threads);
+        }
         block_barrier();
     }
 
@@ -139,8 +161,9 @@ struct FloatBlock {
         copies_commit();
         copies_wait<0>();
         warp_barrier();
-        if (p.cos == nullptr) return;
+        if (!kTf32 && p.cos == nullptr) return;
         turn(tile(0), s, from, kTileRows, lane, 32);
+        if (kTf32 && kBackward) round(tile(1), kTileRows, lane, 32);
         warp_barrier();
     }
 };
@@ -166,7 +189,7 @@ struct Share {
 // Products of the 8 rows of a tile with all rows of a tensor: to[i][j] = sum over channels of tile[i] others[j]. Of a
 // tile of 4 x 4 the columns lie `groups` apart, so that neighbouring lanes read neighbouring rows.
 template <bool kBackward>
-VIVIT_DEVICE void across(const FloatBlock<kBackward>& block, float* to, const float* tile, const float* others) {
+VIVIT_DEVICE void across(const FloatBlock<kBackward, false>& block, float* to, const float* tile, const float* others) {
     const FloatLayout<kBackward>& layout = block.layout;
     const int32_t groups = layout.rows / 4, items = kTileRows / 4 * groups, chunks = block.p.D / 4;
     const Share mine(items);
@@ -197,7 +220,7 @@ VIVIT_DEVICE void across(const FloatBlock<kBackward>& block, float* to, const fl
 // sink(row, chunk, sums): of a tile's 8 rows, 4 channels at a time, the sum over the other rows of weights[row][other]
 // others[other].
 template <bool kBackward, class Sink>
-VIVIT_DEVICE void along(const FloatBlock<kBackward>& block, const float* weights, const float* others,
+VIVIT_DEVICE void along(const FloatBlock<kBackward, false>& block, const float* weights, const float* others,
                         const Sink& sink) {
     const FloatLayout<kBackward>& layout = block.layout;
     const int32_t items = kTileRows / 4 * (block.p.D / 4);

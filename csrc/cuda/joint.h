@@ -25,11 +25,6 @@ struct JointParams : AttentionOptions {
     float* delta = nullptr;  // backward only, [B, H, N_q]: sum(d_o * o) of each query, written and then read
 };
 
-// No option of the call but a positive scale: kernels for that alone have nothing else compiled in.
-inline bool is_plain(const JointParams& p) {
-    return p.scale > 0.f && p.softcap == 0.f && p.mask == nullptr && p.seed == nullptr && p.cos == nullptr;
-}
-
 // Where gradients of scores cancel, the rounding of o shows in a delta that is taken from it: with few keys, which
 // leave nothing else in the sum, and in few queries, whose errors no others average out. There delta is summed from
 // probabilities that are computed for it, sum(p * d_o v): 2 products more of a call that is short on one side.

@@ -36,13 +36,14 @@ VIVIT_DEVICE void across_both(Pairs<1>& x, const Operand<kSteps>& a, const char*
 }
 
 // The gradient of 16 rows of q or k, that of the rows as they were before they were turned.
+// scratch: the warp's.
 template <class T, int kSteps, bool kPlain>
-VIVIT_DEVICE void store_gradient(const Block<kSteps, true>& block, const Rules<kPlain>& rules, const Grid& x,
-                                 const Sequence& at, int32_t first, const RowSums<kSteps>& sums) {
+VIVIT_DEVICE void store_gradient(float* scratch, const Rules<kPlain>& rules, const Grid& x, const Sequence& at,
+                                 int32_t first, const RowSums<kSteps>& sums) {
     const AttentionParams& p = rules.p;
     const Rows to(x, at, rules.axis);
     if (!kPlain && p.cos != nullptr) {
-        store_turned_rows<T>(p, to, first, rules.axis.N, sums, block.scratch(),
+        store_turned_rows<T>(p, to, first, rules.axis.N, sums, scratch,
                              [&](int32_t row) { return at.token(row, rules.axis, p.S); });
     } else {
         store_rows<T>(p, to, first, rules.axis.N, sums, p.scale, p.scale);
@@ -104,7 +105,7 @@ VIVIT_DEVICE void gradient_of_queries(const Block<kSteps, true>& block, int32_t 
         queries_step<T, kSteps, kPlain, false>(dq, q, d_outputs, keys + key * kBytes, values + key * kBytes, places,
                                                lse, delta, rules, at, first_row, key);
     }
-    store_gradient<T>(block, rules, p.dq, at, first_row, dq);
+    store_gradient<T>(block.scratch(), rules, p.dq, at, first_row, dq);
 }
 
 // Of 16 keys and 8 kBlocks queries: products k q become the weights that dv sums, products v do, if kDk, dS. floats:
@@ -169,7 +170,7 @@ VIVIT_DEVICE void gradients_of_keys(const Block<kSteps, true>& block, int32_t s,
                                                floats + row, rows, places, may, rules, at, row, first_key);
     }
     if (kDv) store_rows<T>(p, Rows(p.dv, at, rules.axis), first_key, rules.axis.N, dv, 1.f, 1.f);
-    if (kDk) store_gradient<T>(block, rules, p.dk, at, first_key, dk);
+    if (kDk) store_gradient<T>(block.scratch(), rules, p.dk, at, first_key, dk);
 }
 
 }  // namespace vivit::cuda

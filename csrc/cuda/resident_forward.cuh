@@ -83,14 +83,12 @@ VIVIT_DEVICE void attend(const Block<kSteps, false>& block, int32_t s, int32_t f
     store_attended<T>(rules.p, rules.axis, Sequence(block.first + s, rules.axis), first_row, sums);
 }
 
-// What is added to the scores of each key.
-template <int kSteps>
-VIVIT_DEVICE void write_bias(const AttentionParams& p, const Axis& axis, const Block<kSteps, false>& block) {
-    const int32_t rows = block.layout.rows;
-    for (int32_t i = block.thread(); i < block.sequences * rows; i += block.threads()) {
-        const int32_t s = i / rows, key = i % rows;
-        const bool may = may_be_attended(p, Sequence(block.first + s, axis), axis, key);
-        block.floats(s)[key] = may ? 0.f : -kInfinity;
+// What is added to the scores of each key, of some sequences of an axis from `first` on, padded to `rows` rows.
+VIVIT_DEVICE void write_bias(const AttentionParams& p, const Axis& axis, int64_t first, int32_t sequences, int32_t rows,
+                             float* bias, int32_t threads) {
+    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < sequences * rows; i += threads) {
+        const bool may = may_be_attended(p, Sequence(first + i / rows, axis), axis, i % rows);
+        bias[i] = may ? 0.f : -kInfinity;
     }
 }
 
@@ -100,7 +98,9 @@ VIVIT_DEVICE void resident_forward(const AttentionParams& p, const Axis& axis, c
         for (int32_t s = 0; s < block.sequences; ++s) {
             block.copy(0, s, p.q, axis, p.D), block.copy(1, s, p.k, axis, p.D), block.copy(2, s, p.v, axis, p.D);
         }
-        if (!kPlain) write_bias(p, axis, block);
+        if (!kPlain) {
+            write_bias(p, axis, block.first, block.sequences, block.layout.rows, block.floats(0), block.threads());
+        }
     };
     const auto work = [&](const Block<kSteps, false>& block) {
         if (!kPlain && p.cos != nullptr) block.template turn<T>(p, axis);

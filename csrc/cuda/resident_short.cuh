@@ -135,7 +135,7 @@ VIVIT_DEVICE void short_gradient_of_queries(const Block<kSteps, true>& block, in
     }
     RowSums<kSteps> dq;
     along_short<T>(dq, x, keys, rows, places.along);
-    store_gradient<T>(block, rules, p.dq, at, first_row, dq);
+    store_gradient<T>(block.scratch(), rules, p.dq, at, first_row, dq);
 }
 
 template <class T, int kSteps, bool kPlain>

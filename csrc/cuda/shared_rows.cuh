@@ -37,20 +37,28 @@ VIVIT_DEVICE void copy_rows(char* to, const Rows& from, int32_t N, int32_t padde
     }
 }
 
-// `count` rows of q or k turned where they lie in shared memory, once all of them are there. token(row): of the clip.
-template <class T, int kSteps, class Token>
-VIVIT_DEVICE void turn_rows(const AttentionOptions& p, char* rows, int32_t count, int32_t thread, int32_t threads,
-                            const Token& token) {
+// `count` rows of q or k turned where they lie in shared memory, once all of them are there. place(row, chunk): where 8
+// channels are; token(row): of the clip.
+template <class T, class Place, class Token>
+VIVIT_DEVICE void turn_rows(const AttentionOptions& p, int32_t count, int32_t thread, int32_t threads,
+                            const Place& place, const Token& token) {
     const int32_t pairs = p.D / 4;  // of two neighbours and their two partners
     for (int32_t i = thread; i < count * pairs; i += threads) {
         const int32_t row = i / pairs, e = i % pairs * 2, far = e + p.D / 2;
-        uint32_t& first = *reinterpret_cast<uint32_t*>(rows + Pitch<kSteps>::place(row, e / 8) + e % 8 * 2);
-        uint32_t& second = *reinterpret_cast<uint32_t*>(rows + Pitch<kSteps>::place(row, far / 8) + far % 8 * 2);
+        uint32_t& first = *reinterpret_cast<uint32_t*>(place(row, e / 8) + e % 8 * 2);
+        uint32_t& second = *reinterpret_cast<uint32_t*>(place(row, far / 8) + far % 8 * 2);
         const float2 x = unpacked<T>(first), y = unpacked<T>(second);
         const int64_t angle = angles_of(p, token(row)) + e;
         first = packed<T>(turned(p, angle, x.x, y.x, -1.f), turned(p, angle + 1, x.y, y.y, -1.f));
         second = packed<T>(turned(p, angle, y.x, x.x, 1.f), turned(p, angle + 1, y.y, x.y, 1.f));
     }
+}
+template <class T, int kSteps, class Token>
+VIVIT_DEVICE void turn_rows(const AttentionOptions& p, char* rows, int32_t count, int32_t thread, int32_t threads,
+                            const Token& token) {
+    turn_rows<T>(
+        p, count, thread, threads, [&](int32_t row, int32_t chunk) { return rows + Pitch<kSteps>::place(row, chunk); },
+        token);
 }
 
 // 16 rows as the left operand of a product over channels: for each 16 channels four blocks.

@@ -87,6 +87,23 @@ struct StreamRules {
     VIVIT_DEVICE bool turns() const { return !kPlain && p.cos != nullptr; }
 };
 
+// step(keys, values, first_key) for every kStep keys that go by in a ring which has begun, in order.
+template <class T, int kSteps, int kStep, int kThreads, bool kPlain, class KeysAndValues, class Step>
+VIVIT_DEVICE void over_keys(const KeysAndValues& ring, const StreamRules<kPlain>& rules, const Step& step) {
+    constexpr int32_t kRowBytes = Pitch<kSteps>::kBytes;
+    const JointParams& p = rules.p;
+    for (int32_t tile = 0; tile < ring.tiles(); ++tile) {
+        ring.next(tile);
+        char *keys = ring.rows(tile, 0), *values = ring.rows(tile, 1);
+        const int32_t first_key = tile * kTileRows;
+        if (rules.turns()) turn_stretch<T, kSteps, kThreads>(p, keys, first_key, p.N_k, kTileRows);
+#pragma unroll 1
+        for (int32_t i = 0; i < kTileRows && first_key + i < p.N_k; i += kStep) {
+            step(keys + i * kRowBytes, values + i * kRowBytes, first_key + i);
+        }
+    }
+}
+
 VIVIT_DEVICE bool may_be_attended(const JointParams& p, const Stretch& at, int32_t key) {
     if (key >= p.N_k) return false;
     return p.mask == nullptr || load_one(p.mask + static_cast<int64_t>(at.b) * p.N_k + key);

@@ -124,24 +124,6 @@ VIVIT_DEVICE void delta_step(float (&delta)[kTiles][2], const Queries<kSteps, kT
     }
 }
 
-// step(keys, values, first_key) for every kStep keys, in order.
-template <class T, int kSteps, int kStep, int kThreads, bool kPlain, class KeysAndValues, class Step>
-VIVIT_DEVICE void over_keys(const KeysAndValues& ring, const StreamRules<kPlain>& rules, const Step& step) {
-    constexpr int32_t kRowBytes = Pitch<kSteps>::kBytes;
-    const JointParams& p = rules.p;
-    ring.begin();
-    for (int32_t tile = 0; tile < ring.tiles(); ++tile) {
-        ring.next(tile);
-        char *keys = ring.rows(tile, 0), *values = ring.rows(tile, 1);
-        const int32_t first_key = tile * kTileRows;
-        if (rules.turns()) turn_stretch<T, kSteps, kThreads>(p, keys, first_key, p.N_k, kTileRows);
-#pragma unroll 1
-        for (int32_t i = 0; i < kTileRows && first_key + i < p.N_k; i += kStep) {
-            step(keys + i * kRowBytes, values + i * kRowBytes, first_key + i);
-        }
-    }
-}
-
 // The queries of a block to its warps, through `memory`. delta(d_outputs, row, query): of one of them, by its four
 // lanes.
 template <class T, int kSteps, int kTiles, bool kPlain, class Delta>
@@ -190,6 +172,7 @@ __global__ void __launch_bounds__(QueriesShape<kSteps>::kThreads) streaming_delt
     Queries<kSteps, kTiles> own;
     load_queries<T>(own, rules, ring.memory, [](const char*, int32_t, int32_t) { return 0.f; });
     const Places<kSteps> places;
+    ring.begin();
     over_keys<T, kSteps, kStep, Shape::kThreads>(
         ring, rules, [&](const char* keys, const char* values, int32_t first_key) {
             delta_step<T, Shape::kGroups>(own.delta, own, keys, values, places, rules, first_row, first_key);
@@ -218,6 +201,7 @@ __global__ void __launch_bounds__(QueriesShape<kSteps>::kThreads) streaming_grad
     });
     const Places<kSteps> places;
     RowSums<kSteps> dq[kTiles];
+    ring.begin();
     over_keys<T, kSteps, kStep, Shape::kThreads>(
         ring, rules, [&](const char* keys, const char* values, int32_t first_key) {
             queries_step<T, Shape::kGroups>(dq, own, keys, values, places, rules, first_row, first_key);

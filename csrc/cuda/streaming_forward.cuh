@@ -90,17 +90,9 @@ __global__ void __launch_bounds__(ForwardShape<kSteps>::kThreads, kSteps <= 4 &&
     const Places<kSteps> places;
     RowSums<kSteps> o[kTiles];
     Softmax sums[kTiles];
-    for (int32_t tile = 0; tile < ring.tiles(); ++tile) {
-        ring.next(tile);
-        char *keys = ring.rows(tile, 0), *values = ring.rows(tile, 1);
-        const int32_t first_key = tile * kTileRows;
-        if (rules.turns()) turn_stretch<T, kSteps, kThreads>(p, keys, first_key, p.N_k, kTileRows);
-#pragma unroll 1
-        for (int32_t i = 0; i < kTileRows && first_key + i < p.N_k; i += kStep) {
-            attend_keys<T, Shape::kGroups>(o, sums, q, keys + i * kRowBytes, values + i * kRowBytes, places, rules,
-                                           first_row, first_key + i);
-        }
-    }
+    over_keys<T, kSteps, kStep, kThreads>(ring, rules, [&](const char* keys, const char* values, int32_t first_key) {
+        attend_keys<T, Shape::kGroups>(o, sums, q, keys, values, places, rules, first_row, first_key);
+    });
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
         store_attended<T>(p, at.rows(p.o), first_row + 16 * i, p.N_q, o[i], sums[i],

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "verbs.cuh"
+#include "verbs_tf32.cuh"
 
 namespace vivit::cuda::examples {
 
@@ -17,6 +18,8 @@ enum class Verb : int32_t {
     kUnpacked,
     kExp2,
     kFromLane,
+    kAsTf32,
+    kMultiplyAddTf32,
     kLanesWhere,
     kFours,         // written, a barrier, read from lane xor mask, a barrier, written again
     kFoursAtOnce,   // the same without the first barrier
@@ -58,6 +61,14 @@ __global__ void one_verb(VerbParams p) {
     } else if (p.verb == Verb::kFromLane) {
         result[0] = __float_as_uint(from_lane_xor(__uint_as_float(word[0]), p.mask));
         result[1] = from_lane_xor(word[1], p.mask);
+    } else if (p.verb == Verb::kAsTf32) {
+        result[0] = as_tf32(__uint_as_float(word[0]));
+    } else if (p.verb == Verb::kMultiplyAddTf32) {
+        float d[4];
+        for (int i = 0; i < 4; ++i) d[i] = __uint_as_float(word[6 + i]);
+        const uint32_t a[4] = {word[0], word[1], word[2], word[3]};
+        multiply_add_tf32(d, a, word[4], word[5]);
+        for (int i = 0; i < 4; ++i) result[i] = __float_as_uint(d[i]);
     }
     if (p.verb == Verb::kLanesWhere) result[0] = lanes_where((word[0] & 1u) != 0);
     if (p.verb >= Verb::kFours) {

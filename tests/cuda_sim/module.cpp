@@ -44,6 +44,7 @@ struct Call {
     double scale, softcap, dropout_p;
     uint64_t schedule_seed;
     int shared_bytes, arch, packed_warps, stages;
+    bool tf32;
 };
 
 AttentionParams params_of(const Call& call, Run& run, bool writes_lse) {
@@ -51,7 +52,7 @@ AttentionParams params_of(const Call& call, Run& run, bool writes_lse) {
     AttentionParams p;
     const auto size = [&](int i) { return static_cast<int32_t>(sizes.at(i)); };
     p.B = size(0), p.T = size(1), p.S = size(2), p.H = size(3), p.D = size(4);
-    p.temporal_heads = call.temporal_heads;
+    p.temporal_heads = call.temporal_heads, p.tf32 = call.tf32;
     p.tiling.packed_warps = call.packed_warps, p.tiling.stages = call.stages;
     p.q = grid(run, "q", call.q), p.k = grid(run, "k", call.k), p.v = grid(run, "v", call.v);
     sim::set_options(p, call, run, writes_lse);
@@ -143,15 +144,31 @@ PYBIND11_MODULE(cuda_sim, m) {
     py::class_<Call>(m, "Call").def(
         py::init([](View q, View k, View v, MaybeView lse, MaybeView mask, MaybeView cos, MaybeView sin, MaybeView seed,
                     int dtype, int temporal_heads, double scale, double softcap, double dropout_p,
-                    uint64_t schedule_seed, int shared_bytes, int arch, int packed_warps, int stages) {
-            return Call{std::move(q),   std::move(k),    std::move(v), std::move(lse), std::move(mask), std::move(cos),
-                        std::move(sin), std::move(seed), dtype,        temporal_heads, scale,           softcap,
-                        dropout_p,      schedule_seed,   shared_bytes, arch,           packed_warps,    stages};
+                    uint64_t schedule_seed, int shared_bytes, int arch, int packed_warps, int stages, bool tf32) {
+            return Call{std::move(q),
+                        std::move(k),
+                        std::move(v),
+                        std::move(lse),
+                        std::move(mask),
+                        std::move(cos),
+                        std::move(sin),
+                        std::move(seed),
+                        dtype,
+                        temporal_heads,
+                        scale,
+                        softcap,
+                        dropout_p,
+                        schedule_seed,
+                        shared_bytes,
+                        arch,
+                        packed_warps,
+                        stages,
+                        tf32};
         }),
         py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("lse"), py::arg("mask"), py::arg("cos"),
         py::arg("sin"), py::arg("seed"), py::arg("dtype"), py::arg("temporal_heads"), py::arg("scale"),
         py::arg("softcap"), py::arg("dropout_p"), py::arg("schedule_seed"), py::arg("shared_bytes"), py::arg("arch"),
-        py::arg("packed_warps") = 0, py::arg("stages") = 0);
+        py::arg("packed_warps") = 0, py::arg("stages") = 0, py::arg("tf32") = false);
     m.def("attention_forward", attention_forward);
     m.def("attention_backward", attention_backward);
     m.def("regime_of", [](int N, int D, int dtype, bool backward, bool rotary, int shared_bytes) {

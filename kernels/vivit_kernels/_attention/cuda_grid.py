@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._triton import precision
 from .options import Options
 
 # csrc/cuda/attention.h and regime_of decide; tests/test_cuda_binding.py holds these copies to a library that has them.
@@ -83,12 +84,16 @@ def flat(options: Options) -> tuple[Tensor | None, ...]:
     return tuple(None if x is None else x.contiguous() for x in (mask, seed, cos, sin))
 
 
-def _scalars(temporal_heads: int, options: Options) -> tuple[int, float, float, float]:
-    return temporal_heads, options.scale, options.softcap, options.dropout_p
+def _scalars(q: Tensor, temporal_heads: int, options: Options) -> tuple[int, float, float, float, bool]:
+    """The last: whether products of float32 are those of tensor cores, as PyTorch's own then are."""
+    return temporal_heads, options.scale, options.softcap, options.dropout_p, precision(q.dtype) == "tf32"
+
+
+Tiling = tuple[int, int]  # packed_warps, stages: `Tiling` of csrc/cuda/attention.h, 0 the launcher's own choice
 
 
 def launch_fwd(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, temporal_heads: int, options: Options, keep: bool
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, temporal_heads: int, options: Options, keep: bool, tiling: Tiling
 ) -> Tensor | None:
     """Writes o, of q's shape `[B, T, S, H, D]`; returns, if `keep`, the lse `[B, H, T * S]` that a backward will ask
     for, if any. Of q, k and v those are copied whose rows do not begin at multiples of 16 bytes."""
@@ -97,12 +102,24 @@ def launch_fwd(
     lse = q.new_empty((B, H, T * S), dtype=torch.float32) if kept else None
     if q.numel():
         given = *map(aligned_rows, (q, k, v)), o, lse, *flat(options)
-        torch.ops.vivit_kernels_native.cuda_attention_fwd(*given, *_scalars(temporal_heads, options))
+        torch.ops.vivit_kernels_native.cuda_attention_fwd(*given, *_scalars(q, temporal_heads, options), *tiling)
     return lse
 
 
 def launch_bwd(
-    do, q, k, v, o, lse, dq, dk, dv, temporal_heads: int, options: Options, o_again: Tensor | None = None
+    do,
+    q,
+    k,
+    v,
+    o,
+    lse,
+    dq,
+    dk,
+    dv,
+    temporal_heads: int,
+    options: Options,
+    tiling: Tiling,
+    o_again: Tensor | None = None,
 ) -> None:
     """Writes dq, dk, dv, each once; o and lse are the forward's, None where it keeps none. Copies as the
     forward does, and do likewise.
@@ -118,4 +135,6 @@ def launch_bwd(
         )
     if q.numel():
         given = *map(aligned_rows, (do, q, k, v)), o, lse, dq, dk, dv, *flat(options)
-        torch.ops.vivit_kernels_native.cuda_attention_bwd(*given, *_scalars(temporal_heads, options), o_again)
+        torch.ops.vivit_kernels_native.cuda_attention_bwd(
+            *given, *_scalars(q, temporal_heads, options), *tiling, o_again
+        )

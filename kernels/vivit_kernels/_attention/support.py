@@ -26,8 +26,8 @@ def cpu_attention_refusals(call: Call) -> list[Refusal]:
 
 
 def cuda_attention_refusals(call: Call) -> list[Refusal]:
-    """The native library's CUDA kernels: 16 bits, and float32 without tf32; head sizes 16 to 160 in steps of 8, every
-    option, and sequences as long as shared memory holds: those of the backward where one follows."""
+    """The native library's CUDA kernels: 16 bits, and float32, by tf32 where PyTorch allows it; head sizes 16 to 160 in
+    steps of 8, every option, and sequences as long as shared memory holds: those of the backward where one follows."""
     found = _native.cuda_refusals(call) + _head_size_refusals(call)
     return found or _length_refusals(call)
 

@@ -1,5 +1,6 @@
 """Backend `cuda` of factorized_attention: the launchers; the kernels are those of the token grid (csrc/cuda). bfloat16
-and float16 by tensor cores, float32 by plain multiply-adds: tf32 is never used, whatever PyTorch allows."""
+and float16 by tensor cores; float32 by plain multiply-adds, or where torch.backends.cuda.matmul.allow_tf32 is set by
+tensor cores, of numbers rounded to ten bits: as PyTorch's own products. A backward goes by the setting when it runs."""
 
 from __future__ import annotations
 
@@ -7,6 +8,12 @@ from torch import Tensor
 
 from .._attention import cuda_grid
 from .._attention.options import Options
+from . import cuda_tiles
+
+
+def _tiling(direction: str) -> cuda_grid.Tiling:
+    tile = cuda_tiles.current(direction)
+    return tile.packed_warps, tile.stages
 
 
 def launch_fwd(q: Tensor, k: Tensor, v: Tensor, temporal_heads: int, options: Options, keep: bool = False):
@@ -14,7 +21,7 @@ def launch_fwd(q: Tensor, k: Tensor, v: Tensor, temporal_heads: int, options: Op
 
     One launch. A tensor whose rows do not begin at multiples of 16 bytes is copied first."""
     o = q.new_empty(q.shape)
-    return o, cuda_grid.launch_fwd(q, k, v, o, temporal_heads, options, keep)
+    return o, cuda_grid.launch_fwd(q, k, v, o, temporal_heads, options, keep, _tiling("forward"))
 
 
 def launch_bwd(
@@ -22,4 +29,4 @@ def launch_bwd(
 ) -> None:
     """Writes dq, dk, dv, each once, in one launch; copies as the forward does. o_again: memory in which a backward that
     reads no o, of sequences of up to 64 tokens or of float32, recomputes it; ValueError of others."""
-    cuda_grid.launch_bwd(do, q, k, v, o, lse, dq, dk, dv, temporal_heads, options, o_again)
+    cuda_grid.launch_bwd(do, q, k, v, o, lse, dq, dk, dv, temporal_heads, options, _tiling("backward"), o_again)

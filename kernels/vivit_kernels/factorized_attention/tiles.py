@@ -1,7 +1,6 @@
 """Tiles of the Triton kernels of factorized_attention; their reasons stand in _attention/triton_tiles.py.
 
-What backend `cuda` has instead, heads of a block and stages of copies, its launcher computes: csrc/cuda/tiles.cuh has
-the figures, and tests force others."""
+What backend `cuda` has instead, heads of a block and stages of copies, is in cuda_tiles.py."""
 
 from __future__ import annotations
 

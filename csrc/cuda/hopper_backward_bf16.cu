@@ -1,0 +1,3 @@
+#include "hopper_launch.cuh"
+
+template int vivit::cuda::launch_hopper<vivit::cuda::BFloat16, true>(const vivit::cuda::AttentionParams&, void*);
