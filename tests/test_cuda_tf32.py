@@ -57,4 +57,4 @@ def test_tf32_is_not_float32():
         cuda_simulator.forward(*tensors, tenbit, temporal_heads=0, tf32=True)
         exact = spatial_attention(*(x.double() for x in tensors))
         assert torch.equal(plain, tenbit) == same
-        assert same or 30 * (plain - exact).abs().max() < (tenbit - exact).abs().max() < 4e-3
+        assert same or 30 * (plain - exact).abs().max() < (tenbit - exact).abs().max()

@@ -84,7 +84,7 @@ VIVIT_DEVICE void along(const FloatBlock<kBackward, true>& block, const float* w
                 multiply_add_tf32(sum[j], a, x[0], x[1]);
             }
         };
-#pragma unroll 4
+#pragma unroll 1  // two steps at a time do not fit registers (sm_80)
         for (int32_t other = 0; other + 8 <= rows; other += 8) step(other + 2 * t, true);
         if (rows % 8 != 0) step(rows - 4 + 2 * (t % 2), t < 2);  // rows are a multiple of 4
         if (first + g >= chunks) continue;
