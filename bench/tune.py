@@ -271,7 +271,7 @@ def _parser(on: torch.device) -> argparse.ArgumentParser:
     parser.add_argument("--case", nargs="+", default=[], help="names or patterns; the headline cases without")
     parser.add_argument("--dtype", nargs="+", default=_DTYPES[on.type], choices=["float16", "bfloat16", "float32"])
     parser.add_argument("--direction", nargs="+", default=_DIRECTIONS, choices=_DIRECTIONS)
-    parser.add_argument("--backend", nargs="+", default=[], help="all that have tiles without")
+    parser.add_argument("--backend", nargs="+", default=[], help="all that have tiles without; cuda on a GPU")
     parser.add_argument("--seconds", type=float, default=60.0, help="of timing; checks and first calls come on top")
     return parser
 
@@ -291,7 +291,9 @@ def main(argv: list[str]) -> int:
     if not found:
         print(f"bench tune: {args.op} has no tiles.py, so nothing to tune: its torch backend has no sizes to choose")
         return 0
-    chosen = [entry for entry in found if not args.backend or entry[0] in args.backend]
+    # CUDA C++ runs on no CPU, to be tried there only where it is asked for: then it says so
+    wanted = args.backend or [backend for backend, _ in found if backend != "cuda" or on.type == "cuda"]
+    chosen = [entry for entry in found if entry[0] in wanted]
     if not chosen:
         names = ", ".join(backend for backend, _ in found)
         print(

@@ -223,6 +223,11 @@ def test_a_new_tiles_file_takes_part(planted, capsys):
     assert "choose(on_cpu=True)" in out  # the torch backend's, beside it
 
 
+def test_cuda_on_a_cpu_says_why_it_does_not_run(capsys):
+    assert tune.main(["temporal", "--case", "small.b2", "--backend", "cuda", "--direction", "forward"]) == 1
+    assert "backend cuda" in (out := capsys.readouterr().out) and "  missing: " in out
+
+
 # ---- the decision ----
 
 
