@@ -35,15 +35,19 @@ EVERY_RUN = {"N": [1, 15, 17, 64, 65, 129], "N_k": ["same", "same", 1, 33, 150],
 CROSSES = [["D", "extra", "mask"], ["N", "N_k"], ["D", "layout", "schedule"]]
 
 
+def room_to_turn(q, options):
+    """As the launchers make it."""
+    turns = options["cos"] is not None and options["arch"] == 90
+    return torch.full((2, *q.shape), math.nan, dtype=q.dtype) if turns else None
+
+
 class Simulated(torch.autograd.Function):
     """As the launchers of a GPU call it."""
 
     @staticmethod
     def forward(ctx, q, k, v, packed, options):
         o, lse = poisoned(q), torch.full((q.shape[0], q.shape[2], q.shape[1]), math.nan)
-        turns = options["cos"] is not None and options["arch"] == 90  # as launch_fwd makes room
-        turned = torch.full((2, *q.shape), math.nan, dtype=q.dtype) if turns else None
-        cuda_simulator.joint_forward(q, k, v, o, lse, turned=turned, **options)
+        cuda_simulator.joint_forward(q, k, v, o, lse, turned=room_to_turn(q, options), **options)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.call = packed, options
         return o
@@ -54,7 +58,8 @@ class Simulated(torch.autograd.Function):
         packed, options = ctx.call
         gradients = poisoned(torch.stack([q, k, v], 2)).unbind(2) if packed else [poisoned(x) for x in (q, k, v)]
         delta, do = torch.full_like(lse, math.nan), grads[0].contiguous()
-        cuda_simulator.joint_backward(do, q, k, v, o, lse, delta, *gradients, **options)
+        turned = room_to_turn(q, options)
+        cuda_simulator.joint_backward(do, q, k, v, o, lse, delta, *gradients, turned=turned, **options)
         return *gradients, None, None
 
 

@@ -21,7 +21,7 @@ struct JointParams : AttentionOptions {
     Tokens q, k, v;
     Tokens o;                // written by a forward, read by a backward
     Tokens d_o, dq, dk, dv;  // backward only
-    void* turned = nullptr;  // forward only, [2, B, N_q, H, D] or none: written with q and k turned, if it helps
+    void* turned = nullptr;  // [2, B, N_q, H, D] or none: written with q and k turned, if it helps
     float* delta = nullptr;  // backward only, [B, H, N_q]: sum(d_o * o) of each query, written and then read
 };
 

@@ -1,4 +1,5 @@
-// Joint attention's backward for Hopper: the kernels. Read joint_hopper_backward_schedule.cuh first.
+// Joint attention's backward for Hopper: the kernels. Read them in the order in which the files include each
+// other: joint_hopper_backward_schedule.cuh, copy, multiply, scores.
 //
 // A tile of 64 rows that pass by, as a warpgroup goes through it. Products run on their own from `start` to `wait`, one
 // after the other, and beside them what stands in the next line:
@@ -14,78 +15,27 @@
 // leave its registers, and nothing is transposed.
 #pragma once
 
-#include "joint_hopper_backward_copy.cuh"
+#include "joint_hopper_backward_scores.cuh"
 
 namespace vivit::cuda {
 
-constexpr int kTileBlocks = kPassingRows / 8, kTileSteps = kPassingRows / 16;
-
-using BackwardTile = float[kTileBlocks][4];   // [64 kept rows, 64 that pass], and [64 kept rows, 64 channels]
-using RoundedTile = uint32_t[kTileSteps][4];  // the same as a left operand
-
-// x = a rows^T over 64 channels, 16 at a step: 32 bytes further in each row, in a descriptor 2.
-template <class T>
-VIVIT_DEVICE void start_across(BackwardTile& x, const Operand<4>& a, const char* rows) {
-    const uint64_t b = descriptor(rows);
-#pragma unroll
-    for (int s = 0; s < 4; ++s) group_across_step<T, kPassingRows>(x, a.of[s], b + 2 * s, s > 0);
-    group_commit();
-}
-
-// sums += a rows, 16 rows at a step.
-template <class T>
-VIVIT_DEVICE void start_along(RowSums<4>& sums, const RoundedTile& a, const char* rows) {
-    const uint64_t b = descriptor(rows);
-#pragma unroll
-    for (int j = 0; j < kTileSteps; ++j) group_along<T>(sums.of, a[j], b + j * (16 * kHeadBytes >> 4));
-    group_commit();
-}
-
-template <class T>
-VIVIT_DEVICE void round_tile(RoundedTile& a, const BackwardTile& x) {
-#pragma unroll
-    for (int j = 0; j < kTileSteps; ++j) as_operand<T>(a[j], x[2 * j], x[2 * j + 1]);
-}
-
-// What a warpgroup needs wherever it is.
-struct BackwardGroup {
-    const JointHopperBackward& call;
-    const BackwardMemory& memory;
-    int32_t rows;  // the warp's first among the kept ones
-    float unit;
-
-    VIVIT_DEVICE BackwardGroup(const JointHopperBackward& of, const BackwardMemory& shared)
-        : call(of),
-          memory(shared),
-          rows(static_cast<int32_t>(threadIdx.x) / 32 * 16 - kHalfRows),
-          unit(of.p.scale * kLog2E) {}
-
-    // The warp's rows of a kept tensor.
-    VIVIT_DEVICE Operand<4> kept(int32_t tensor) const { return Operand<4>(memory.kept(tensor) + rows * kHeadBytes); }
-    // All lanes have read what they need of the kept rows: the next piece's may come.
-    VIVIT_DEVICE void has_kept() const {
-        warp_barrier();
-        release(memory.kept_empty);
-    }
-    VIVIT_DEVICE const char* passing(const BackwardRing& at, int32_t tensor) const {
-        return memory.passing(at.stage, tensor);
-    }
-    VIVIT_DEVICE void wait(const BackwardRing& at) const { phase_wait(memory.full + at.stage, at.parity); }
-    VIVIT_DEVICE void done(const BackwardRing& at) const { release(memory.empty + at.stage); }
-};
-
 // ---- by queries: dq, delta ----
 
-template <class T>
+template <class T, class Variant>
 struct QueriesOfGroup {
-    const BackwardGroup& group;
-    Operand<4> q, d_o;
-    float lse[2], delta[2];  // of rows g and g + 8
-    RowSums<4> dq;
-    RoundedTile ds = {};
+    using Ring = typename BackwardGroup<Variant>::Ring;
+    static constexpr int kSteps = Variant::kSteps, kPassing = Variant::kPassing, kNumbers = kPassing / 2;
 
-    VIVIT_DEVICE QueriesOfGroup(const BackwardGroup& mine, const JointPlace& at)
-        : group(mine), q(mine.kept(0)), d_o(mine.kept(1)) {
+    const BackwardGroup<Variant>& group;
+    const JointPlace& at;
+    KeptRows<Variant, 0> q;
+    KeptRows<Variant, 1> d_o;
+    float lse[2], delta[2];  // of rows g and g + 8
+    RowSums<kSteps> dq;
+    RoundedTile<Variant> ds = {};
+
+    VIVIT_DEVICE QueriesOfGroup(const BackwardGroup<Variant>& mine, const JointPlace& place)
+        : group(mine), at(place), q(mine.memory.kept(0), mine.rows), d_o(mine.memory.kept(1), mine.rows) {
         const JointParams& p = group.call.p;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -93,152 +43,262 @@ struct QueriesOfGroup {
             const bool there = query < p.N_q;
             const int64_t number = at.query_number(p, query);
             lse[r] = there ? load_one(p.lse + number) : kInfinity;
-            delta[r] = delta_of_row<T, 4>(at.rows(p.o).row(query), there, group.memory.kept(1), row, p.D);
+            delta[r] =
+                delta_of_kept_row<T, kSteps>(at.rows(p.o).row(query), there, group.memory.kept(1), row, p.D);
             if (there && lane_number() % 4 == 0) store_one(p.delta + number, delta[r]);
         }
     }
 
-    // kWhole: of the tile's keys all are there, else `keys`. last: the tile before, unless this is the first.
-    template <bool kWhole>
-    VIVIT_DEVICE void step(const BackwardRing& at, const BackwardRing& last, bool first, int32_t keys) {
-        BackwardTile x, dp;
-        group.wait(at);
+    VIVIT_DEVICE void start(BackwardTile<Variant>& x, BackwardTile<Variant>& dp, const Ring& stage) const {
+        group.wait(stage);
         group_begin();
-        start_across<T>(x, q, group.passing(at, 0));
-        start_across<T>(dp, d_o, group.passing(at, 1));
+        start_across<T>(x, q, group.passing(stage, 0));
+        group_commit();
+        start_across<T>(dp, d_o, group.passing(stage, 1));
+        group_commit();
+    }
+    // Scores are there; outputs' share, and dq of the tile before.
+    VIVIT_DEVICE void wait_for_scores(BackwardTile<Variant>& x, const Ring& last, bool first) {
         group_wait<1>();
         group_settle(x), group_settle(ds), group_settle(dq.of);
         if (!first) group.done(last);
+    }
+    // Probabilities x (times slopes) and gradients dp of the weights become dq.
+    VIVIT_DEVICE void add(BackwardTile<Variant>& x, const BackwardTile<Variant>& dp, const Ring& stage) {
+#pragma unroll
+        for (int i = 0; i < kNumbers; ++i) product(x, i) *= dp[i / 4][i % 4] - delta[i % 4 / 2];
+        round_weights<T>(ds, x);
+        group_settle(ds), group_settle(dq.of);
+        group_begin();
+        start_along<T>(dq.of, ds, group.passing(stage, 0));
+        group_commit();
+    }
+
+    // A plain call. kWhole: of the tile's keys all are there, else `keys`. last: the tile before, unless this is the
+    // first.
+    template <bool kWhole>
+    VIVIT_DEVICE void step(const Ring& stage, const Ring& last, bool first, int32_t keys) {
+        BackwardTile<Variant> x, dp;
+        start(x, dp, stage);
+        wait_for_scores(x, last, first);
         uint32_t signs = 0;
 #pragma unroll
-        for (int i = 0; i < 4 * kTileBlocks; ++i) {
+        for (int i = 0; i < kNumbers; ++i) {
             float& y = product(x, i);
             y = exp2_fast(y * group.unit - lse[i % 4 / 2]);
             signs |= __float_as_uint(y);
         }
         if (!kWhole) {  // of keys that are not there k is 0, and 2^-lse any number
 #pragma unroll
-            for (int i = 0; i < 4 * kTileBlocks; ++i) product(x, i) = column_of(i) < keys ? product(x, i) : 0.f;
+            for (int i = 0; i < kNumbers; ++i) product(x, i) = column_of(i) < keys ? product(x, i) : 0.f;
         }
         compute_first(__uint_as_float(signs));
         group_wait<0>();
         group_settle(dp), group_settle(x);
-#pragma unroll
-        for (int i = 0; i < 4 * kTileBlocks; ++i) product(x, i) *= product(dp, i) - delta[i % 4 / 2];
-        round_tile<T>(ds, x);
-        group_settle(ds), group_settle(dq.of);
-        group_begin();
-        start_along<T>(dq, ds, group.passing(at, 0));
+        add(x, dp, stage);
     }
 
-    VIVIT_DEVICE void end(const BackwardRing& last, bool any) {
+    // A call with options, keys first_key, ...
+    VIVIT_DEVICE void step_with_options(const Ring& stage, const Ring& last, bool first, int32_t first_key) {
+        const JointParams& p = group.call.p;
+        const Dropout& dropout = group.dropout;
+        const Scores<false> scores(p);
+        BackwardTile<Variant> x, dp;
+        start(x, dp, stage);
+        MayBeAttended<kPassing> may;
+        may.look(p.mask, p.N_k, at.b, first_key);
+        const int64_t row = at.query_number(p, at.first + group.rows + lane_number() / 4);
+        const uint32_t kept = dropout.on ? kept_queries_first<kPassing / 8>(dropout, row, first_key) : 0;
+        wait_for_scores(x, last, first);
+        if (scores.cap == 0.f) {
+            slope_queries_first<false>(x, scores, lse);
+        } else {
+            slope_queries_first<true>(x, scores, lse);
+        }
+        may.hide_others(x, 0.f);
+        uint32_t signs = 0;
+#pragma unroll
+        for (int i = 0; i < kNumbers; ++i) signs |= __float_as_uint(product(x, i));
+        compute_first(__uint_as_float(signs));
+        group_wait<0>();
+        group_settle(dp), group_settle(x);
+        if (dropout.on) drop_gradients(dp, dropout, kept, [](int i) { return i; });
+        add(x, dp, stage);
+    }
+
+    VIVIT_DEVICE void end(const Ring& last, bool any) {
         group_wait<0>();
         group_settle(ds), group_settle(dq.of);
         if (any) group.done(last);
     }
 };
 
-template <class T>
-VIVIT_DEVICE void compute_gradient_of_queries(const JointHopperBackward& call, const BackwardMemory& memory) {
-    const BackwardGroup group(call, memory);
-    const int32_t whole = call.N_passing / kPassingRows, left = call.N_passing % kPassingRows;
-    BackwardRing ring, last;
+template <class T, class Variant>
+VIVIT_DEVICE void compute_gradient_of_queries(const JointHopperBackward& call, const BackwardMemory<Variant>& memory) {
+    constexpr int32_t kPassing = Variant::kPassing;
+    const BackwardGroup<Variant> group(call, memory);
+    // A plain call has its last tile on its own, unless it is whole.
+    const int32_t tiles = Variant::kPlain ? call.N_passing / kPassing : passing_tiles<Variant>(call);
+    const int32_t left = Variant::kPlain ? call.N_passing % kPassing : 0;
+    typename BackwardGroup<Variant>::Ring ring, last;
     uint32_t parity = 0;  // of the phase in which this piece's queries come
     for (uint32_t number = blockIdx.x; number < call.pieces; number += gridDim.x, parity ^= 1) {
         const JointPlace at(call.p, number, call.N_kept, kKeptRows);
         phase_wait(memory.kept_full, parity);
-        QueriesOfGroup<T> queries(group, at);
-        group.has_kept();
+        QueriesOfGroup<T, Variant> queries(group, at);
+        group.loaded_kept();
 #pragma unroll 1
-        for (int32_t tile = 0; tile < whole; ++tile) {
-            queries.template step<true>(ring, last, tile == 0, kPassingRows);
+        for (int32_t tile = 0; tile < tiles; ++tile) {
+            if constexpr (Variant::kPlain) {
+                queries.template step<true>(ring, last, tile == 0, kPassing);
+            } else {
+                queries.step_with_options(ring, last, tile == 0, tile * kPassing);
+            }
             last = ring;
             ring.advance();
         }
-        queries.end(last, whole > 0);
+        queries.end(last, tiles > 0);
         if (left > 0) {  // on its own: a product that runs from one way into another is waited for at once (nvcc 13.0)
             queries.template step<false>(ring, last, true, left);
             queries.end(ring, true);
             ring.advance();
         }
-        store_rows<T>(call.p, at.rows(call.p.dq), at.first + group.rows, call.p.N_q, queries.dq, call.p.scale,
-                      call.p.scale);
+        group.multiplied_kept();
+        store_kept_gradient<T>(group, at.rows(call.p.dq), at.first + group.rows, call.p.N_q, queries.dq);
     }
 }
 
 // ---- by keys: dk, dv ----
 
-template <class T>
+template <class T, class Variant>
 struct KeysOfGroup {
-    const BackwardGroup& group;
-    Operand<4> k, v;
-    RowSums<4> dk, dv;
-    RoundedTile weights = {}, ds = {};
+    using Ring = typename BackwardGroup<Variant>::Ring;
+    static constexpr int kSteps = Variant::kSteps, kPassing = Variant::kPassing, kBlocks = kPassing / 8;
 
-    VIVIT_DEVICE explicit KeysOfGroup(const BackwardGroup& mine) : group(mine), k(mine.kept(0)), v(mine.kept(1)) {}
+    const BackwardGroup<Variant>& group;
+    const JointPlace& at;
+    KeptRows<Variant, 0> k;
+    KeptRows<Variant, 1> v;
+    RowSums<kSteps> dk, dv;
+    RoundedTile<Variant> weights = {}, ds = {};
 
-    VIVIT_DEVICE void step(const BackwardRing& at, const BackwardRing& last, bool first) {
-        BackwardTile x, dp;
-        group.wait(at);
+    VIVIT_DEVICE KeysOfGroup(const BackwardGroup<Variant>& mine, const JointPlace& place)
+        : group(mine), at(place), k(mine.memory.kept(0), mine.rows), v(mine.memory.kept(1), mine.rows) {}
+
+    VIVIT_DEVICE const Statistic* two_of(const Ring& stage) const {
+        return group.memory.statistics + stage.stage * kPassing + 2 * (lane_number() % 4);
+    }
+
+    // first_query: of the tile.
+    VIVIT_DEVICE void step(const Ring& stage, const Ring& last, bool first, int32_t first_query) {
+        BackwardTile<Variant> x, dp;
+        group.wait(stage);
         group_begin();
-        start_across<T>(x, k, group.passing(at, 0));
-        start_across<T>(dp, v, group.passing(at, 1));
+        start_across<T>(x, k, group.passing(stage, 0));
+        group_commit();
+        start_across<T>(dp, v, group.passing(stage, 1));
+        group_commit();
+        uint32_t kept = ~0u;
+        if constexpr (!Variant::kPlain) {
+            const JointParams& p = group.call.p;
+            if (group.dropout.on) {
+                kept = kept_keys_first<kBlocks>(group.dropout, at.query_number(p, first_query), at.first + group.rows);
+            }
+        }
         group_wait<1>();
         group_settle(x), group_settle(weights), group_settle(ds), group_settle(dk.of), group_settle(dv.of);
         if (!first) group.done(last);
-        float delta[kTileBlocks][2];
-        const Statistic* two = group.memory.statistics + at.stage * kPassingRows + 2 * (lane_number() % 4);
+        float delta[kBlocks][2];
+        weigh(x, delta, two_of(stage), kept);
+        warp_barrier();  // all lanes have read statistics before one says in the next step that the stage may go
+        group_settle(weights), group_settle(dv.of);
+        group_begin();
+        start_along<T>(dv.of, weights, group.passing(stage, 1));
+        group_commit();
+        group_wait<1>();
+        group_settle(dp), group_settle(x);
+        if constexpr (!Variant::kPlain) {
+            if (group.dropout.on) drop_gradients(dp, group.dropout, kept, [](int i) { return kept_place(i); });
+        }
 #pragma unroll
-        for (int n = 0; n < kTileBlocks; ++n) {
+        for (int i = 0; i < 4 * kBlocks; ++i) product(x, i) *= product(dp, i) - delta[i / 4][i % 2];
+        round_weights<T>(ds, x);
+        group_settle(ds), group_settle(dk.of);
+        group_begin();
+        start_along<T>(dk.of, ds, group.passing(stage, 0));
+        group_commit();
+    }
+
+    // Products become probabilities (with options times slopes) and, rounded, weights; delta: of the lane's columns.
+    VIVIT_DEVICE void weigh(BackwardTile<Variant>& x, float (&delta)[kBlocks][2], const Statistic* two, uint32_t kept) {
+        if constexpr (!Variant::kPlain) {
+            const Scores<false> scores(group.call.p);
+            if (scores.cap == 0.f) {
+                slope_keys_first<T, false>(weights, x, scores, two, kept);
+            } else {
+                slope_keys_first<T, true>(weights, x, scores, two, kept);
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < kBlocks; ++n) {
             float of[4];  // lse and delta of the lane's two columns
             read_four(of, &two[8 * n].lse);
             delta[n][0] = of[1], delta[n][1] = of[3];
+            if constexpr (Variant::kPlain) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) x[n][i] = exp2_fast(x[n][i] * group.unit - of[i % 2 * 2]);
+                for (int i = 0; i < 4; ++i) x[n][i] = exp2_fast(x[n][i] * group.unit - of[i % 2 * 2]);
+            }
         }
-        warp_barrier();  // all lanes have read statistics before one says in the next step that the stage may go
-        round_tile<T>(weights, x);
-        group_settle(weights), group_settle(dv.of);
-        group_begin();
-        start_along<T>(dv, weights, group.passing(at, 1));
-        group_wait<1>();
-        group_settle(dp), group_settle(x);
-#pragma unroll
-        for (int i = 0; i < 4 * kTileBlocks; ++i) product(x, i) *= product(dp, i) - delta[i / 4][i % 2];
-        round_tile<T>(ds, x);
-        group_settle(ds), group_settle(dk.of);
-        group_begin();
-        start_along<T>(dk, ds, group.passing(at, 0));
+        if constexpr (Variant::kPlain) round_weights<T>(weights, x);
     }
 
-    VIVIT_DEVICE void end(const BackwardRing& last) {
+    VIVIT_DEVICE void end(const Ring& last) {
         group_wait<0>();
         group_settle(weights), group_settle(ds), group_settle(dk.of), group_settle(dv.of);
         group.done(last);
     }
+
+    // Nothing comes of keys that may not be attended: what is in their rows is of no other key.
+    VIVIT_DEVICE void forget_hidden_keys() {
+        const JointParams& p = group.call.p;
+        if (p.mask == nullptr) return;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int32_t key = at.first + group.rows + 8 * r + lane_number() / 4;
+            if (key < p.N_k && load_one(p.mask + static_cast<int64_t>(at.b) * p.N_k + key)) continue;
+#pragma unroll
+            for (int i = 0; i < 4 * kSteps; ++i) {
+                dk.of[i / 2][2 * r + i % 2] = 0.f;
+                dv.of[i / 2][2 * r + i % 2] = 0.f;
+            }
+        }
+    }
 };
 
-template <class T>
-VIVIT_DEVICE void compute_gradients_of_keys(const JointHopperBackward& call, const BackwardMemory& memory) {
-    const BackwardGroup group(call, memory);
-    const int32_t tiles = passing_tiles(call);
-    BackwardRing ring, last;
+template <class T, class Variant>
+VIVIT_DEVICE void compute_gradients_of_keys(const JointHopperBackward& call, const BackwardMemory<Variant>& memory) {
+    const BackwardGroup<Variant> group(call, memory);
+    const int32_t tiles = passing_tiles<Variant>(call);
+    typename BackwardGroup<Variant>::Ring ring, last;
     uint32_t parity = 0;
     for (uint32_t number = blockIdx.x; number < call.pieces; number += gridDim.x, parity ^= 1) {
         const JointPlace at(call.p, number, call.N_kept, kKeptRows);
         phase_wait(memory.kept_full, parity);
-        KeysOfGroup<T> keys(group);
-        group.has_kept();
+        KeysOfGroup<T, Variant> keys(group, at);
+        group.loaded_kept();
 #pragma unroll 1
         for (int32_t tile = 0; tile < tiles; ++tile) {
-            keys.step(ring, last, tile == 0);
+            keys.step(ring, last, tile == 0, tile * Variant::kPassing);
             last = ring;
             ring.advance();
         }
         keys.end(last);
+        group.multiplied_kept();
+        if constexpr (!Variant::kPlain) keys.forget_hidden_keys();
         const int32_t first_key = at.first + group.rows;
-        store_rows<T>(call.p, at.rows(call.p.dv), first_key, call.p.N_k, keys.dv, 1.f, 1.f);
-        store_rows<T>(call.p, at.rows(call.p.dk), first_key, call.p.N_k, keys.dk, call.p.scale, call.p.scale);
+        const float kept = Variant::kPlain || !group.dropout.on ? 1.f : group.dropout.keep_scale;
+        store_rows<T>(call.p, at.rows(call.p.dv), first_key, call.p.N_k, keys.dv, kept, kept);
+        store_kept_gradient<T>(group, at.rows(call.p.dk), first_key, call.p.N_k, keys.dk);
     }
 }
 
@@ -247,11 +307,11 @@ VIVIT_DEVICE void compute_gradients_of_keys(const JointHopperBackward& call, con
 // A launch gives each thread 168 registers; what the first warpgroup gives back is for the two that compute.
 constexpr int kFewRegisters = 40, kManyRegisters = 232;
 
-template <class T>
+template <class T, class Variant>
 __global__ void __launch_bounds__(kBackwardThreads, 1)
     pipelined_joint_gradient_of_queries(const __grid_constant__ JointHopperBackward call) {
 #if defined(VIVIT_HOPPER) || defined(VIVIT_SIM)
-    const BackwardMemory memory;
+    const BackwardMemory<Variant> memory;
     if (threadIdx.x == 0) memory.make_barriers(1);
     block_barrier();
     if (same_in_warp(static_cast<int32_t>(threadIdx.x) / 128) == 0) {
@@ -264,11 +324,11 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
 #endif
 }
 
-template <class T>
+template <class T, class Variant>
 __global__ void __launch_bounds__(kBackwardThreads, 1)
     pipelined_joint_gradients_of_keys(const __grid_constant__ JointHopperBackward call) {
 #if defined(VIVIT_HOPPER) || defined(VIVIT_SIM)
-    const BackwardMemory memory;
+    const BackwardMemory<Variant> memory;
     if (threadIdx.x == 0) memory.make_barriers(2);
     block_barrier();
     const int32_t warp = same_in_warp(static_cast<int32_t>(threadIdx.x) / 32);

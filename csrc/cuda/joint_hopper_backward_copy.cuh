@@ -7,28 +7,28 @@
 namespace vivit::cuda {
 
 // By one thread.
-VIVIT_DEVICE void backward_copy(const JointHopperBackward& call, const BackwardMemory& memory) {
-    const int32_t tiles = passing_tiles(call);
-    for (int i = 0; i < 2; ++i) prefetch_map(call.kept[i]), prefetch_map(call.passing[i]);
-    BackwardRing ring;
+template <class Variant>
+VIVIT_DEVICE void backward_copy(const JointHopperBackward& call, const BackwardMemory<Variant>& memory) {
+    using Memory = BackwardMemory<Variant>;
+    constexpr int kSteps = Variant::kSteps;
+    const int32_t tiles = passing_tiles<Variant>(call);
+    for (int i = 0; i < 2; ++i) prefetch_maps<kSteps>(call.kept[i]), prefetch_maps<kSteps>(call.passing[i]);
+    StageRing<Memory::kStages> ring;
     uint32_t before = 1;  // parity of the phase in which the last piece's rows were read
     for (uint32_t number = blockIdx.x; number < call.pieces; number += gridDim.x) {
         const JointPlace at(call.p, number, call.N_kept, kKeptRows);
         phase_wait(memory.kept_empty, before);
-        phase_expect(memory.kept_full, 2 * kKeptBytes);
-        for (int tensor = 0; tensor < 2; ++tensor) {
-            for (int32_t half = 0; half < kBackwardGroups; ++half) {  // the second may have none: zeros
-                copy_box(memory.kept(tensor) + half * kHalfBytes, call.kept[tensor], memory.kept_full, 0, at.h,
-                         at.first + half * kHalfRows, at.b);
-            }
-        }
+        phase_expect(memory.kept_full, 2 * Memory::kKeptBytes);
+        for (int tensor = 0; tensor < 2; ++tensor)
+            copy_boxes<kSteps, kKeptRows>(memory.kept(tensor), call.kept[tensor], memory.kept_full, at, at.first);
         before ^= 1;
         for (int32_t tile = 0; tile < tiles; ++tile, ring.advance()) {
+            PhaseBarrier* full = memory.full + ring.stage;
             phase_wait(memory.empty + ring.stage, ring.parity ^ 1);
-            phase_expect(memory.full + ring.stage, BackwardMemory::kStageBytes);
+            phase_expect(full, Memory::kStageBytes);
             for (int tensor = 0; tensor < 2; ++tensor) {
-                copy_box(memory.passing(ring.stage, tensor), call.passing[tensor], memory.full + ring.stage, 0, at.h,
-                         tile * kPassingRows, at.b);
+                copy_boxes<kSteps, Variant::kPassing>(memory.passing(ring.stage, tensor), call.passing[tensor], full,
+                                                      at, tile * Variant::kPassing);
             }
         }
     }
@@ -47,16 +47,18 @@ VIVIT_DEVICE void load_two_statistics(float (&two)[4], const JointHopperBackward
 }
 
 // By one warp, two queries a lane. They are loaded before the wait for their place: both take their time at once.
-VIVIT_DEVICE void backward_statistics(const JointHopperBackward& call, const BackwardMemory& memory) {
-    const int32_t tiles = passing_tiles(call), mine = 2 * lane_number();
-    BackwardRing ring;
+template <class Variant>
+VIVIT_DEVICE void backward_statistics(const JointHopperBackward& call, const BackwardMemory<Variant>& memory) {
+    const int32_t tiles = passing_tiles<Variant>(call), mine = 2 * lane_number();
+    StageRing<BackwardMemory<Variant>::kStages> ring;
     for (uint32_t number = blockIdx.x; number < call.pieces; number += gridDim.x) {
         const JointPlace at(call.p, number, call.N_kept, kKeptRows);
         for (int32_t tile = 0; tile < tiles; ++tile, ring.advance()) {
             float two[4];
-            load_two_statistics(two, call, at, tile * kPassingRows + mine);
+            load_two_statistics(two, call, at, tile * Variant::kPassing + mine);
             phase_wait(memory.empty + ring.stage, ring.parity ^ 1);
-            write_four(&memory.statistics[ring.stage * kPassingRows + mine].lse, two);
+            if (mine < Variant::kPassing)
+                write_four(&memory.statistics[ring.stage * Variant::kPassing + mine].lse, two);
             warp_barrier();
             release(memory.full + ring.stage);
         }

@@ -5,24 +5,6 @@
 
 namespace vivit::cuda {
 
-// kRows rows from `first` on of a head, slab by slab, all of them in the barrier's current phase.
-template <int kSteps, int32_t kRows>
-VIVIT_DEVICE void copy_slabs(char* to, const SlabMaps& from, PhaseBarrier* full, const HopperTile& at, int32_t first) {
-    using Rows = Slabs<kSteps>;
-    phase_expect(full, kRows * Rows::kRowBytes);
-#pragma unroll
-    for (int slab = 0; slab < Rows::kCount; ++slab) {
-        const TensorMap& map = slab < Rows::kWide ? from.wide : from.tail;
-        copy_box(to + slab * kRows * Rows::kWideBytes, map, full, 64 * slab, at.h, first, at.b);
-    }
-}
-
-template <int kSteps>
-VIVIT_DEVICE void prefetch_maps(const SlabMaps& maps) {
-    if (Slabs<kSteps>::kWide > 0) prefetch_map(maps.wide);
-    if (Slabs<kSteps>::kTail > 0) prefetch_map(maps.tail);
-}
-
 // Keys go by from the last tile to the first: what lies beyond the last key is hidden once, at the start.
 template <class Variant>
 VIVIT_DEVICE void hopper_copy_tiles(const JointHopperParams& p, const HopperMemory<Variant>& memory) {

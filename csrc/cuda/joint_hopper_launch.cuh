@@ -25,16 +25,6 @@ struct ChosenVariant {
     using Type = Of<kKeys>;
 };
 
-// Boxes of `rows` tokens of a slab's channels.
-template <int kSteps>
-bool slab_maps(SlabMaps& maps, const Tokens& x, const JointParams& p, int32_t N, int32_t rows) {
-    const auto slab_map = [&](TensorMap& map, int32_t channels) {
-        return channels == 0 || map_of(map, x, p, N, rows, channels);
-    };
-    using Rows = Slabs<kSteps>;
-    return slab_map(maps.wide, Rows::kWide > 0 ? 64 : 0) && slab_map(maps.tail, 16 * Rows::kTail);
-}
-
 // False where a map cannot be made, or there are too many tiles.
 template <class Variant>
 bool prepare(JointHopperParams& made, const JointParams& p) {

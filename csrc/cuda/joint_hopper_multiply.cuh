@@ -1,4 +1,4 @@
-// Multiply: the two products of a tile of keys, each started to run on its own, and their layouts.
+// Multiply: products of rows in slabs, each started to run on its own, and their layouts.
 //
 // A thread 32 w + 4 g + t of a warpgroup has of [64, columns] sums rows 16 w + g and 16 w + g + 8: x[n][0], x[n][1] are
 // columns 8 n + 2 t and the next of the first, x[n][2], x[n][3] of the second (PTX manual, wgmma, D fragments). Two
@@ -6,16 +6,10 @@
 // 16] of the second product: the weights never leave its registers.
 #pragma once
 
-#include "joint_hopper_schedule.cuh"
+#include "joint_hopper_slabs.cuh"
+#include "scores.cuh"
 
 namespace vivit::cuda {
-
-template <class Variant>
-using TileScores = float[Variant::kKeys / 8][4];
-template <class Variant>
-using TileWeights = uint32_t[Variant::kKeys / 16][4];
-template <class Variant>
-using TileOutput = float[2 * Variant::kSteps][4];
 
 // kRows rows in shared memory, as products know them; `skip` of them passed by.
 template <int kSteps, int32_t kRows>
@@ -41,31 +35,37 @@ struct SlabOperand {
     }
 };
 
-// x [64 queries, kKeys] = q k^T, 16 channels at a step.
-template <class T, class Variant>
-VIVIT_DEVICE void start_scores(TileScores<Variant>& x,
-                               const SlabOperand<Variant::kSteps, Variant::kGroups * kGroupQueries>& q,
-                               const SlabOperand<Variant::kSteps, Variant::kKeys>& k) {
+// x [64, kRows] = a b^T, 16 channels at a step.
+template <class T, int kSteps, int32_t kLeft, int32_t kRows>
+VIVIT_DEVICE void start_across(float (&x)[kRows / 8][4], const SlabOperand<kSteps, kLeft>& a,
+                               const SlabOperand<kSteps, kRows>& b) {
 #pragma unroll
-    for (int s = 0; s < Variant::kSteps; ++s) group_across_step<T, Variant::kKeys>(x, q.step(s), k.step(s), s > 0);
+    for (int s = 0; s < kSteps; ++s) group_across_step<T, kRows>(x, a.step(s), b.step(s), s > 0);
 }
 
-// o [64 queries, channels] += weights v, 16 keys at a step, a product for the channels of each slab.
-template <class T, class Variant>
-VIVIT_DEVICE void start_outputs(TileOutput<Variant>& o, const TileWeights<Variant>& weights,
-                                const SlabOperand<Variant::kSteps, Variant::kKeys>& v) {
-    using Rows = Slabs<Variant::kSteps>;
+// sums [64, channels] += a rows, 16 rows at a step, a product for the channels of each slab.
+template <class T, int kSteps, int32_t kRows>
+VIVIT_DEVICE void start_along(float (&sums)[2 * kSteps][4], const uint32_t (&a)[kRows / 16][4],
+                              const SlabOperand<kSteps, kRows>& rows) {
+    using Rows = Slabs<kSteps>;
 #pragma unroll
-    for (int j = 0; j < Variant::kKeys / 16; ++j) {
+    for (int j = 0; j < kRows / 16; ++j) {
 #pragma unroll
         for (int slab = 0; slab < Rows::kWide; ++slab)
-            group_along_step<T, 64>(reinterpret_cast<float (&)[8][4]>(o[8 * slab]), weights[j], v.rows_of(slab, j));
+            group_along_step<T, 64>(reinterpret_cast<float (&)[8][4]>(sums[8 * slab]), a[j], rows.rows_of(slab, j));
         if constexpr (Rows::kTail > 0) {
             using Tail = float (&)[2 * Rows::kTail][4];
-            group_along_step<T, 16 * Rows::kTail>(reinterpret_cast<Tail>(o[8 * Rows::kWide]), weights[j],
-                                                  v.rows_of(Rows::kWide, j));
+            group_along_step<T, 16 * Rows::kTail>(reinterpret_cast<Tail>(sums[8 * Rows::kWide]), a[j],
+                                                  rows.rows_of(Rows::kWide, j));
         }
     }
+}
+
+// Sums, rounded, as the left operand of a product that sums over their columns.
+template <class T, int kWeights, int kBlocks>
+VIVIT_DEVICE void round_weights(uint32_t (&weights)[kWeights][4], const float (&x)[kBlocks][4]) {
+#pragma unroll
+    for (int j = 0; j < kWeights; ++j) as_operand<T>(weights[j], x[2 * j], x[2 * j + 1]);
 }
 
 }  // namespace vivit::cuda

@@ -5,7 +5,7 @@
 // other warpgroup computes 64 queries. The next tile's first copies are under way while this one's results are stored.
 #pragma once
 
-#include "joint_hopper_ring.cuh"
+#include "joint_hopper_slabs.cuh"
 #include "scores.cuh"
 
 namespace vivit::cuda {
@@ -30,22 +30,6 @@ struct HopperVariant {
 };
 
 constexpr int32_t kGroupQueries = 64, kKeyStages = 3;
-
-// Rows of kSteps x 16 channels as the copy engine brings them: slabs of 64 channels, the one behind the other, rows of
-// 128 bytes; of what is left, 16 or 32 channels, one of rows of 32 or 64 bytes.
-template <int kSteps>
-struct Slabs {
-    static constexpr int kWide = kSteps / 4, kTail = kSteps % 4, kCount = kWide + (kTail > 0 ? 1 : 0);
-    static constexpr int32_t kWideBytes = 128, kTailBytes = 32 * kTail, kRowBytes = kWide * kWideBytes + kTailBytes;
-    static_assert(kTail != 3);
-
-    static constexpr int steps_of(int slab) { return slab < kWide ? 4 : kTail; }
-};
-
-// One of q, k and v to the copy engine: (D, H, N, B), boxes of a slab's channels of a tile's queries, or of its keys.
-struct SlabMaps {
-    TensorMap wide, tail;
-};
 
 struct JointHopperParams {
     SlabMaps q, k, v;

@@ -22,8 +22,17 @@
 #pragma once
 
 #include "joint_hopper_multiply.cuh"
+#include "joint_hopper_pairs.cuh"
+#include "joint_hopper_schedule.cuh"
 
 namespace vivit::cuda {
+
+template <class Variant>
+using TileScores = float[Variant::kKeys / 8][4];
+template <class Variant>
+using TileWeights = uint32_t[Variant::kKeys / 16][4];
+template <class Variant>
+using TileOutput = float[2 * Variant::kSteps][4];
 
 // 2^x for x of at most 126, within 1.1e-4 of it; below 2^-126 a number from 0 to 2^-126. Of NaN nothing finite comes
 // out in 16 bits.
@@ -44,37 +53,6 @@ VIVIT_DEVICE float exp2_polynomial(float x) {
 struct RowState {
     float base[2] = {-kInfinity, -kInfinity};
     float total[2] = {0.f, 0.f};  // the thread's share of the sum of weights
-};
-
-// Of the keys of a tile those that may be attended, a bit for each; all lanes have the same.
-template <int kKeys>
-struct MayBeAttended {
-    uint32_t word[(kKeys + 31) / 32];
-    bool all = true;
-
-    // Keys `first`, ... of clip b. Loads take their time: before something that can be waited for as well.
-    VIVIT_DEVICE void look(const JointHopperParams& p, int32_t b, int32_t first) {
-        const bool* mask = p.options.mask;
-        if (mask == nullptr && first + kKeys <= p.N_k) return;
-        const int64_t skip = static_cast<int64_t>(b) * p.N_k;
-#pragma unroll
-        for (int i = 0; i < (kKeys + 31) / 32; ++i) {
-            const int32_t in_tile = 32 * i + lane_number(), key = first + in_tile;
-            bool may = key < p.N_k;
-            if (may && mask != nullptr) may = load_one(mask + skip + key);
-            word[i] = lanes_where(may || in_tile >= kKeys);
-            all = all && word[i] == ~0u;
-        }
-    }
-
-    VIVIT_DEVICE void hide_others(float (&x)[kKeys / 8][4]) const {
-        if (all) return;
-        const int32_t t = lane_number() % 4;
-#pragma unroll
-        for (int i = 0; i < kKeys / 2; ++i) {
-            if ((word[i / 16] >> 2 * t & 1u << (8 * (i / 4 % 4) + i % 2)) == 0) x[i / 4][i % 4] = -kInfinity;
-        }
-    }
 };
 
 // Products become scores, over the number that is returned: positive, so that the largest product has the largest
@@ -156,12 +134,6 @@ VIVIT_DEVICE bool weigh(TileScores<Variant>& x, RowState& rows, float unit, floa
 #pragma unroll
     for (int r = 0; r < 2; ++r) rows.total[r] = rows.total[r] * shrink[r] + total.sum(r);
     return any_in_warp(rises);
-}
-
-template <class T, int kWeights, int kBlocks>
-VIVIT_DEVICE void round_weights(uint32_t (&weights)[kWeights][4], const float (&x)[kBlocks][4]) {
-#pragma unroll
-    for (int j = 0; j < kWeights; ++j) as_operand<T>(weights[j], x[2 * j], x[2 * j + 1]);
 }
 
 template <int kBlocks>

@@ -28,6 +28,8 @@ JointParams params_of(const JointCall& call, Run& run, bool writes_lse) {
     p.N_k = size(call.k, 1);
     p.q = tokens(run, "q", call.q), p.k = tokens(run, "k", call.k), p.v = tokens(run, "v", call.v);
     sim::set_options(p, call, run, writes_lse);
+    run.add<char>("turned", call.turned, false);  // one launch reads what another wrote
+    p.turned = run.add<char>("turned", call.turned, true);
     return p;
 }
 
@@ -35,8 +37,6 @@ void joint_forward(const JointCall& call, const View& o) {
     Run run(call.schedule_seed, call.shared_bytes, call.arch);
     JointParams p = params_of(call, run, true);
     p.o = tokens(run, "o", o, true);
-    run.add<char>("turned", call.turned, false);  // one launch reads what another wrote
-    p.turned = run.add<char>("turned", call.turned, true);
     run([&] { return launch_joint_forward(p, nullptr); });
 }
 

@@ -320,7 +320,8 @@ inline uint64_t descriptor(const void* operand, VIVIT_SIM_CALLER) {
 
 template <class T, int kColumns>
 void group_across_step(float (&x)[kColumns / 8][4], uint64_t a, uint64_t b, bool keep, VIVIT_SIM_CALLER) {
-    static_assert((kColumns >= 64 && kColumns <= 256 && kColumns % 16 == 0) || kColumns == 32 || kColumns == 16);
+    static_assert((kColumns >= 64 && kColumns <= 256 && kColumns % 16 == 0) || kColumns == 48 || kColumns == 32 ||
+                  kColumns == 16);
     sim::Product mine{x[0],     nullptr, a,    b,
                       kColumns, false,   keep, [](uint16_t bits) { return sim::widened(bits, T()); }};
     sim::start_product({"group_across_step", file, line}, mine);

@@ -33,6 +33,11 @@ struct Call : Checks {
         aligned_rows(x, name);
         return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
     }
+
+    void turns(const MaybeTensor& turned, const Tensor& q) {
+        if (turned.has_value()) aligned_rows(*turned, "turned");
+        params.turned = flat<void>(turned, q.scalar_type(), 2 * q.numel(), "turned");
+    }
 };
 
 Call call_of(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& lse, const MaybeTensor& mask,
@@ -70,17 +75,17 @@ void joint_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
                const MaybeTensor& turned, double scale, double softcap, double dropout_p) {
     Call call = call_of(q, k, v, lse, mask, seed, cos, sin, scale, softcap, dropout_p);
     call.params.o = call.tokens(o, call.params.N_q, "o");
-    if (turned.has_value()) call.aligned_rows(*turned, "turned");
-    call.params.turned = call.flat<void>(turned, q.scalar_type(), 2 * q.numel(), "turned");
+    call.turns(turned, q);
     const torch::stable::accelerator::DeviceGuard guard(call.device);
     check_launch(vivit::cuda::launch_joint_forward(call.params, call.current_stream()), call.params, "forward");
 }
 
 void joint_bwd(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o, const Tensor& lse,
                const Tensor& delta, const Tensor& dq, const Tensor& dk, const Tensor& dv, const MaybeTensor& mask,
-               const MaybeTensor& seed, const MaybeTensor& cos, const MaybeTensor& sin, double scale, double softcap,
-               double dropout_p) {
+               const MaybeTensor& seed, const MaybeTensor& cos, const MaybeTensor& sin, const MaybeTensor& turned,
+               double scale, double softcap, double dropout_p) {
     Call call = call_of(q, k, v, lse, mask, seed, cos, sin, scale, softcap, dropout_p);
+    call.turns(turned, q);
     JointParams& p = call.params;
     p.delta = call.flat<float>(delta, ScalarType::Float, lse.numel(), "delta");
     p.o = call.tokens(o, p.N_q, "o"), p.d_o = call.tokens(d_o, p.N_q, "do"), p.dq = call.tokens(dq, p.N_q, "dq");
@@ -98,7 +103,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vivit_kernels_native, m) {
     m.def(
         "cuda_joint_bwd(Tensor d_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor(a!) delta, "
         "Tensor(b!) dq, Tensor(c!) dk, Tensor(d!) dv, Tensor? mask, Tensor? seed, Tensor? cos, Tensor? sin, "
-        "float scale, float softcap, float dropout_p) -> ()");
+        "Tensor(e!)? turned, float scale, float softcap, float dropout_p) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vivit_kernels_native, CompositeExplicitAutograd, m) {
