@@ -1,13 +1,17 @@
 """Joint attention's backward for Hopper in `python -m bench cuda_model`: its two launches, which follow each other.
 
-A tile is 64 rows that a warpgroup keeps by 64 that pass by: 3 products of a launch that keeps queries, 4 of one that
+A tile is 64 rows that a warpgroup keeps by some that pass by: 3 products of a launch that keeps queries, 4 of one that
 keeps keys. What the parts of a multiprocessor are asked for is counted as for the forward; the chain of one warpgroup
 alone is its loop walked through, instruction by instruction. A bound and no prediction.
+
+A kernel with options is counted twice: `mask`, the shortest way through its loop, which is that of a call whose tile
+hides no key; and `dropout`, all of its loop but the soft-cap's part. What a soft-cap costs depends on the scores.
 """
 
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 from . import cubin
 from .cuda_model import (
@@ -21,13 +25,18 @@ from .cuda_model import (
     SHUFFLES,
     Tile,
     inner_loop,
+    passed_by,
     products_of,
 )
 from .static import table
 
-KEPT, PASSING, GROUPS, CHANNELS = 128, 64, 2, 64
+KEPT, GROUPS = 128, 2
+TOKENS = (1568, 3136, 3137, 6272)
 LAPS = 4  # of the loop, until each takes as long as the one before it
-_LAUNCH = re.compile(r"pipelined_joint_gradients?_of_(queries|keys)<(\w+)>")
+_LAUNCH = re.compile(
+    r"pipelined_joint_gradients?_of_(?P<kept>queries|keys)<(?P<dtype>\w+), "
+    r"BackwardVariant<(?P<steps>\d+), (?P<passing>\d+), \d+, (?P<plain>true|false)> >"
+)
 _COST = {**ALU, **FMA, "MUFU": EXPONENTIALS, "SHFL": SHUFFLES}
 _PIPE = {**dict.fromkeys(ALU, "alu"), **dict.fromkeys(FMA, "fma"), "MUFU": "mufu", "SHFL": "alu"}
 
@@ -55,67 +64,117 @@ def walk(lines: list[tuple[str, str]]) -> int:
     return lap
 
 
-def tile_of(kernel: cubin.Kernel) -> Tile:
+class Shape(NamedTuple):
+    """What a kernel is compiled for, as its name says: channels of a head, rows that pass by."""
+
+    channels: int = 64
+    passing: int = 64
+
+
+Line = tuple[int, str, str, str]  # address, predicate, opcode, operands
+
+
+def loop_of(kernel: cubin.Kernel) -> list[Line]:
+    """The inner loop; operands of products with what is spelled behind their opcode."""
     loop = inner_loop(kernel)
-    every = [(int(at, 16), opcode, rest) for at, _, opcode, rest in LINE.findall(kernel.sass)]
-    lines = [(opcode, rest) for at, opcode, rest in every if loop.first <= at <= loop.last]
+    every = [(int(at, 16), if_, opcode, rest) for at, if_, opcode, rest in LINE.findall(kernel.sass)]
+    lines = [line for line in every if loop.first <= line[0] <= loop.last]
     text = kernel.sass[kernel.sass.index(f"/*{loop.first:04x}*/") : kernel.sass.index(f"/*{loop.last:04x}*/")]
-    products = products_of(text)
     spelled = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?HGMMA(\S*\s[^;]*);", text)
     of_products = iter(f"HGMMA{each}" for each in spelled)
-    lines = [(opcode, next(of_products) if opcode == "HGMMA" else rest) for opcode, rest in lines]
-    counts = cubin.Counter(opcode for opcode, _ in lines)
+    return [(at, if_, op, next(of_products) if op == "HGMMA" else rest) for at, if_, op, rest in lines]
+
+
+def shortest(lines: list[Line]) -> list[Line]:
+    """The way through with the fewest instructions, by branches that go forward."""
+    index = {line[0]: i for i, line in enumerate(lines)}
+    left = [0] * (len(lines) + 1)  # from each on
+    follows = [0] * len(lines)
+    for i in reversed(range(len(lines))):
+        at, if_, opcode, rest = lines[i]
+        target = re.search(r"0x([0-9a-f]+)\s*$", rest) if opcode == "BRA" else None
+        ways = [i + 1]
+        if target and at < int(target[1], 16) <= lines[-1][0] and int(target[1], 16) in index:
+            always = not if_ and rest.strip().startswith("0x")
+            ways = [index[int(target[1], 16)], *([] if always else ways)]
+        follows[i] = min(ways, key=lambda way: left[way])
+        left[i] = 1 + left[follows[i]]
+    way, i = [], 0
+    while i < len(lines):
+        way.append(lines[i])
+        i = follows[i]
+    return way
+
+
+def ways_of(kernel: cubin.Kernel, shape: Shape, plain: bool) -> dict[str, list[Line]]:
+    """By what a call has: the instructions that it takes, in order."""
+    lines = loop_of(kernel)
+    if plain:
+        return {"": lines}
+    without = [(at, opcode, rest) for at, _, opcode, rest in lines]
+    capped = passed_by(without, lines[-1][0], "MUFU", shape.passing)  # two or three for each of passing / 2 scores
+    return {"mask": shortest(lines), "dropout": [line for line in lines if line[0] not in capped]}
+
+
+def tile_of(lines: list[Line]) -> Tile:
+    products = products_of("\n".join(rest for _, _, opcode, rest in lines if opcode == "HGMMA"))
+    counts = cubin.Counter(opcode for _, _, opcode, _ in lines)
     loads = 4 * 32 * 16 // SHARED_BYTES_PER_CYCLE * counts["LDS"]  # 16 bytes of each lane, in four warps
     return Tile(
         products=sum(x.cycles for x in products),
-        of_scores=sum(x.cycles for x in products[:4]),
+        of_scores=0,
         exponentials=EXPONENTIALS * counts["MUFU"],
         issue=len(lines),
         rescale=0,
         alu=sum(cycles * counts[name] for name, cycles in ALU.items()) + SHUFFLES * counts["SHFL"],
         fma=sum(cycles * counts[name] for name, cycles in FMA.items()),
         shared=sum(x.shared for x in products) + loads,
-        chain=walk(lines),
+        chain=walk([(opcode, rest) for _, _, opcode, rest in lines]),
     )
 
 
-def launch_us(tile: Tile, B: int, H: int, N: int) -> float:
+def launch_us(tile: Tile, shape: Shape, B: int, H: int, N: int) -> float:
     """Microseconds of one launch: whole tiles, by as many blocks as multiprocessors."""
     rounds = -(-(B * H * -(-N // KEPT)) // MULTIPROCESSORS)
-    cycles = rounds * ((-(-N // PASSING) - 1) * tile.period(GROUPS)[0] + max(tile.chain, GROUPS * tile.products))
+    cycles = rounds * ((-(-N // shape.passing) - 1) * tile.period(GROUPS)[0] + max(tile.chain, GROUPS * tile.products))
     return cycles / (CLOCK_GHZ * 1e3)
 
 
-def call_us(tiles: list[Tile], B: int, H: int, N: int) -> tuple[float, float]:
+def call_us(launches: list[tuple[Tile, Shape]], B: int, H: int, N: int) -> tuple[float, float]:
     """(microseconds, TFLOP/s) of both launches; what counts are the five products of a backward, not the seven done."""
-    us = sum(launch_us(tile, B, H, N) for tile in tiles)
-    return us, 10 * B * H * N * N * CHANNELS / us / 1e6
+    us = sum(launch_us(tile, shape, B, H, N) for tile, shape in launches)
+    return us, 10 * B * H * N * N * launches[0][1].channels / us / 1e6
 
 
 def report(kernels: list[tuple[str, cubin.Kernel]]) -> str:
     """Of those kernels that are the backward's; '' where there are none."""
-    of: dict[str, list[Tile]] = {}
+    of: dict[tuple[str, int, str], list[tuple[Tile, Shape]]] = {}
     rows = []
     for name, kernel in kernels:
-        if found := _LAUNCH.fullmatch(name):
-            tile = tile_of(kernel)
-            of.setdefault(found[2], []).append(tile)
+        if not (found := _LAUNCH.fullmatch(name)):
+            continue
+        shape = Shape(16 * int(found["steps"]), int(found["passing"]))
+        for what, lines in ways_of(kernel, shape, found["plain"] == "true").items():
+            tile = tile_of(lines)
+            of.setdefault((found["dtype"], shape.channels, what), []).append((tile, shape))
             period, bound = tile.period(GROUPS)
             numbers = tile.products, tile.exponentials, tile.issue, tile.alu, tile.fma, tile.shared, tile.chain
-            rows.append((name, *map(str, numbers), f"{period} {bound}", f"{GROUPS * tile.products / period:.0%}"))
+            share = f"{GROUPS * tile.products / period:.0%}"
+            called = f"{found['dtype']} by {found['kept']}"
+            rows.append((called, *map(str, shape), what, *map(str, numbers), f"{period} {bound}", share))
     calls = []
-    for dtype, tiles in of.items():
-        for N in (1568, 3136, 3137, 6272) if len(tiles) == 2 else ():
-            us, tflops = call_us(tiles, 8, 12, N)
-            calls.append((dtype, str(N), f"{us:.0f}", f"{tflops:.0f}"))
+    for (dtype, channels, what), launches in of.items():
+        for N in TOKENS if len(launches) == 2 else ():
+            us, tflops = call_us(launches, 8, 12, N)
+            calls.append((dtype, str(channels), what, str(N), f"{us:.0f}", f"{tflops:.0f}"))
     if not rows:
         return ""
-    head = ("kernel", "products", "exp", "issue", "alu", "fma", "shared", "chain", "period", "products'")
+    head = ("backward", "channels", "passing", "option", "products", "exp", "issue", "alu", "fma", "shared", "chain")
     return "\n\n".join(
         [
-            f"Backward, cycles for 64 kept rows x {PASSING} that pass; period: one such tile in both warpgroups",
-            table(head, rows, 1),
-            f"Both launches at least, for 8 clips of 12 heads of {CHANNELS}, on the same multiprocessors:",
-            table(("backward", "tokens", "microseconds", "TFLOP/s at most"), calls, 1),
+            "Backward, cycles for 64 kept rows x those that pass; period: one such tile in both warpgroups",
+            table((*head, "period", "products'"), rows, 1),
+            "Both launches at least, for 8 clips of 12 heads, on the same multiprocessors:",
+            table(("backward", "channels", "option", "tokens", "microseconds", "TFLOP/s at most"), calls, 1),
         ]
     )

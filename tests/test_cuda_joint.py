@@ -218,11 +218,18 @@ def test_which_forwards_take_hoppers_kernel():
 
 
 def test_which_backwards_take_hoppers_kernels():
-    """Plain ones with heads of 40 to 64 channels, on sm_90, but those with few rows."""
+    """Those with heads of up to 128 channels, on sm_90, but those with few rows; with a rotary embedding where there is
+    room to turn in."""
 
     def products(N, D=64, **options) -> int:
         step(*tensors(N, N, D), **options)
         return cuda_simulator.made().products_of_launch()
 
-    assert products(70, arch=90) > 0 and products(16, D=40, arch=90) > 0
-    assert products(70, arch=80) == products(15, arch=90) == products(20, D=72, arch=90) == 0
+    assert products(70, arch=90) > 0 and products(16, D=40, arch=90) > 0 and products(20, D=128, arch=90) > 0
+    assert products(20, softcap=3.0, arch=90) > 0 and products(20, scale=-1.0, arch=90) > 0
+    assert products(20, rotary=(torch.randn(20, 16),) * 2, D=32, arch=90) > 0
+    assert products(70, arch=80) == products(15, arch=90) == products(20, D=136, arch=90) == 0
+    q, k, v, do = tensors(20, 20)
+    table, lse, outputs = torch.randn(20, 16), torch.zeros(1, 2, 20), [poisoned(x) for x in (q, k, v)]
+    cuda_simulator.joint_backward(do, q, k, v, q.clone(), lse, lse.clone(), *outputs, cos=table, sin=table)
+    assert cuda_simulator.made().products_of_launch() == 0

@@ -104,7 +104,7 @@ def test_a_tensor_of_another_device_is_named():
     with pytest.raises(RuntimeError, match=r"vivit_kernels_native.cuda_joint: q is not on a CUDA device"):
         ops.cuda_joint_fwd(q, q, q, q, None, *none, None, *scalars)
     with pytest.raises(RuntimeError, match=r"vivit_kernels_native.cuda_joint: q is not on a CUDA device"):
-        ops.cuda_joint_bwd(q, q, q, q, q, lse, lse, q, q, q, *none, *scalars)
+        ops.cuda_joint_bwd(q, q, q, q, q, lse, lse, q, q, q, *none, None, *scalars)
 
 
 # ---- the launchers, with the library's ops replaced ----
@@ -160,9 +160,16 @@ def test_hopper_has_room_for_q_and_k_turned(given, monkeypatch):
         cuda_kernels.launch_fwd(q, q, q, 0, options)
         turned = given.pop()[10]
         assert turned is None if arch == 80 else turned.shape == (2, *q.shape) and turned.dtype == q.dtype
+        lse = torch.empty(1, 2, 12)
+        cuda_kernels.launch_bwd(q, q, q, q, q, lse, q, q, q, 0, options)
+        again = given.pop()[15]
+        assert again is None if arch == 80 else again.shape == turned.shape and again.dtype == q.dtype
     monkeypatch.setattr(cuda_kernels, "arch_of", lambda device: 90)
     cuda_kernels.launch_fwd(q, q, q, 0, Options(0.25))
     assert given.pop()[10] is None
+    long, table = torch.randn(1, 12, 2, 136).bfloat16(), torch.randn(12, 68)
+    cuda_kernels.launch_bwd(*[long] * 5, lse, *[long] * 3, 0, Options(0.25, cos=table, sin=table))
+    assert given.pop()[15] is None, "kernels of sm_80 turn rows on their way"
 
 
 @pytest.mark.parametrize("keep", [True, False])

@@ -213,8 +213,8 @@ def log_of_sums(q: Tensor, k: Tensor, options: Options) -> Tensor:
     return scores.logsumexp(-1)
 
 
-def check_call(which: str, N_q: int, N_k: int, D: int, dtype: torch.dtype, seed: int = 0, layout="separate", H=2):
-    """o and lse of a call with options, against float64."""
+def call_of(which: str, N_q: int, N_k: int, D: int, dtype: torch.dtype, layout="separate", H=2):
+    """q, k, v and the options of a call."""
     case = NOTHING | {"D": D} | OPTIONS[which]
     B = 2 if case["mask"] == "a clip has none" else 1
     N_k = N_q if case["extra"] == "rotary" else N_k
@@ -223,12 +223,21 @@ def check_call(which: str, N_q: int, N_k: int, D: int, dtype: torch.dtype, seed:
     given |= make_options(case, (B, N_q), (B, N_k), torch.device("cpu"))
     options = check_options("joint_attention", q, N_q, (N_q,), key_grid=(N_k,), **given)
     tensors = lay_out(q, k, v, layout)
-    q, k, v = tensors[0].unbind(2) if len(tensors) == 1 else tensors
+    return (*(tensors[0].unbind(2) if len(tensors) == 1 else tensors), options)
+
+
+def room_to_turn(q: Tensor, options: Options) -> Tensor | None:
+    """As the launchers make it."""
+    return torch.full((2, *q.shape), float("nan"), dtype=q.dtype) if options.cos is not None else None
+
+
+def check_call(which: str, N_q: int, N_k: int, D: int, dtype: torch.dtype, seed: int = 0, layout="separate", H=2):
+    """o and lse of a call with options, against float64."""
+    q, k, v, options = call_of(which, N_q, N_k, D, dtype, layout, H)
+    B = q.shape[0]
     o = between_nan(torch.full((B, N_q, H, D), float("nan"), dtype=dtype))
-    lse, turned = torch.full((B, H, N_q), float("nan")), torch.full((2, B, N_q, H, D), float("nan"), dtype=dtype)
-    cuda_simulator.joint_forward(
-        q, k, v, o, lse, turned=turned if options.cos is not None else None, schedule_seed=seed, **options._asdict()
-    )
+    lse, turned = torch.full((B, H, N_q), float("nan")), room_to_turn(q, options)
+    cuda_simulator.joint_forward(q, k, v, o, lse, turned=turned, schedule_seed=seed, **options._asdict())
     assert cuda_simulator.made().products_of_launch() > 0
     exact = joint_attention(q.double(), k.double(), v.double(), options)
     verdict = judge(o, exact, joint_attention(q, k, v, options), row=D)

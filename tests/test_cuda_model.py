@@ -100,7 +100,7 @@ def gradients() -> cubin.Kernel:
 
 
 def test_a_tile_of_the_backward(gradients):
-    tile = cuda_model_backward.tile_of(gradients)
+    tile = cuda_model_backward.tile_of(cuda_model_backward.loop_of(gradients))
     assert tile.products == 3 * 32 and tile.exponentials == 2 * 8 and tile.issue == 10 and tile.alu == 2
     assert tile.shared == 3 * 64 * 32 // 128 + 4 * 4
     assert tile.chain == 96 + 1 + 3, "all products, the wait, and what comes after it: the exponentials lie beside one"
@@ -114,18 +114,46 @@ def test_one_warpgroup_is_walked_through():
     assert cuda_model_backward.walk([("HGMMA", product), ("MUFU", ""), wait]) == 33
 
 
+OPTIONS = """
+        /*0000*/                   HGMMA.64x64x16.F32.BF16 R24, R120, gdesc[UR8], RZ, !UPT, gsb0 ;
+        /*0010*/              @!P0 BRA 0x40 ;
+        /*0020*/                   IMAD R4, R4, R5, RZ ;
+        /*0030*/                   IMAD R4, R4, R5, RZ ;
+        /*0040*/              @!P1 BRA 0x80 ;
+        /*0050*/                   MUFU.EX2 R24, R24 ;
+        /*0060*/                   MUFU.RCP R25, R25 ;
+        /*0070*/                   BRA 0x90 ;
+        /*0080*/                   MUFU.EX2 R24, R24 ;
+        /*0090*/               @P2 BRA 0x0 ;
+        /*00a0*/                   EXIT ;
+"""
+
+
+def test_options_are_counted_by_what_a_call_has():
+    kernel = cubin.Kernel("k", 90, 168, 0, 0, 0, 384, cubin.instructions(OPTIONS), OPTIONS)
+    shape = cuda_model_backward.Shape(64, 2)  # of two exponentials' room
+    mask, dropout = cuda_model_backward.ways_of(kernel, shape, False).values()
+    assert [line[0] for line in mask] == [0x00, 0x10, 0x40, 0x80, 0x90]
+    assert [line[0] for line in dropout] == [0x00, 0x10, 0x20, 0x30, 0x40, 0x80, 0x90]
+    assert [*cuda_model_backward.ways_of(kernel, shape, True)] == [""]
+
+
 def test_both_launches_make_a_call(gradients, capsys, monkeypatch, tmp_path):
-    tile = cuda_model_backward.tile_of(gradients)
-    us, tflops = cuda_model_backward.call_us([tile, tile], 8, 12, 3136)
-    assert us == 2 * cuda_model_backward.launch_us(tile, 8, 12, 3136)
+    tile, shape = cuda_model_backward.tile_of(cuda_model_backward.loop_of(gradients)), cuda_model_backward.Shape()
+    us, tflops = cuda_model_backward.call_us([(tile, shape)] * 2, 8, 12, 3136)
+    assert us == 2 * cuda_model_backward.launch_us(tile, shape, 8, 12, 3136)
     assert tflops * us * 1e6 == pytest.approx(10 * 8 * 12 * 3136**2 * 64)
-    assert cuda_model_backward.launch_us(tile, 1, 132, 128) < cuda_model_backward.launch_us(tile, 1, 133, 128)
-    names = [f"pipelined_joint_{x}<bfloat16>" for x in ("gradient_of_queries", "gradients_of_keys")]
+    one, more = (cuda_model_backward.launch_us(tile, shape, 1, heads, 128) for heads in (132, 133))
+    assert one < more
+    fewer = cuda_model_backward.launch_us(tile, shape._replace(passing=32), 1, 1, 128)
+    assert fewer > cuda_model_backward.launch_us(tile, shape, 1, 1, 128)
+    words = ("gradient_of_queries", "gradients_of_keys")
+    names = [f"pipelined_joint_{x}<bfloat16, BackwardVariant<4, 64, 2, true> >" for x in words]
     monkeypatch.setattr(cuda_gate, "read", lambda path: [(name, gradients) for name in names])
     assert cuda_model.main(["--file", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert all(printed.count(name) == 1 for name in names) and "queries x" not in printed
-    assert len([line for line in printed.splitlines() if line.startswith("bfloat16")]) == 4
+    assert all(printed.count(f"bfloat16 by {x}") == 1 for x in ("queries", "keys")) and "queries x" not in printed
+    assert len([line for line in printed.splitlines() if line.startswith("bfloat16 ")]) == 2 + 4
 
 
 RESIDENT = """

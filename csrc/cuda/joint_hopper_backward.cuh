@@ -43,8 +43,7 @@ struct QueriesOfGroup {
             const bool there = query < p.N_q;
             const int64_t number = at.query_number(p, query);
             lse[r] = there ? load_one(p.lse + number) : kInfinity;
-            delta[r] =
-                delta_of_kept_row<T, kSteps>(at.rows(p.o).row(query), there, group.memory.kept(1), row, p.D);
+            delta[r] = delta_of_kept_row<T, kSteps>(at.rows(p.o).row(query), there, group.memory.kept(1), row, p.D);
             if (there && lane_number() % 4 == 0) store_one(p.delta + number, delta[r]);
         }
     }

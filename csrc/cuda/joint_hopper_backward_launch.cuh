@@ -15,10 +15,9 @@ namespace vivit::cuda {
 //   by queries      160      160      176      176               208, of which some go to local memory
 //   by keys         192      176      192      200 (options 176)  208, whose products wait for each other
 //
-// By keys, of 72 channels on, k and v are read from shared memory by each product, which is then busy for 76 to 96 % of
-// the time of the products; at 32 rows (options of 104 to 128 channels) for 125 %. Of more than 128 channels the sums of
-// dk and dv alone take 160 registers, and 32 rows that pass by would leave shared memory the busiest part: those calls
-// are left to the kernels of sm_80.
+// By keys, of 72 channels on, products read k and v from shared memory, which is then busy for 92 to 96 % of the time
+// that products take; at 32 rows (options of 104 to 128 channels) for 125 %. Of more than 128 channels the sums of dk
+// and dv alone take 160 registers, with 32 rows that pass by 208 in all: those calls are left to the kernels of sm_80.
 template <int kSteps, bool kPlain>
 struct ChosenBackward {
     using Queries = BackwardVariant<kSteps, 64, kSteps <= 6 ? 2 : 1, kPlain>;
@@ -75,9 +74,8 @@ int launch_both(const JointParams& p, void* stream) {
 
 template <class T, bool kPlain>
 int launch_hopper_backward_dtype(const JointParams& p, void* stream) {
-    return with_backward_steps(p.D, [&](auto steps) {
-        return launch_both<T, ChosenBackward<decltype(steps)::value, kPlain>>(p, stream);
-    });
+    return with_backward_steps(
+        p.D, [&](auto steps) { return launch_both<T, ChosenBackward<decltype(steps)::value, kPlain>>(p, stream); });
 }
 
 }  // namespace vivit::cuda

@@ -1,11 +1,11 @@
 // Multiply: what a warpgroup keeps as the left operand of its products, and where it is in its piece.
 #pragma once
 
+#include <type_traits>
+
 #include "joint_hopper_backward_copy.cuh"
 #include "joint_hopper_backward_verbs.cuh"
 #include "joint_hopper_multiply.cuh"
-
-#include <type_traits>
 
 namespace vivit::cuda {
 
@@ -21,7 +21,9 @@ using Passing = SlabOperand<Variant::kSteps, Variant::kPassing>;
 template <>
 struct Pitch<1> {
     static constexpr int kBytes = 32;
-    static VIVIT_DEVICE int32_t place(int32_t row, int32_t chunk) { return row * kBytes + 16 * (chunk ^ (row / 4 % 2)); }
+    static VIVIT_DEVICE int32_t place(int32_t row, int32_t chunk) {
+        return row * kBytes + 16 * (chunk ^ (row / 4 % 2));
+    }
     static VIVIT_DEVICE int32_t further(int32_t place, int s) { return place ^ (32 * s); }
 };
 
@@ -74,8 +76,7 @@ struct LyingRows : SlabOperand<kSteps, kKeptRows> {
 };
 
 template <class Variant, int kTensor>
-using KeptRows =
-    std::conditional_t<(kTensor < Variant::kHeld), HeldRows<Variant::kSteps>, LyingRows<Variant::kSteps>>;
+using KeptRows = std::conditional_t<(kTensor < Variant::kHeld), HeldRows<Variant::kSteps>, LyingRows<Variant::kSteps>>;
 
 // As start_across of joint_hopper_multiply.cuh.
 template <class T, int kSteps, int32_t kRows>

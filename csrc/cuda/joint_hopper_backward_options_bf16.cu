@@ -1,3 +1,4 @@
 #include "joint_hopper_backward_launch.cuh"
 
-template int vivit::cuda::launch_hopper_backward_dtype<vivit::cuda::BFloat16, false>(const vivit::cuda::JointParams&, void*);
+template int vivit::cuda::launch_hopper_backward_dtype<vivit::cuda::BFloat16, false>(const vivit::cuda::JointParams&,
+                                                                                     void*);

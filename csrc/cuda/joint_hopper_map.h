@@ -8,8 +8,7 @@
 namespace vivit::cuda {
 
 // The token grid in place: sizes (D, H, N, B), boxes of `rows` tokens of some channels; where D is less, zeros follow.
-inline bool map_of(TensorMap& map, const Tokens& x, const JointParams& p, int32_t N, int32_t rows,
-                   int32_t channels) {
+inline bool map_of(TensorMap& map, const Tokens& x, const JointParams& p, int32_t N, int32_t rows, int32_t channels) {
     TensorShape shape;
     shape.data = x.data, shape.element_bytes = 2, shape.rank = 4;
     const int64_t sizes[] = {p.D, p.H, N, p.B}, strides[] = {1, x.stride_h, x.stride_n, x.stride_b};

@@ -38,8 +38,8 @@ def launch_fwd(q: Tensor, k: Tensor, v: Tensor, _: int, options: Options, keep: 
 
 def launch_bwd(do, q, k, v, o, lse, dq, dk, dv, _: int, options: Options) -> None:
     """Writes dq, dk, dv, each once, the same bits in every run, in two launches; one before them of fewer than 16
-    queries or keys, or of a rotary embedding on Hopper. o and lse are the forward's. Copies as the forward does; what it
-    needs beside is four bytes a query and head."""
+    queries or keys, or of a rotary embedding on Hopper. o and lse are the forward's. Copies as the forward does; what
+    it needs beside is four bytes a query and head, and with that embedding room for q and k turned."""
     if q.numel():
         turned = _room_to_turn(q, options) if q.shape[-1] <= _MOST_TURNED else None
         given = *map(aligned_rows, (do, q, k, v, o)), lse, torch.empty_like(lse), dq, dk, dv, *flat(options), turned
