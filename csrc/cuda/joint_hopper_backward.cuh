@@ -1,7 +1,7 @@
-// Joint attention's backward for Hopper: the kernels. Read them in the order in which the files include each
-// other: joint_hopper_backward_schedule.cuh, copy, multiply, scores.
+// Joint attention's backward for Hopper: the kernels. Read them in the order in which the files include each other:
+// joint_hopper_backward_schedule.cuh, copy, multiply, scores.
 //
-// A tile of 64 rows that pass by, as a warpgroup goes through it. Products run on their own from `start` to `wait`, one
+// A tile of rows that pass by, as a warpgroup goes through it. Products run on their own from `start` to `wait`, one
 // after the other, and beside them what stands in the next line:
 //
 //   start scores, start gradients of weights
@@ -56,7 +56,7 @@ struct QueriesOfGroup {
         start_across<T>(dp, d_o, group.passing(stage, 1));
         group_commit();
     }
-    // Scores are there; outputs' share, and dq of the tile before.
+    // Scores are there, and dq of the tile before.
     VIVIT_DEVICE void wait_for_scores(BackwardTile<Variant>& x, const Ring& last, bool first) {
         group_wait<1>();
         group_settle(x), group_settle(ds), group_settle(dq.of);

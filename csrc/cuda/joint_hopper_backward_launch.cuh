@@ -12,7 +12,7 @@ namespace vivit::cuda {
 // nvcc 13.0 compiles without local memory, and without products that wait for each other; none of it has been timed.
 //
 //   channels        16..64   72..80   88..96   104..128          136..160
-//   by queries      160      160      176      176               208, of which some go to local memory
+//   by queries      144      160      176      176               200, of which some go to local memory
 //   by keys         192      176      192      200 (options 176)  208, whose products wait for each other
 //
 // By keys, of 72 channels on, products read k and v from shared memory, which is then busy for 92 to 96 % of the time
