@@ -58,6 +58,7 @@ def backward_options():
 # ---- the faults ----
 
 STUCK = "nobody can go on"
+UNMET = "no barrier lies between"
 EARLY = "is still being copied to|whose phase the thread has not waited for"
 UNFINISHED = "was not waited for|before it was waited for"
 
@@ -127,7 +128,7 @@ BACKWARD = {
         r"expects \d+ more",
     ),
     "statistics of another stage": Fault(
-        B, "statistics + stage.stage * kPassing", "statistics + (stage.stage ^ 1) * kPassing", "no barrier lies between"
+        B, "statistics + stage.stage * kPassing", "statistics + (stage.stage ^ 1) * kPassing", UNMET
     ),
     "wrong row": Fault(
         B, "8 * r + lane_number() / 4, query", "8 * r + lane_number() % 8, query", "writes a second time"
@@ -147,7 +148,7 @@ BACKWARD_OPTIONS = {
     "words of another row": Fault(
         PAIRS, "words(row + (odd ? 8 : 0), first_group", "words(row + (odd ? 0 : 8), first_group", "parity"
     ),
-    "a hidden key has gradients": Fault(B, "keys.forget_hidden_keys();", "", "parity"),
+    "a hidden key has gradients": Fault(B, "keys.forget_hidden_keys();", ";", "parity"),
     "a slope left out": Fault("joint_hopper_backward_scores.cuh", "return x * (1.f - y * y);", "return x;", "parity"),
     "not turned back": Fault(MULTIPLY, "!Variant::kPlain && p.cos != nullptr", "false", "parity"),
 }
