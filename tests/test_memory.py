@@ -114,13 +114,13 @@ SIZES = dict(frames=8, height=64, width=80, tubelet=(2, 8, 8), embedding=64, mlp
 
 @pytest.mark.parametrize("p", [0.0, 0.3], ids=["", "dropout"])
 @pytest.mark.parametrize(
-    "precision", ["autocast", *(pytest.param(x, marks=pytest.mark.full) for x in ("float64", "float32"))]
+    "precision", ["autocast", *(pytest.param(x, marks=pytest.mark.full) for x in ("float64", "float32", "bfloat16"))]
 )
 @pytest.mark.parametrize("level", memory.LEVELS)
 @pytest.mark.parametrize("attention", MODELS)
 def test_bytes_are_as_predicted(attention, level, precision, p):
     made = model(attention, level, p, **SIZES)
-    made = made.double() if precision == "float64" else made
+    made = made if precision == "autocast" else made.to(getattr(torch, precision))
     found = counted(made, video(made), precision == "autocast")
     predicted = footprint.activations(made.config, footprint.Step(level, 2, precision)).total()
     assert abs(predicted / found - 1) < PREDICTED, (predicted, found)

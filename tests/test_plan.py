@@ -12,6 +12,8 @@ from bench.footprint import measure
 from vivit import ViViT, ViViTConfig, memory, plan, recipe
 from vivit.__main__ import main
 from vivit.footprint import Step
+from vivit.masters import Masters
+from vivit.optimizers import make_optimizer
 
 CLIPS = 4
 # Share by which a predicted peak may be off: a block's backward is known to the tensor, not to the moment, and which
@@ -23,11 +25,12 @@ CONFIG = ViViTConfig(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("precision", ["float32", "autocast"])
+@pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
 @pytest.mark.parametrize("level", memory.LEVELS)
 def test_the_peak_of_a_step(level, precision):
     model = ViViT(CONFIG, memory=level)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    chosen = recipe.OptimizerConfig(parameters="bfloat16" if precision == "bfloat16" else "float32")
+    optimizer = make_optimizer(model, chosen, wide=Masters(model) if precision == "bfloat16" else None)
     video = torch.zeros(CLIPS, 3, 16, 64, 64, dtype=torch.uint8)
 
     def step() -> list[torch.Tensor]:
@@ -40,7 +43,7 @@ def test_the_peak_of_a_step(level, precision):
 
     step()  # makes the momentum
     found = measure(step, torch.device("cpu"))["peak"]
-    need = plan.need(CONFIG, Step(level, CLIPS, precision))
+    need = plan.need(CONFIG, Step(level, CLIPS, precision), chosen)
     predicted = need.peak - need.parameters - need.optimizer - video.numel()  # what was there before is not counted
     assert abs(predicted / found - 1) < FOUND, (predicted, found)
 

@@ -84,6 +84,7 @@ def config(**changes):
 
 # everything that a step draws or carries over to the next one
 EVERYTHING = {"accumulate": 2, "ema": 0.8, "augment__mixup": 0.3, "optimizer__weight_decay": 0.1}
+NARROW = {**EVERYTHING, "optimizer__parameters": "bfloat16", "init__layer_decay": 0.7, "init__freeze": ["tubelets"]}
 
 
 def losses(folder):
@@ -142,7 +143,7 @@ def test_a_run_learns_logs_and_exports(tmp_path):
     assert "bright" in found.table()
 
 
-@pytest.mark.parametrize("stop, changes", [(1, {}), (4, EVERYTHING), (7, EVERYTHING)])
+@pytest.mark.parametrize("stop, changes", [(1, {}), (4, EVERYTHING), (7, EVERYTHING), (4, NARROW)])
 def test_resume_is_exact(tmp_path, stop, changes):
     """The signal arrives during a step: the step ends, is saved, and a second process would see the rest."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -179,15 +180,17 @@ def checkpoint_of(folder):
 CHILD = """
 import sys, pathlib
 sys.path[:0] = {paths!r}
-from test_train import EVERYTHING, Noise, Run, config
-Run(config(**EVERYTHING), Noise(delay=0.004), pathlib.Path(sys.argv[1]), resume=True).fit(quiet=True)
+from test_train import Noise, Run, config
+Run(config(**{changes!r}), Noise(delay=0.004), pathlib.Path(sys.argv[1]), resume=True).fit(quiet=True)
 """
 
 
-def test_sigkill_and_resume_give_the_same_curve(tmp_path):
+@pytest.mark.parametrize("changes", [EVERYTHING, pytest.param(NARROW, marks=pytest.mark.full)], ids=["", "bfloat16"])
+def test_sigkill_and_resume_give_the_same_curve(tmp_path, changes):
     """Killed again and again, at whatever it is doing, until it is done: the curve is that of an undisturbed run."""
-    Run(config(**EVERYTHING), Noise(), tmp_path / "whole").fit(quiet=True)
-    child = [sys.executable, "-c", CHILD.format(paths=[str(ROOT / d) for d in ("kernels", "", "tests")])]
+    Run(config(**changes), Noise(), tmp_path / "whole").fit(quiet=True)
+    paths = [str(ROOT / d) for d in ("kernels", "", "tests")]
+    child = [sys.executable, "-c", CHILD.format(paths=paths, changes=changes)]
     folder, kills = tmp_path / "killed", 0
     for wanted in (3, 9, 99):  # killed as soon as the log has this many lines
         process = subprocess.Popen([*child, str(folder)])

@@ -259,9 +259,10 @@ def command_info(args: argparse.Namespace) -> int:
         f"{work.macs / 1e9:,.3f} G multiply-adds"
     )
     from .footprint import table
+    from .plan import held
 
     device = "cuda" if run.device != "cpu" and torch.cuda.is_available() else "cpu"
-    for line in table(config, run.batch, "autocast" if run.autocast else "float32", device):
+    for line in [held(run, device), *table(config, run.batch, run.precision, device)]:
         print(line)
     return 0
 

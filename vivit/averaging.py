@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .masters import Masters
 from .parallel import laid_out, local
 
 
@@ -15,11 +16,12 @@ class Average:
     """After each step `value = decay * value + (1 - decay) * weight`; beginning with the weights as they are.
 
     on: "model" keeps the mean beside the weights, "cpu" takes it off a GPU, for a copy of the weights in each step.
+    masters: of a model in bfloat16, whose mean is that of its masters, in float32.
     """
 
-    def __init__(self, model: nn.Module, decay: float, on: str = "model"):
-        self.decay = decay
-        self.values = {name: p.detach().clone() for name, p in model.named_parameters()}
+    def __init__(self, model: nn.Module, decay: float, on: str = "model", masters: Masters | None = None):
+        self.decay, self.masters = decay, masters
+        self.values = masters.state_dict() if masters else {n: p.detach().clone() for n, p in model.named_parameters()}
         if on == "cpu":
             self.values = {name: value.cpu() for name, value in self.values.items()}
 
@@ -27,7 +29,8 @@ class Average:
     def update(self, model: nn.Module) -> None:
         for name, p in model.named_parameters():
             value = local(self.values[name])
-            value.lerp_(local(p).to(value.device), 1 - self.decay)
+            weight = local(p) if self.masters is None else self.masters.value(p)
+            value.lerp_(weight.to(value.device), 1 - self.decay)
 
     @contextmanager
     def inside(self, model: nn.Module) -> Iterator[None]:
@@ -42,7 +45,11 @@ class Average:
     def _exchange(self, model: nn.Module) -> None:
         for name, p in model.named_parameters():
             value = self.values[name]
-            if hasattr(p, "to_local"):  # FSDP gathers from the memory that it gave the parameter: its contents change
+            if self.masters is not None:
+                before = self.masters.value(p)
+                self.masters.put(p, value.to(p.device))
+                value.copy_(before)
+            elif hasattr(p, "to_local"):  # FSDP gathers from the memory that it gave the parameter: its contents change
                 mine, mean = local(p), local(value)
                 before = mine.clone()
                 mine.copy_(mean)

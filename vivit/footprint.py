@@ -23,15 +23,17 @@ PRECISIONS = {"float64": 8, "float32": 4, "autocast": 2, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Step:
-    """What runs: a level of memory.LEVELS, clips at once, a precision of PRECISIONS, "cpu" or "cuda"."""
+    """What runs: a level of memory.LEVELS, clips at once, a precision of PRECISIONS, "cpu" or "cuda"; offload: whether
+    the inputs of blocks wait in the host's memory, of which no byte is counted here but in `on_host`."""
 
     memory: str = "fast"
     clips: int = 1
     precision: str = "float32"
     device: str = "cpu"
+    offload: bool = False
 
     def __post_init__(self):
-        check(self.memory)
+        check(self.memory, "footprint", self.offload)
         if self.precision not in PRECISIONS:
             rule = nearest(self.precision, PRECISIONS)
             raise ValueError(f"footprint: precision={self.precision!r} is not known; {rule}")
@@ -62,7 +64,8 @@ def activations(config: ViViTConfig, step: Step) -> Counter[str]:
     kept["dropout"] += many * length * E * _mask(config.dropout, step)
     for number, over in enumerate(config.layers):
         alone = bool(cls) and number == config.depth - 1
-        kept += _block(config, step, over, many, length, alone, step.size, config.heads, config.mlp)
+        if not step.offload or number == config.depth - 1:
+            kept += _block(config, step, over, many, length, alone, step.size, config.heads, config.mlp)
     rows = many if cls else many * length
     kept["other"] += rows * (E * _norm_size(step, step.size) + 8)
     if config.temporal_depth:
@@ -75,6 +78,11 @@ def activations(config: ViViTConfig, step: Step) -> Counter[str]:
     kept["other"] += step.clips * E * step.size
     kept["weight copies"] += weight_copies(config, step, inside=step.memory == "fast")
     return kept
+
+
+def on_host(config: ViViTConfig, step: Step) -> int:
+    """Bytes of the host's memory that the inputs of blocks take with `offload`."""
+    return config.depth * block_kept(config, step).total() if step.offload else 0
 
 
 def block_kept(config: ViViTConfig, step: Step) -> Counter[str]:
@@ -100,7 +108,10 @@ def table(config: ViViTConfig, clips: int, precision: str, device: str) -> list[
         step = Step(level, clips, precision, device)
         total = activations(config, step).total() / 2**20
         lines.append(f"{'':<13}{f'memory = {level!r}':<37}{per_token(config, step):>12,.0f} bytes{total:>15,.0f} MiB")
-    return lines
+    step = Step("smallest", clips, precision, device, offload=True)
+    total, host = activations(config, step).total() / 2**20, on_host(config, step) / 2**20
+    told = f"{total:>15,.0f} MiB, and {host:,.0f} MiB of the host's memory"
+    return [*lines, f"{'':<13}{'  with offload = true':<37}{per_token(config, step) / config.depth:>12,.0f} bytes{told}"]
 
 
 def _block(

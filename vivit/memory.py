@@ -5,7 +5,8 @@
               autocast the copies of weights
     small     the inputs of attention (QKV) and MLP, and of each norm: backward multiplies by fc1 once more, a ninth of
               the products of a step, and makes attention again where its sequences are short
-    smallest  the input of each block: backward runs the block forward once more, a third of the products of a step
+    smallest  the input of each block: backward runs the block forward once more, a third of the products of a step;
+              with `offload` in the host's memory, but for one of them (offload.py)
 
 Bytes for each: `python -m vivit info CONFIG` (footprint.py). Attention keeps no N x N matrix at any level, the tubelet
 embedding keeps the video as it came. A block whose modules are watched by hooks, were replaced by others, or are being
@@ -17,6 +18,7 @@ E.g. x `[B, N, E]` or `[B, T, S, E]` is what a block gets; H heads, D = E/H.
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,9 +36,14 @@ LEVELS = ("fast", "balanced", "small", "smallest")
 LONGEST_AGAIN = 512  # keys: up to so many, attention costs less than a tenth of the products around it (E = 768)
 
 
-def check(level: str, where: str = "ViViT") -> str:
+def check(level: str, where: str = "ViViT", offload: bool = False) -> str:
     if level not in LEVELS:
         raise ValueError(f"{where}: memory={level!r} is not known; {nearest(str(level), LEVELS)}")
+    if offload and level != "smallest":
+        raise ValueError(
+            f"{where}: offload=True with memory={level!r}: what goes to the host is the inputs of blocks that keep nothing "
+            "else\n  -> memory='smallest'"
+        )
     return level
 
 
@@ -47,8 +54,11 @@ def forward(block: Block, x: Tensor, row: bool = False) -> Tensor:
         return plain(x)
     if block.memory == "smallest":
         random = block.training and max(block.drop_path.rate, block.mlp.dropout.p, _attention_dropout(block)) > 0
-        # what the block keeps when it runs again in backward is the second largest part of the peak
-        found = checkpoint(_steps, block, x, row, "balanced", use_reentrant=False, preserve_rng_state=random)
+        to_host = block.offload is not None and not torch.compiler.is_compiling()
+        # of this graph, not of what runs in it: checkpoint's own hooks are in there
+        with block.offload.hooks() if block.offload is not None and to_host else nullcontext():
+            # what the block keeps when it runs again in backward is the second largest part of the peak
+            found = checkpoint(_steps, block, x, row, "balanced", use_reentrant=False, preserve_rng_state=random)
         assert isinstance(found, Tensor)
         return found
     return _steps(block, x, row, block.memory)

@@ -17,6 +17,7 @@ from vivit_kernels import Linear, factorized_attention, joint_attention, mlp, tu
 
 from . import memory
 from .config import ViViTConfig
+from .offload import Offload
 
 if TYPE_CHECKING:
     from .sequence_parallel import Split
@@ -144,6 +145,7 @@ class Block(nn.Module):
         self.mlp = MLP(E, mlp, drop)
         self.drop_path = DropPath(drop_path, rescale=config.drop_path_schedule == "timm")
         self.memory = "fast"
+        self.offload: Offload | None = None
 
     def forward(self, x: Tensor) -> Tensor:  # [B, N, E] or [B, T, S, E]
         return self.plain(x) if self.memory == "fast" else memory.forward(self, x)
@@ -217,13 +219,14 @@ class ViViT(nn.Module):
     backend: for every vivit_kernels call of this model; None chooses the fastest that can run each call.
     memory: what training keeps for its backward, one of memory.LEVELS: "fast", "balanced", "small", "smallest". An
         attribute of every block, and free to change between steps: `model.keep("small")`.
+    offload: with "smallest", block inputs wait in the host's memory (offload.py).
     """
 
     frame_indices: Tensor
     split: Split | None = None  # where clips lie on several processes (sequence_parallel.py)
     class_row_alone = True  # a last block that is read in one row computes that row
 
-    def __init__(self, config: ViViTConfig, backend: str | None = None, memory: str = "fast"):
+    def __init__(self, config: ViViTConfig, backend: str | None = None, memory: str = "fast", offload: bool = False):
         super().__init__()
         self.config, self.backend = config, backend
         E, (T, S) = config.embedding, (config.T, config.S)
@@ -247,14 +250,18 @@ class ViViT(nn.Module):
         self.representation = nn.Linear(E, config.representation) if config.representation else None
         self.head = nn.Linear(config.representation or E, sum(config.head_sizes))
         self.reset_parameters()
-        self.keep(memory)
+        self.keep(memory, offload)
 
-    def keep(self, level: str) -> None:
-        """Sets what training keeps for its backward. Raises ValueError for what is none of memory.LEVELS."""
-        memory.check(level)
+    def keep(self, level: str, offload: bool = False) -> None:
+        """Sets what training keeps for its backward. Raises ValueError for what is none of memory.LEVELS, and for
+        `offload` at another level than "smallest"."""
+        memory.check(level, offload=offload)
         for module in self.modules():
             if isinstance(module, Block):
-                module.memory = level
+                module.memory, module.offload = level, None
+        place = Offload() if offload else None
+        for block in self.blocks:  # not the temporal encoder's, whose inputs are a row a frame
+            block.offload = place  # pyright: ignore[reportAttributeAccessIssue]
 
     def forward(self, video: Tensor, layout: str = "BCFYX"):
         logits = self.head(self.forward_features(video, layout))

@@ -87,14 +87,15 @@ class World:
             torch.manual_seed(int(state[0] >> np.uint64(1)))
 
     # -- the model ----------------------------------------------------------------------------------------------------
-    def wrap(self, model: ViViT, device: torch.device) -> nn.Module:
-        """What a step calls: `model` itself where there is one process, or FSDP's, whose parameters become DTensors."""
+    def wrap(self, model: ViViT, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """What a step calls: `model` itself where there is one process, or FSDP's, whose parameters become DTensors:
+        float32 masters, of which FSDP makes the weights that a block computes with, in `dtype`."""
         if not self.together:
             return model
         if self.sequence > 1:
             sequence_parallel.shard(model, self.group)
         if self.kind == "fsdp":
-            _fully_shard(model, self.mesh)
+            _fully_shard(model, self.mesh, dtype)
             return model
         from torch.nn.parallel import DistributedDataParallel
 
@@ -193,15 +194,18 @@ def settled(model: nn.Module) -> None:
             module.reshard()  # pyright: ignore[reportCallIssue]
 
 
-def _fully_shard(model: ViViT, mesh: Any) -> None:
-    """FSDP2: each block a unit, the rest of the model another; the weights of a unit are gathered while it computes."""
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+def _fully_shard(model: ViViT, mesh: Any, dtype: torch.dtype) -> None:
+    """FSDP2: each block a unit, the rest of the model another; the weights of a unit are gathered, in `dtype`, while it
+    computes."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+    narrow = dtype != torch.float32  # gradients are added up in float32, as the masters are
+    policy = MixedPrecisionPolicy(dtype, torch.float32) if narrow else MixedPrecisionPolicy()
     blocks = [*model.blocks, *(model.temporal.blocks if model.temporal is not None else ())]
     for block in blocks:
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
         register_fsdp_forward_method(block, "class_row")
-    fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
 # ---- start and end ----

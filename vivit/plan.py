@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from .config import ViViTConfig
 from .flops import parameters
 from .footprint import Step, activations, block_kept, weight_copies
+from .masters import CHUNK
 from .memory import LEVELS
 from .recipe import OptimizerConfig, TrainConfig
 
@@ -47,13 +48,28 @@ def size_of(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2]])
 
 
+def held(run: TrainConfig, device: str) -> str:
+    """A line on what a run holds all the time, and its gradients."""
+    found = need(run.model, Step(run.memory, 1, run.precision, device), run.optimizer)
+    kinds = ("parameters", "gradients", "optimizer")
+    parts = ", ".join(f"{kind} {getattr(found, kind) / 2**20:,.0f} MiB" for kind in kinds)
+    return f"weights      {parts} ({run.optimizer.name}, optimizer.parameters = {run.optimizer.parameters!r})"
+
+
 def need(config: ViViTConfig, step: Step, optimizer: OptimizerConfig | None = None) -> Need:
     """What one training step of `ViViT(config, memory=step.memory)` takes; momentum SGD unless said otherwise."""
-    weights = parameters(config) * (4 if step.precision == "autocast" else step.size)
+    count, workspace = parameters(config), _workspace(config, step)
+    weights = count * (4 if step.precision == "autocast" else step.size)
     states = float(optimizer is None or optimizer.momentum > 0)
     if optimizer and optimizer.name == "adamw":
         states = 2.0 if optimizer.states == "float32" else 2 * (1 / 4 + 1 / 256)  # 8 bits, a float32 for a block of 256
-    return Need(weights, weights, int(states * weights), activations(config, step).total(), _workspace(config, step))
+    kept = int(states * weights)
+    if (
+        optimizer and optimizer.parameters == "bfloat16"
+    ):  # states in float32, and what a master has beside its parameter
+        kept = int(states * 4 * count) + 2 * count
+        workspace = max(workspace, 8 * min(CHUNK, count))  # masters and their gradients in the optimiser's step
+    return Need(weights, weights, kept, activations(config, step).total(), workspace)
 
 
 def _workspace(config: ViViTConfig, step: Step) -> int:
@@ -103,7 +119,7 @@ class Fit:
 
 def fits(run: TrainConfig, room: int, device: str = "cuda") -> Iterator[Fit]:
     """A Fit for each level, of `room` bytes."""
-    config, precision = run.model, "autocast" if run.autocast else "float32"
+    config, precision = run.model, run.precision
     _, y, x = config.tubelet
     per_step = 1 if config.tokenization == "uniform" else config.tubelet[0]
     for level in LEVELS:

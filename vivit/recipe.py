@@ -92,14 +92,18 @@ class OptimizerConfig:
     clip_norm: float = 1.0  # global norm; 0 does not clip
     kernel: str = "auto"  # auto, foreach, fused or loop: see optimizers.py
     states: str = "float32"  # or torchao, bitsandbytes: adamw's in 8 bits, by that package
+    parameters: str = "float32"  # or bfloat16: what the model computes in, beside float32 masters (masters.py)
 
     def __post_init__(self):
         check_types(self, "optimizer")
         _choice("optimizer.kernel", self.kernel, ("auto", "foreach", "fused", "loop"))
         _choice("optimizer.states", self.states, ("float32", "torchao", "bitsandbytes"))
+        _choice("optimizer.parameters", self.parameters, ("float32", "bfloat16"))
         eight = self.states != "float32"
         _check(not eight or self.name == "adamw", "optimizer.states", self.states, "is for name = 'adamw'")
         _check(not eight or self.kernel == "auto", "optimizer.kernel", self.kernel, "goes with states = 'float32'")
+        rule = "goes with states = 'float32': 8-bit states were not tried on masters"
+        _check(not eight or self.parameters == "float32", "optimizer.parameters", self.parameters, rule)
         _choice("optimizer.name", self.name, OPTIMIZERS)
         _check(self.lr > 0, "optimizer.lr", self.lr, "must be positive")
         for key in ("weight_decay", "warmup_epochs", "clip_norm"):
@@ -122,9 +126,10 @@ class TrainConfig:
     ema: float = 0.0  # decay of a running mean of the weights, evaluated and exported in their place; 0: none
     ema_on: str = "model"  # where the mean lives: beside the model, or "cpu" (a copy of the weights per step)
     tensorboard: bool = False  # besides log.jsonl
-    autocast: bool = False  # bf16
+    autocast: bool = False  # bf16; parameters that are bfloat16 themselves need none
     skip_not_finite: int = 3  # steps in a row left out for a loss or gradient that is no number; one more ends the run
     memory: str = "fast"  # what stays for the backward: fast, balanced, small, smallest (memory.py)
+    offload: bool = False  # with smallest: the inputs of blocks wait in the host's memory (offload.py)
     parallel: str = "ddp"  # of several processes: each the whole model, or "fsdp", a part of its weights and states
     sequence_parallel: int = 1  # processes that share the frames of a clip (sequence_parallel.py)
     seed: int = 0
@@ -139,7 +144,7 @@ class TrainConfig:
             _check(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
         for key in ("seed", "threads", "skip_not_finite"):
             _check(getattr(self, key) >= 0, key, getattr(self, key), "must not be negative")
-        memory_levels.check(self.memory, "recipe")
+        memory_levels.check(self.memory, "recipe", self.offload)
         known = self.device in ("auto", "cpu") or re.fullmatch(r"cuda(:\d+)?", self.device) is not None
         _check(known, "device", self.device, "is not known: auto, cpu, cuda, or cuda:1 for another than the first GPU")
         _check(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "must be in [0, 1)")
@@ -150,6 +155,13 @@ class TrainConfig:
         _check(self.accumulate <= self.batch, "accumulate", self.accumulate, rule)
         check_augment(self.augment)
         check_init(self.init)
+
+    @property
+    def precision(self) -> str:
+        """What products are computed in, as footprint.PRECISIONS names it."""
+        if self.optimizer.parameters == "bfloat16":
+            return "bfloat16"
+        return "autocast" if self.autocast else "float32"
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import checkpoint, finetune, losses, parallel, sharded
 from .augment import augment, mixup_weight
@@ -35,8 +35,9 @@ from .data import (
 )
 from .evaluate import Result, evaluate
 from .log import Log, Silent
+from .masters import Masters
 from .model import ViViT
-from .optimizers import make_optimizer, set_rate
+from .optimizers import clip, make_optimizer, set_rate
 from .parallel import ALONE, World
 from .progress import Bar, memory_gib
 from .recipe import CLIP_KEYS, TrainConfig
@@ -108,15 +109,20 @@ class Run:
         self.warmup = int(config.optimizer.warmup_epochs * self.steps_per_epoch)
         out.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(config.seed)
-        self.model = ViViT(config.model, memory=config.memory).to(self.device)
+        self.model = ViViT(config.model, memory=config.memory, offload=config.offload).to(self.device)
         saved = world.from_first(sharded.latest(out))
         self.started = ""  # what the weights were at the start, in words
         if config.init.path and not (resume and saved):
             self.started = finetune.initialise(self.model, config.init)
         finetune.freeze(self.model, config.init.freeze)
-        self.called = world.wrap(self.model, self.device)  # in a step; else the model itself
-        self.optimizer = make_optimizer(self.model, config.optimizer, config.init.layer_decay)
-        self.average = Average(self.model, config.ema, config.ema_on) if config.ema else None
+        narrow = config.optimizer.parameters == "bfloat16"
+        shards = world.together and world.kind == "fsdp"  # which keeps float32 masters by itself
+        self.masters = Masters(self.model) if narrow and not shards else None
+        self.weights = self.masters or self.model  # as they are stored, in float32
+        dtype = torch.bfloat16 if narrow else torch.float32
+        self.called = world.wrap(self.model, self.device, dtype)  # in a step; else the model itself
+        self.optimizer = make_optimizer(self.model, config.optimizer, config.init.layer_decay, self.masters)
+        self.average = Average(self.model, config.ema, config.ema_on, self.masters) if config.ema else None
         self.skips = Skips(config.skip_not_finite)
         self.step, self.problems = 0, Problems(note=getattr(dataset, "note", ""))
         self._place_augmentation()
@@ -155,7 +161,7 @@ class Run:
                 f"{path} was trained with other settings: {key} was {then.get(key)}, is {now.get(key)}"
                 "\n  -> resume with the config it was started with, or train into another --out"
             )
-        self.model.load_state_dict(state["model"])
+        self.weights.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             self.average.load(state["average"])
@@ -174,6 +180,7 @@ class Run:
             "threads",
             "device",
             "memory",
+            "offload",
             "skip_not_finite",
             "checkpoint_every",
             "evaluate_every",
@@ -196,7 +203,7 @@ class Run:
             self.problems.add(pairs)
         state = {
             "config": json.dumps(self._identity()),
-            "model": self.model.state_dict(),
+            "model": self.weights.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "finished": self.step == self.total,
@@ -218,7 +225,7 @@ class Run:
             set_rate(group, rate * group["scale"])
         self.optimizer.zero_grad(set_to_none=True)
         value = self._backward(video, label)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), opt.clip_norm or math.inf)
+        norm = clip(self.model.parameters(), opt.clip_norm)
         value, size = self.world.agreed(value, norm)
         if not (math.isfinite(value) and math.isfinite(size)):
             what = f"the loss is {value}" if not math.isfinite(value) else f"the gradient norm is {size}"
@@ -243,7 +250,7 @@ class Run:
                 first, second = (losses.normalised(x[rows], config.model) for x in (video, partner))
                 clips = weight * first + (1 - weight) * second
             with self.world.gradients(self.called, last=rows.stop == len(video)):
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=config.autocast):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "autocast"):
                     logits = self.called(clips, layout="BFYXC")
                 loss = losses.classification(logits, [y[rows] for y in wanted], config.label_smoothing)
                 if len(part) < len(video):
@@ -293,7 +300,7 @@ class Run:
                 validation,
                 config.batch,
                 self.device,
-                config.autocast,
+                config.precision == "autocast",
                 data.workers,
                 timeout=data.timeout,
                 world=self.world,
@@ -352,7 +359,7 @@ class Run:
         from . import weights
 
         with self._averaged():
-            found = {name: parallel.whole(value) for name, value in self.model.state_dict().items()}
+            found = {name: parallel.whole(value) for name, value in self.weights.state_dict().items()}
             if self.world.first:
                 weights.save(self.model, self.out / "model.safetensors", found)
         self.world.barrier()  # the others may not end while it is being written
