@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.footprint import measure
-from vivit import ViViT, ViViTConfig, memory, plan, recipe
+from vivit import ViViT, ViViTConfig, footprint, memory, plan, recipe
 from vivit.__main__ import main
 from vivit.footprint import Step
 from vivit.masters import Masters
@@ -26,9 +26,11 @@ CONFIG = ViViTConfig(
 
 
 @pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
-@pytest.mark.parametrize("level", memory.LEVELS)
+@pytest.mark.parametrize("level", [*memory.LEVELS, "offload"])
 def test_the_peak_of_a_step(level, precision):
-    model = ViViT(CONFIG, memory=level)
+    """With offload the host's part is beside the device's: here they are the same memory."""
+    offload, level = level == "offload", "smallest" if level == "offload" else level
+    model = ViViT(CONFIG, memory=level, offload=offload)
     chosen = recipe.OptimizerConfig(parameters="bfloat16" if precision == "bfloat16" else "float32")
     optimizer = make_optimizer(model, chosen, wide=Masters(model) if precision == "bfloat16" else None)
     video = torch.zeros(CLIPS, 3, 16, 64, 64, dtype=torch.uint8)
@@ -43,8 +45,10 @@ def test_the_peak_of_a_step(level, precision):
 
     step()  # makes the momentum
     found = measure(step, torch.device("cpu"))["peak"]
-    need = plan.need(CONFIG, Step(level, CLIPS, precision), chosen)
+    taken = Step(level, CLIPS, precision, offload=offload)
+    need = plan.need(CONFIG, taken, chosen)
     predicted = need.peak - need.parameters - need.optimizer - video.numel()  # what was there before is not counted
+    predicted += footprint.on_host(CONFIG, taken)
     assert abs(predicted / found - 1) < FOUND, (predicted, found)
 
 
@@ -59,16 +63,20 @@ def test_the_largest_fits_and_one_more_does_not():
     run = recipe.load("kinetics400_B16x2_factorized_encoder")
     room = 24 * 10**9
     found = list(plan.fits(run, room))
-    assert [fit.memory for fit in found] == list(memory.LEVELS)
+    assert [fit.memory for fit in found] == [*memory.LEVELS, "smallest"] and found[-1].offload
+
+    def step(fit: plan.Fit, clips: int) -> Step:
+        return Step(fit.memory, clips, "autocast", "cuda", fit.offload)
+
     for fit in found:
         for clips, fits in ((fit.batch, True), (fit.batch + 1, False)):
-            assert (plan.need(run.model, Step(fit.memory, clips, "autocast", "cuda")).peak <= room) == fits
+            assert (plan.need(run.model, step(fit, clips)).peak <= room) == fits
         for frames, fits in ((fit.frames, True), (fit.frames + 2, False)):
             longer = dataclasses.replace(run.model, frames=frames)
-            assert (plan.need(longer, Step(fit.memory, 1, "autocast", "cuda")).peak <= room) == fits
+            assert (plan.need(longer, step(fit, 1)).peak <= room) == fits
         for rows, fits in ((fit.rows, True), (fit.rows + 16, False)):
             wider = dataclasses.replace(run.model, height=rows, width=rows)
-            assert (plan.need(wider, Step(fit.memory, 1, "autocast", "cuda")).peak <= room) == fits
+            assert (plan.need(wider, step(fit, 1)).peak <= room) == fits
     assert [fit.batch for fit in found] == sorted({fit.batch for fit in found})  # each level takes more
 
 

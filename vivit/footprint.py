@@ -111,7 +111,10 @@ def table(config: ViViTConfig, clips: int, precision: str, device: str) -> list[
     step = Step("smallest", clips, precision, device, offload=True)
     total, host = activations(config, step).total() / 2**20, on_host(config, step) / 2**20
     told = f"{total:>15,.0f} MiB, and {host:,.0f} MiB of the host's memory"
-    return [*lines, f"{'':<13}{'  with offload = true':<37}{per_token(config, step) / config.depth:>12,.0f} bytes{told}"]
+    return [
+        *lines,
+        f"{'':<13}{'  with offload = true':<37}{per_token(config, step) / config.depth:>12,.0f} bytes{told}",
+    ]
 
 
 def _block(

@@ -41,8 +41,8 @@ def check(level: str, where: str = "ViViT", offload: bool = False) -> str:
         raise ValueError(f"{where}: memory={level!r} is not known; {nearest(str(level), LEVELS)}")
     if offload and level != "smallest":
         raise ValueError(
-            f"{where}: offload=True with memory={level!r}: what goes to the host is the inputs of blocks that keep nothing "
-            "else\n  -> memory='smallest'"
+            f"{where}: offload=True with memory={level!r}: what goes to the host is the inputs of blocks, "
+            "and these keep more than that\n  -> memory='smallest'"
         )
     return level
 

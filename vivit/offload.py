@@ -1,6 +1,6 @@
 """Block inputs that wait for their backward in the host's memory: `memory = "smallest"` with `offload`.
 
-    forward    a block's input goes to the host while the block computes; its device copy goes when the next block begins
+    forward    a block's input goes to the host while the block computes, and leaves the device when the next one begins
     backward   the input of the block before comes back while a block computes again and goes backward
 
 So the device holds one block input at the end of a forward and two in a backward, whatever the depth. One transfer is
@@ -70,9 +70,12 @@ class Offload:
         if self.moving is None:
             return None
         (_, x, done), self.moving = self.moving, None
+        self._wait(x, done)
+        return x
+
+    def _wait(self, x: Tensor, done: Any) -> None:
         if done is not None:
             torch.cuda.current_stream(x.device).wait_event(done)
-        return x
 
     def _copy(self, target: Tensor, source: Tensor) -> Any:
         on_gpu = target if target.is_cuda else source

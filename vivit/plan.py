@@ -79,7 +79,9 @@ def _workspace(config: ViViTConfig, step: Step) -> int:
     hidden = {"fast": 2, "balanced": 2, "small": 3, "smallest": 2}[step.memory]
     backward = tokens * size * (max(hidden * mlp, 3 * E) + 4 * E) + E * mlp * (2 * size + 4)
     if step.memory == "smallest":
-        backward += block_kept(config, dataclasses.replace(step, memory="balanced")).total()
+        backward += block_kept(config, dataclasses.replace(step, memory="balanced", offload=False)).total()
+    if step.offload:
+        backward += block_kept(config, step).total()  # the input that comes back meanwhile
     copies = weight_copies(config, step) if step.memory != "fast" and step.precision == "autocast" else 0
     return max(backward, tokens * size * 2 * mlp + copies)
 
@@ -110,6 +112,11 @@ class Fit:
     frames: int
     rows: int
     need: Need  # of that batch, or of one clip where none fits
+    offload: bool = False
+
+    @property
+    def setting(self) -> str:
+        return f"memory = {self.memory!r}" + (", offload = true" if self.offload else "")
 
     def accumulation(self, wanted: int) -> tuple[int, int]:
         """(steps, clips at once) that make a batch of `wanted`: as few steps as fit, as even as they can be."""
@@ -118,14 +125,14 @@ class Fit:
 
 
 def fits(run: TrainConfig, room: int, device: str = "cuda") -> Iterator[Fit]:
-    """A Fit for each level, of `room` bytes."""
+    """A Fit for each level and for "smallest" with offload, of `room` bytes."""
     config, precision = run.model, run.precision
     _, y, x = config.tubelet
     per_step = 1 if config.tokenization == "uniform" else config.tubelet[0]
-    for level in LEVELS:
+    for level, offload in (*((level, False) for level in LEVELS), ("smallest", True)):
 
-        def enough(changed: ViViTConfig, clips: int, level: str = level) -> bool:
-            return need(changed, Step(level, clips, precision, device), run.optimizer).peak <= room
+        def enough(changed: ViViTConfig, clips: int, level: str = level, offload: bool = offload) -> bool:
+            return need(changed, Step(level, clips, precision, device, offload), run.optimizer).peak <= room
 
         def longer(n: int, enough=enough) -> bool:
             frames = {"frames": n * per_step}
@@ -138,9 +145,9 @@ def fits(run: TrainConfig, room: int, device: str = "cuda") -> Iterator[Fit]:
             return enough(dataclasses.replace(config, height=n * y, width=width), 1)
 
         batch = largest(lambda clips, enough=enough: enough(config, clips))
-        step = Step(level, max(batch, 1), precision, device)
+        step = Step(level, max(batch, 1), precision, device, offload)
         found = need(config, step, run.optimizer)
-        yield Fit(level, batch, largest(longer) * per_step, largest(wider) * y, found)
+        yield Fit(level, batch, largest(longer) * per_step, largest(wider) * y, found, offload)
 
 
 def report(run: TrainConfig, room: int, device: str = "cuda") -> list[str]:
@@ -150,15 +157,17 @@ def report(run: TrainConfig, room: int, device: str = "cuda") -> list[str]:
     found = list(fits(run, room, device))
     for fit in found:
         parts = "".join(f"{size / 2**30:>12.2f}" for size in dataclasses.astuple(fit.need))
-        lines.append(f"{fit.memory:<10}{fit.batch:>7}{fit.frames:>8}{fit.rows:>6}   {'':<18}{parts}")
+        name = "+ offload" if fit.offload else fit.memory
+        lines.append(f"{name:<10}{fit.batch:>7}{fit.frames:>8}{fit.rows:>6}   {'':<18}{parts}")
     lines.append("frames, rows: of one clip, the rest as configured; what does not fit at all is 0")
     whole = [fit for fit in found if fit.batch >= run.batch]
     if whole:
-        lines.append(f"batch = {run.batch} fits at once with memory = {whole[0].memory!r}")
+        lines.append(f"batch = {run.batch} fits at once with {whole[0].setting}")
         return lines
-    best = max(found, key=lambda fit: fit.batch)
+    ours = [fit for fit in found if fit.batch and not fit.offload] or found  # a batch in parts needs no bus
+    best = max(ours, key=lambda fit: fit.batch)
     if not best.batch:
         return [*lines, "not even one clip fits: fewer frames, fewer rows, or a smaller preset"]
     steps, clips = best.accumulation(run.batch)
-    advice = f"memory = {best.memory!r} and accumulate = {steps} take {clips} clips at once"
+    advice = f"{best.setting} and accumulate = {steps} take {clips} clips at once"
     return [*lines, f"batch = {run.batch} does not fit at once: {advice}"]
