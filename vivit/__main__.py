@@ -58,10 +58,12 @@ def parser() -> argparse.ArgumentParser:
     predict.add_argument("--png", default="", help="write frames, attention roll-out and probabilities here")
     predict.add_argument("--credit", default="", help="a line below the picture")
 
+    of_each = "memory of each of N, by `parallel` and `sequence_parallel` (sequence_parallel's own number)"
     info = commands.add_parser("info", help="shapes, parameters and FLOPs of a config or a run")
     info.add_argument(
         "config", metavar="CONFIG", nargs="?", default="demo", help="a TOML file, a name or a run's folder"
     )
+    info.add_argument("--processes", type=int, default=0, metavar="N", help=of_each)
     info.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
 
     plan = commands.add_parser("plan", help="the largest batch, clip and picture that fit a GPU, for each memory level")
@@ -70,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--reserve", default="1GB", metavar="SIZE", help="left to driver, libraries and gaps (%(default)s)"
     )
+    plan.add_argument("--processes", type=int, default=0, metavar="N", help=of_each)
     plan.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
 
     verified = commands.add_parser(
@@ -259,10 +262,14 @@ def command_info(args: argparse.Namespace) -> int:
         f"{work.macs / 1e9:,.3f} G multiply-adds"
     )
     from .footprint import table
-    from .plan import held
+    from .plan import held, processes
 
     device = "cuda" if run.device != "cpu" and torch.cuda.is_available() else "cpu"
-    for line in [held(run, device), *table(config, run.batch, run.precision, device)]:
+    world = processes(run, args.processes)
+    if world.together:
+        print(f"processes    each of{str(world).lstrip(',')}")
+    clips = run.batch // world.shares
+    for line in [held(run, device, world), *table(config, clips, run.precision, device, world.sequence)]:
         print(line)
     return 0
 
@@ -273,7 +280,8 @@ def command_plan(args: argparse.Namespace) -> int:
     room = plan.size_of(args.gpu_memory) - plan.size_of(args.reserve)
     if room <= 0:
         raise ValueError(f"--gpu-memory {args.gpu_memory} leaves nothing beside --reserve {args.reserve}")
-    for line in plan.report(recipe.load(args.config, args.set), room):
+    run = recipe.load(args.config, args.set)
+    for line in plan.report(run, room, world=plan.processes(run, args.processes)):
         print(line)
     return 0
 

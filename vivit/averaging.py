@@ -15,7 +15,8 @@ from .parallel import laid_out, local
 class Average:
     """After each step `value = decay * value + (1 - decay) * weight`; beginning with the weights as they are.
 
-    on: "model" keeps the mean beside the weights, "cpu" takes it off a GPU, for a copy of the weights in each step.
+    on: "model" keeps the mean beside the weights, "cpu" takes it off a GPU, for a copy of the weights in each step. With
+    FSDP each process has the mean of its part, there or there.
     masters: of a model in bfloat16, whose mean is that of its masters, in float32.
     """
 

@@ -158,6 +158,17 @@ def parameters(config: ViViTConfig) -> int:
     return total + (width * (E + 1) if config.representation else 0) + (width + 1) * sum(config.head_sizes)
 
 
+def block_parameters(config: ViViTConfig) -> tuple[int, int]:
+    """(parameters of the largest block, of all blocks), temporal encoder included."""
+    E = config.embedding
+    sizes = [
+        (2 if over in ("space_time", "time_space") else 1) * _attention_parameters(E) + _mlp_parameters(E, config.mlp)
+        for over in config.layers
+    ]
+    sizes += [_attention_parameters(E) + _mlp_parameters(E, config.temporal_mlp or config.mlp)] * config.temporal_depth
+    return max(sizes), sum(sizes)
+
+
 def _attention_parameters(E: int) -> int:
     return 4 * E * (E + 1) + 2 * E  # with its norm
 

@@ -7,6 +7,8 @@ holds these numbers to what the hooks count.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -23,14 +25,18 @@ PRECISIONS = {"float64": 8, "float32": 4, "autocast": 2, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Step:
-    """What runs: a level of memory.LEVELS, clips at once, a precision of PRECISIONS, "cpu" or "cuda"; offload: whether
-    the inputs of blocks wait in the host's memory, of which no byte is counted here but in `on_host`."""
+    """What runs: a level of memory.LEVELS, clips at once, a precision of PRECISIONS, "cpu" or "cuda".
+
+    offload: whether the inputs of blocks wait in the host's memory, counted by `on_host` alone. sequence: processes that
+    share a clip, of which the first is counted, whose part is the largest (sequence_parallel.py).
+    """
 
     memory: str = "fast"
     clips: int = 1
     precision: str = "float32"
     device: str = "cpu"
     offload: bool = False
+    sequence: int = 1
 
     def __post_init__(self):
         check(self.memory, "footprint", self.offload)
@@ -56,12 +62,13 @@ def activations(config: ViViTConfig, step: Step) -> Counter[str]:
 
     activations(ViViTConfig.preset("B/16x2"), Step("small", precision="autocast")).total()
     """
-    E, T, S, cls = config.embedding, config.T, config.S, int(config.has_class_token)
-    frames, length = (T, S + cls) if config.attention == "factorized_encoder" else (1, T * S + cls)
-    many = step.clips * frames
+    E, T, cls = config.embedding, config.T, int(config.has_class_token)
+    many, length = _sequences(config, step)
     kept: Counter[str] = Counter()
     kept["video"] = step.clips * config.channels * config.height * config.width * _frames(config)
     kept["dropout"] += many * length * E * _mask(config.dropout, step)
+    if step.sequence > 1 and cls and config.attention != "factorized_encoder":
+        kept["other"] += length * E * (4 if step.precision == "autocast" else step.size)  # positions: no view of all
     for number, over in enumerate(config.layers):
         alone = bool(cls) and number == config.depth - 1
         if not step.offload or number == config.depth - 1:
@@ -69,7 +76,8 @@ def activations(config: ViViTConfig, step: Step) -> Counter[str]:
     rows = many if cls else many * length
     kept["other"] += rows * (E * _norm_size(step, step.size) + 8)
     if config.temporal_depth:
-        size = max(step.size, 4)  # positions in float32 are added outside of any product
+        step = dataclasses.replace(step, sequence=1)  # each process computes all of it
+        size = 4 if step.precision == "autocast" else step.size  # positions are added outside of any product
         kept["dropout"] += step.clips * (T + cls) * E * _mask(config.dropout, step, size)
         heads, mlp = config.temporal_heads or config.heads, config.temporal_mlp or config.mlp
         for _ in range(config.temporal_depth):
@@ -87,34 +95,39 @@ def on_host(config: ViViTConfig, step: Step) -> int:
 
 def block_kept(config: ViViTConfig, step: Step) -> Counter[str]:
     """Bytes by kind that a layer in the middle keeps."""
-    T, S, cls = config.T, config.S, int(config.has_class_token)
-    frames, length = (T, S + cls) if config.attention == "factorized_encoder" else (1, T * S + cls)
-    return _block(
-        config, step, config.layers[0], step.clips * frames, length, False, step.size, config.heads, config.mlp
-    )
+    return _block(config, step, config.layers[0], *_sequences(config, step), False, step.size, config.heads, config.mlp)
 
 
 def per_token(config: ViViTConfig, step: Step) -> float:
     """Bytes that a layer in the middle keeps of each token."""
-    T, S, cls = config.T, config.S, int(config.has_class_token)
-    tokens = T * (S + cls) if config.attention == "factorized_encoder" else T * S + cls
-    return block_kept(config, step).total() / (step.clips * tokens)
+    many, length = _sequences(config, step)
+    return block_kept(config, step).total() / (many * length)
 
 
-def table(config: ViViTConfig, clips: int, precision: str, device: str) -> list[str]:
-    """Lines for a terminal: what each level keeps, of a token in a layer and of a batch."""
-    lines = [f"training     kept for backward ({precision}, {device})  a token and layer  {clips} clips in all"]
+def table(config: ViViTConfig, clips: int, precision: str, device: str, sequence: int = 1) -> list[str]:
+    """Lines for a terminal: what each level keeps, of a token in a layer and of a batch; of a process's part of clips
+    that lie on `sequence` processes."""
+    what = f"{clips} clips in all" if sequence == 1 else f"its part of {clips} clips"
+    lines = [f"training     kept for backward ({precision}, {device})  a token and layer  {what}"]
     for level in LEVELS:
-        step = Step(level, clips, precision, device)
+        step = Step(level, clips, precision, device, sequence=sequence)
         total = activations(config, step).total() / 2**20
         lines.append(f"{'':<13}{f'memory = {level!r}':<37}{per_token(config, step):>12,.0f} bytes{total:>15,.0f} MiB")
-    step = Step("smallest", clips, precision, device, offload=True)
+    step = Step("smallest", clips, precision, device, offload=True, sequence=sequence)
     total, host = activations(config, step).total() / 2**20, on_host(config, step) / 2**20
     told = f"{total:>15,.0f} MiB, and {host:,.0f} MiB of the host's memory"
     return [
         *lines,
         f"{'':<13}{'  with offload = true':<37}{per_token(config, step) / config.depth:>12,.0f} bytes{told}",
     ]
+
+
+def _sequences(config: ViViTConfig, step: Step) -> tuple[int, int]:
+    """(how many, tokens of each) that a process has between attentions."""
+    cls, t = int(config.has_class_token), math.ceil(config.T / step.sequence)
+    if config.attention == "factorized_encoder":
+        return step.clips * t, config.S + cls
+    return step.clips, t * config.S + cls
 
 
 def _block(
@@ -129,9 +142,15 @@ def _block(
         return kept
     attentions = 2 if over in ("space_time", "time_space") else 1
     norm_input = _norm_size(step, stream) if fast else stream
-    kept["block inputs"] = tokens * E * norm_input * attentions + rows * E * norm_input  # the last is the MLP's
-    kept["qkv"] = tokens * 3 * E * size * attentions
-    lengths = {"joint": [length], "space": [length], "dot_product": [max(config.T, config.S)]}
+    asked = tokens * attentions  # and along time, of a clip on several processes, the tokens of its positions
+    if attentions == 2:
+        asked = tokens + many * config.T * math.ceil(config.S / step.sequence)
+    kept["block inputs"] = (tokens * attentions if fast else asked) * E * norm_input
+    kept["block inputs"] += rows * E * norm_input  # the MLP's
+    kept["qkv"] = asked * 3 * E * size
+    if over == "dot_product" and step.sequence > 1 and step.memory != "small":
+        kept["qkv"] += asked * 3 * E * size // 2  # the temporal half on its way, beside the whole
+    lengths = {"joint": [length * step.sequence], "space": [length], "dot_product": [max(config.T, config.S)]}
     for keys in lengths.get(over, [config.S, config.T]):
         again = step.memory == "small" and keys <= LONGEST_AGAIN and not alone
         kept["attention"] += 0 if again else rows * E * size

@@ -272,11 +272,6 @@ def _check_start(config: TrainConfig, size: int) -> None:
             f"optimizer.states = {config.optimizer.states!r} is for one process: checkpoints of several hold plain "
             "states\n  -> states = 'float32'; parallel = 'fsdp' gives each process its part of them"
         )
-    if size > 1 and config.parallel == "fsdp" and config.ema_on == "cpu":
-        raise TrainingError(
-            "ema_on = 'cpu' goes with parallel = 'ddp'"
-            "\n  -> ema_on = 'model': FSDP gives each process its part of the mean"
-        )
 
 
 _LOST = re.compile(r"gloo|Connection (closed|reset) by peer|NCCL|ProcessGroup|Broken pipe|Socket", re.IGNORECASE)
