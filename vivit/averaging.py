@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from .masters import Masters
-from .parallel import laid_out, local
+from .parallel import laid_out, local, on_cpu
 
 
 class Average:
     """After each step `value = decay * value + (1 - decay) * weight`; beginning with the weights as they are.
 
-    on: "model" keeps the mean beside the weights, "cpu" takes it off a GPU, for a copy of the weights in each step. With
-    FSDP each process has the mean of its part, there or there.
+    on: "model" keeps the mean beside the weights, "cpu" takes it off a GPU, for a copy of the weights in each step.
+        With FSDP each process has the mean of its part, here or there.
     masters: of a model in bfloat16, whose mean is that of its masters, in float32.
     """
 
@@ -24,7 +24,7 @@ class Average:
         self.decay, self.masters = decay, masters
         self.values = masters.state_dict() if masters else {n: p.detach().clone() for n, p in model.named_parameters()}
         if on == "cpu":
-            self.values = {name: value.cpu() for name, value in self.values.items()}
+            self.values = on_cpu(self.values)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -60,4 +60,4 @@ class Average:
 
     def load(self, values: dict[str, Tensor]) -> None:
         for name, value in self.values.items():
-            value.copy_(laid_out(values[name], value))
+            local(value).copy_(local(laid_out(values[name], value)))

@@ -27,8 +27,8 @@ PRECISIONS = {"float64": 8, "float32": 4, "autocast": 2, "bfloat16": 2}
 class Step:
     """What runs: a level of memory.LEVELS, clips at once, a precision of PRECISIONS, "cpu" or "cuda".
 
-    offload: whether the inputs of blocks wait in the host's memory, counted by `on_host` alone. sequence: processes that
-    share a clip, of which the first is counted, whose part is the largest (sequence_parallel.py).
+    offload: whether the inputs of blocks wait in the host's memory, counted by `on_host` alone.
+    sequence: processes that share a clip; the first is counted, whose part is the largest (sequence_parallel.py).
     """
 
     memory: str = "fast"

@@ -186,6 +186,23 @@ def laid_out(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value.to(like.device), *there, src_data_rank=None)  # nobody sends what all have
 
 
+def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors in the host's memory; of DTensors each process has there what it has of them now."""
+    meshes = [t.device_mesh for t in tensors.values() if hasattr(t, "to_local")]  # pyright: ignore[reportAttributeAccessIssue]
+    if not meshes:
+        return {name: t.cpu() for name, t in tensors.items()}
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor
+
+    mesh = init_device_mesh("cpu", tuple(meshes[0].shape))
+    found = {}
+    for name, t in tensors.items():
+        assert isinstance(t, DTensor)
+        shape = {"shape": t.shape, "stride": t.stride()}
+        found[name] = DTensor.from_local(local(t).cpu(), mesh, t.placements, run_check=False, **shape)
+    return found
+
+
 def settled(model: nn.Module) -> None:
     """FSDP leaves the root's weights gathered after a forward without a backward, plain tensors in the place of its
     DTensors: back to them, for who goes through the parameters."""
@@ -269,8 +286,9 @@ def _check_start(config: TrainConfig, size: int) -> None:
         sequence_parallel.check(config.model, P)
     if size > 1 and config.optimizer.states != "float32":
         raise TrainingError(
-            f"optimizer.states = {config.optimizer.states!r} is for one process: checkpoints of several hold plain "
-            "states\n  -> states = 'float32'; parallel = 'fsdp' gives each process its part of them"
+            f"optimizer.states = {config.optimizer.states!r} with {size} processes: states of 8 bits are for one, as "
+            "checkpoints of several hold plain tensors\n  -> states = 'float32'; parallel = 'fsdp' gives each process "
+            "its part of them"
         )
 
 
