@@ -261,7 +261,7 @@ class ViViT(nn.Module):
                 module.memory, module.offload = level, None
         place = Offload() if offload else None
         for block in self.blocks:  # not the temporal encoder's, whose inputs are a row a frame
-            block.offload = place  # pyright: ignore[reportAttributeAccessIssue]
+            block.offload = place  # pyright: ignore[reportArgumentType]
 
     def forward(self, video: Tensor, layout: str = "BCFYX"):
         logits = self.head(self.forward_features(video, layout))
