@@ -2,6 +2,7 @@
 // direction, so that it can be done side by side.
 #include "tubelet_backward.cuh"
 #include "tubelet_hopper_launch.cuh"
+#include "tubelet_hopper_weights_launch.cuh"
 #include "tubelet_launch.cuh"
 #include "tubelet_parameters.cuh"
 
@@ -11,6 +12,8 @@ extern template int launch_forward_products<BFloat16>(const ForwardParams&, Elem
 extern template int launch_forward_products<Float16>(const ForwardParams&, Element, void*);
 extern template int launch_hopper_forward<BFloat16>(const HopperForward&, Element, void*);
 extern template int launch_hopper_forward<Float16>(const HopperForward&, Element, void*);
+extern template int launch_hopper_weights<BFloat16>(const HopperWeights&, Element, void*);
+extern template int launch_hopper_weights<Float16>(const HopperWeights&, Element, void*);
 extern template int launch_weight_products<BFloat16>(const WeightGradientParams&, Element, int32_t, void*);
 extern template int launch_weight_products<Float16>(const WeightGradientParams&, Element, int32_t, void*);
 extern template int launch_video_products<BFloat16>(const VideoGradientParams&, void*);
@@ -162,6 +165,11 @@ int launch_tubelet_weight_gradient(const TubeletParams& p, void* stream) {
     params.parts = p.parts, params.pitch = static_cast<int32_t>(pitch_of(p));
     params.steps_of_part = blocks(blocks(params.places.tubelets, kStep), p.splits);
     params.blocks_e = blocks(p.E, kTile), params.blocks_k = blocks(params.places.taps, kTile);
+    if (HopperWeights plan; plan_hopper_weights(plan, params, p.splits)) {
+        return by_dtype(
+            p, [&] { return launch_hopper_weights<BFloat16>(plan, p.video.type, stream); },
+            [&] { return launch_hopper_weights<Float16>(plan, p.video.type, stream); });
+    }
     return by_dtype(
         p, [&] { return launch_weight_products<BFloat16>(params, p.video.type, p.splits, stream); },
         [&] { return launch_weight_products<Float16>(params, p.video.type, p.splits, stream); });

@@ -73,9 +73,11 @@ int launch_tubelet_prepare(const TubeletParams& params, bool backward, void* str
 // Writes out. On sm_90 by Hopper's own instructions (tubelet_hopper.cuh), of the calls that tubelet_hopper_launch.cuh
 // plans: pairs of pixels side by side, 128 channels and more; all others by the kernels of sm_80.
 int launch_tubelet_forward(const TubeletParams& params, void* stream);
-int launch_tubelet_row_sums(const TubeletParams& params, void* stream);         // d_position, d_class, strips
-int launch_tubelet_weight_gradient(const TubeletParams& params, void* stream);  // writes parts
-int launch_tubelet_finish(const TubeletParams& params, void* stream);           // writes d_weight, d_bias
-int launch_tubelet_video_gradient(const TubeletParams& params, void* stream);   // writes d_video
+int launch_tubelet_row_sums(const TubeletParams& params, void* stream);  // d_position, d_class, strips
+// Writes parts. On sm_90 by Hopper's own instructions (tubelet_hopper_weights.cuh), of the calls that
+// tubelet_hopper_weights_launch.cuh plans.
+int launch_tubelet_weight_gradient(const TubeletParams& params, void* stream);
+int launch_tubelet_finish(const TubeletParams& params, void* stream);          // writes d_weight, d_bias
+int launch_tubelet_video_gradient(const TubeletParams& params, void* stream);  // writes d_video
 
 }  // namespace vivit::cuda

@@ -20,10 +20,25 @@ VIVIT_DEVICE void read_places(int32_t (&four)[4], const int32_t* from) {
     four[0] = all.x, four[1] = all.y, four[2] = all.z, four[3] = all.w;
 }
 
+VIVIT_DEVICE void read_offsets(int64_t (&two)[2], const int64_t* from) {
+    const longlong2 both = *reinterpret_cast<const longlong2*>(from);
+    two[0] = both.x, two[1] = both.y;
+}
+
+// As descriptor, of rows of 128 channels: 64 of each, and so many bytes further the other 64 (PTX manual, leading
+// dimension byte offset of a transposed operand).
+VIVIT_DEVICE uint64_t slabs_descriptor(const void* operand, int32_t slab_bytes) {
+    constexpr uint64_t kLeading = 0x3fff;
+    return (descriptor(operand) & ~(kLeading << 16)) | static_cast<uint64_t>(slab_bytes >> 4) << 16;
+}
+
 // x [64, columns] (+)= a b^T over 16 numbers: a in registers, as of a warp's multiply_add; b `columns` rows at their
 // descriptor. keep: += instead of =.
 template <class T, int kColumns>
 VIVIT_DEVICE void group_across_registers(float (&x)[kColumns / 8][4], const uint32_t (&a)[4], uint64_t b, bool keep);
+// x [64, columns] (+)= a b: b 16 rows of `columns` channels, at the descriptor of their slabs. x has 128 columns.
+template <class T, int kColumns>
+VIVIT_DEVICE void group_along_registers(float (&x)[kColumns / 8][4], const uint32_t (&a)[4], uint64_t b, bool keep);
 
 #if defined(VIVIT_HOPPER)
 #define VIVIT_FOURS_16(x, n)                                                                                  \
@@ -41,26 +56,30 @@ VIVIT_DEVICE void group_across_registers(float (&x)[kColumns / 8][4], const uint
     VIVIT_NAMED_192                                                                                              \
     ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, " \
     "%114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define VIVIT_REGISTERS(Type, name, columns, a_places, b_place, keep_place)                                           \
-    template <>                                                                                                       \
-    VIVIT_DEVICE void group_across_registers<Type, columns>(float (&x)[columns / 8][4], const uint32_t (&a)[4],       \
-                                                            uint64_t b, bool keep) {                                  \
-        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " keep_place                                                   \
-                     ", 0;\n"                                                                                         \
-                     "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." name "." name " {" VIVIT_NAMED_##columns \
-                     "}, {" a_places "}, " b_place ", p, 1, 1, 0;\n}"                                                 \
-                     : VIVIT_SUMS_##columns(x)                                                                        \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(keep)));              \
+#define VIVIT_REGISTERS(verb, turned, Type, name, columns, a_places, b_place, keep_place)                              \
+    template <>                                                                                                        \
+    VIVIT_DEVICE void verb<Type, columns>(float (&x)[columns / 8][4], const uint32_t (&a)[4], uint64_t b, bool keep) { \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " keep_place                                                    \
+                     ", 0;\n"                                                                                          \
+                     "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." name "." name " {" VIVIT_NAMED_##columns  \
+                     "}, {" a_places "}, " b_place ", p, 1, 1, " turned ";\n}"                                         \
+                     : VIVIT_SUMS_##columns(x)                                                                         \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(keep)));               \
     }
-#define VIVIT_REGISTERS_OF(Type, name)                                         \
-    VIVIT_REGISTERS(Type, name, 256, "%128, %129, %130, %131", "%132", "%133") \
-    VIVIT_REGISTERS(Type, name, 192, "%96, %97, %98, %99", "%100", "%101")     \
-    VIVIT_REGISTERS(Type, name, 128, "%64, %65, %66, %67", "%68", "%69")
+#define VIVIT_REGISTERS_128(verb, turned, Type, name) \
+    VIVIT_REGISTERS(verb, turned, Type, name, 128, "%64, %65, %66, %67", "%68", "%69")
+#define VIVIT_REGISTERS_OF(Type, name)                                                                      \
+    VIVIT_REGISTERS(group_across_registers, "0", Type, name, 256, "%128, %129, %130, %131", "%132", "%133") \
+    VIVIT_REGISTERS(group_across_registers, "0", Type, name, 192, "%96, %97, %98, %99", "%100", "%101")     \
+    VIVIT_REGISTERS_128(group_across_registers, "0", Type, name)                                            \
+    VIVIT_REGISTERS_128(group_along_registers, "1", Type, name)
 VIVIT_REGISTERS_OF(BFloat16, "bf16")
 VIVIT_REGISTERS_OF(Float16, "f16")
 #else  // never launched there
 template <class T, int kColumns>
 VIVIT_DEVICE void group_across_registers(float (&)[kColumns / 8][4], const uint32_t (&)[4], uint64_t, bool) {}
+template <class T, int kColumns>
+VIVIT_DEVICE void group_along_registers(float (&)[kColumns / 8][4], const uint32_t (&)[4], uint64_t, bool) {}
 #endif
 
 }  // namespace vivit::cuda

@@ -155,16 +155,25 @@ VIVIT_DEVICE void load_chunk(PixelChunk<Pixel, kWide>& chunk, const PixelPlaces&
 // leaves it: in float16, whose numbers from 2^10 on are whole, of 1024. bfloat16 has room for 7 of the 8 bits there,
 // but all 8 are a number below the normal ones, u 2^-133: times 2^127, less 2.
 template <class T>
-VIVIT_DEVICE uint32_t centred(uint32_t word, int half);
+constexpr uint32_t kAboveByte = 0;  // what a byte's number has above it, four times
 template <>
-VIVIT_DEVICE uint32_t centred<Float16>(uint32_t word, int half) {
-    constexpr uint32_t k1024 = 0x64646464u, kOne = 0x3c003c00u, kMinus1152 = 0xe480e480u;
-    return multiply_add_pairs<Float16>(select_bytes(word, k1024, half == 0 ? 0x4140 : 0x4342), kOne, kMinus1152);
+constexpr uint32_t kAboveByte<Float16> = 0x64646464u;
+// Of two numbers that are so made.
+template <class T>
+VIVIT_DEVICE uint32_t less_128(uint32_t numbers);
+template <>
+VIVIT_DEVICE uint32_t less_128<Float16>(uint32_t numbers) {
+    constexpr uint32_t kOne = 0x3c003c00u, kMinus1152 = 0xe480e480u;
+    return multiply_add_pairs<Float16>(numbers, kOne, kMinus1152);
 }
 template <>
-VIVIT_DEVICE uint32_t centred<BFloat16>(uint32_t word, int half) {
+VIVIT_DEVICE uint32_t less_128<BFloat16>(uint32_t numbers) {
     constexpr uint32_t k2To127 = 0x7f007f00u, kMinus2 = 0xc000c000u;
-    return multiply_add_pairs<BFloat16>(select_bytes(word, 0u, half == 0 ? 0x4140 : 0x4342), k2To127, kMinus2);
+    return multiply_add_pairs<BFloat16>(numbers, k2To127, kMinus2);
+}
+template <class T>
+VIVIT_DEVICE uint32_t centred(uint32_t word, int half) {
+    return less_128<T>(select_bytes(word, kAboveByte<T>, half == 0 ? 0x4140 : 0x4342));
 }
 // What the products of such pixels still have to be multiplied by.
 template <class T>

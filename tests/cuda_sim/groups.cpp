@@ -9,6 +9,7 @@
 
 #include "knowledge.h"
 #include "memory.h"
+#include "mistakes.h"
 
 namespace vivit::cuda::sim {
 
@@ -30,14 +31,25 @@ constexpr uint64_t layout_of(uint32_t row_bytes) {
     return swizzle << 62 | uint64_t(8 * row_bytes >> 4) << 32 | uint64_t(1) << 16;
 }
 
-// Bytes of a row, as a descriptor says.
-uint32_t row_bytes_in(const Site& site, uint64_t descriptor) {
-    for (const uint32_t row_bytes : {128u, 64u, 32u})
-        if ((descriptor & ~kAddressBits) == layout_of(row_bytes)) return row_bytes;
-    fail(site,
-         "a descriptor of another layout than rows of 128, 64 or 32 bytes, swizzled: its address ran over, or it was "
-         "not made by descriptor() or narrow_descriptor()");
-}
+constexpr uint64_t kLeadingBits = uint64_t(0x3fff) << 16;
+
+// Bytes of a row, as a descriptor says, and from 64 channels of a wider row to the next; 0 where it has no more.
+struct Layout {
+    uint32_t row_bytes, slab_bytes;
+
+    Layout(const Site& site, uint64_t descriptor) {
+        const uint64_t leading = (descriptor & kLeadingBits) >> 16,
+                       without = descriptor & ~(kAddressBits | kLeadingBits);
+        for (const uint32_t bytes : {128u, 64u, 32u}) {
+            row_bytes = bytes, slab_bytes = leading == 1 ? 0 : static_cast<uint32_t>(leading) << 4;
+            const bool slabs = slab_bytes == 0 || (bytes == 128 && slab_bytes % 1024 == 0);
+            if (slabs && without == (layout_of(bytes) & ~kLeadingBits)) return;
+        }
+        fail(site,
+             "a descriptor of another layout than rows of 128, 64 or 32 bytes, swizzled: its address ran over, or it "
+             "was not made by descriptor(), narrow_descriptor() or slabs_descriptor()");
+    }
+};
 
 // Where chunk `chunk` of row `row` lies of an operand that starts at `start`.
 uint32_t chunk_address(uint32_t start, uint32_t row_bytes, int row, int chunk) {
@@ -50,21 +62,24 @@ struct Operand {
     std::vector<uint16_t> numbers;
 
     Operand(const Site& site, uint64_t descriptor, int rows, int chunks_of_row) {
-        const uint32_t row_bytes = row_bytes_in(site, descriptor), eight_rows = 8 * row_bytes;
+        const Layout layout(site, descriptor);
+        const uint32_t row_bytes = layout.row_bytes, eight_rows = 8 * row_bytes;
         const uint32_t start = static_cast<uint32_t>(descriptor & kAddressBits) << 4, in_eight = start % eight_rows;
         if (in_eight >= row_bytes)
             fail(site, "an operand starts at row " + std::to_string(in_eight / row_bytes) +
                            " of eight: the swizzle takes a multiple of " + std::to_string(eight_rows) +
                            " bytes, and the channels within its row");
-        if (in_eight % (chunks_of_row * kChunk) != 0)
+        const int in_slab = layout.slab_bytes == 0 ? chunks_of_row : static_cast<int>(row_bytes) / kChunk;
+        if (in_eight % (in_slab * kChunk) != 0)
             fail(site, "an operand starts " + std::to_string(in_eight) + " bytes within a row, not at a step of " +
-                           std::to_string(chunks_of_row * kChunk));
-        if (in_eight + chunks_of_row * kChunk > row_bytes)
+                           std::to_string(in_slab * kChunk));
+        if (in_eight + in_slab * kChunk > row_bytes || chunks_of_row % in_slab != 0)
             fail(site, "an operand of " + std::to_string(8 * chunks_of_row) + " channels in rows of " +
                            std::to_string(row_bytes) + " bytes");
         for (int row = 0; row < rows; ++row)
             for (int chunk = 0; chunk < chunks_of_row; ++chunk)
-                chunks.push_back(chunk_address(start, row_bytes, row, chunk));
+                chunks.push_back(
+                    chunk_address(start + chunk / in_slab * layout.slab_bytes, row_bytes, row, chunk % in_slab));
         for (const uint32_t at : chunks) start_group_read(site, at);
         numbers = now();
     }
@@ -245,11 +260,14 @@ std::pair<std::vector<float>, std::vector<float>> widened(const Started& x) {
     std::vector<float> a(kRows * kDepth), b(kDepth * columns);
     if (x.product.registers != nullptr) {
         // as of a warp's mma: blocks rows 0.. columns 0.., rows 8.. columns 0.., rows 0.. columns 8.., rows 8..
+        const int other = is_planted(x.site, Mistake::kOtherColumn) ? 2
+                          : is_planted(x.site, Mistake::kOtherRow)  ? 1
+                                                                    : 0;
         for (int thread = 0; thread < kGroupLanes; ++thread)
             for (int i = 0; i < 8; ++i) {
                 const int row = thread / kLanes * 16 + thread % kLanes / 4 + i / 2 % 2 * 8;
                 const int column = i / 4 * 8 + thread % 4 * 2 + i % 2;
-                const uint32_t word = x.in_registers[thread * 4 + i / 2];
+                const uint32_t word = x.in_registers[thread * 4 + (i / 2 ^ other)];
                 a[row * kDepth + column] = x.product.widen(static_cast<uint16_t>(word >> (16 * (i % 2))));
             }
     } else {
@@ -299,9 +317,11 @@ uint32_t swizzled_address(uint32_t plain, uint32_t row_bytes) {
     return plain ^ ((plain >> 7 & (chunks - 1)) << 4);
 }
 
-uint64_t describe_operand(const Site& site, const void* operand, uint32_t row_bytes) {
+uint64_t describe_operand(const Site& site, const void* operand, uint32_t row_bytes, uint32_t slab_bytes) {
     if (!is_shared(operand)) fail(site, "not an address of the block's shared memory");
-    return layout_of(row_bytes) | shared_address(operand) >> 4;
+    if (is_planted(site, Mistake::kOtherSlab)) slab_bytes /= 2;
+    const uint64_t leading = slab_bytes == 0 ? 1 : slab_bytes >> 4;
+    return (layout_of(row_bytes) & ~kLeadingBits) | leading << 16 | shared_address(operand) >> 4;
 }
 
 void start_groups(int threads) { groups = std::vector<Warpgroup>((threads + kGroupLanes - 1) / kGroupLanes); }
@@ -324,6 +344,8 @@ void commit_products(const Site& site) {
 }
 
 void wait_for_products(const Site& site, int later_groups) {
+    if (is_planted(site, Mistake::kNoProductWait)) return;
+    if (is_planted(site, Mistake::kWaitsTooLittle)) ++later_groups;
     together_in_group(site, &later_groups, [](const Site& where, void* const* threads) {
         Warpgroup& group = mine();
         if (!group.started.empty())

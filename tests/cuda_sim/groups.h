@@ -21,7 +21,8 @@ struct Product {
     float (*widen)(uint16_t);
 };
 
-uint64_t describe_operand(const Site& site, const void* operand, uint32_t row_bytes = 128);
+// slab_bytes: from 64 channels of a row to the next 64; 0 where rows have no more.
+uint64_t describe_operand(const Site& site, const void* operand, uint32_t row_bytes = 128, uint32_t slab_bytes = 0);
 
 // Where a multiple of 16 bytes of rows of 128, 64 or 32 bytes lies: its bits from 4 on, of the chunk's number in the
 // row, are those xor the bits from 7 on (PTX manual, swizzling modes).

@@ -5,6 +5,7 @@
 
 #include "cuda/tubelet.h"
 #include "cuda_sim/calls.h"
+#include "cuda_sim/mistakes.h"
 
 namespace {
 
@@ -153,6 +154,8 @@ void define_tubelet(py::module_& m) {
     m.def("tubelet_weight_gradient", weight_gradient);
     m.def("tubelet_finish", finish);
     m.def("tubelet_video_gradient", video_gradient);
+    m.def("plant",
+          [](int mistake, std::string file) { sim::planted = {static_cast<sim::Mistake>(mistake), std::move(file)}; });
     m.def("tubelet_needs_operand",
           [](const TubeletCall& call, bool backward) { return needs_operand(call.params(), backward); });
 }

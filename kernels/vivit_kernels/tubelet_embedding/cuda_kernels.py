@@ -11,7 +11,8 @@ odd runs or rows, narrow tokens, tubelets of more than 34,000 taps. It is chosen
 
 Backward sums dout over rows for position, class row and bias (at most 128*E*4 bytes of workspace), and the weight's
 gradient in `splits` parts, added up in order (splits*E*K*4 bytes, at most 64 MiB unless one part is more). Nothing is
-atomic: results are the same bit for bit.
+atomic: results are the same bit for bit. The parts have a kernel of their own on sm_90, too
+(csrc/cuda/tubelet_hopper_weights.cuh), for the same calls whatever the number of taps.
 
 A video of float64, or of the other 16 bits than the weight's, is copied to float32 first.
 """
@@ -28,6 +29,7 @@ from . import tiles
 
 _TILE, _STEP = 128, 64  # kTile, kStep of csrc/cuda/tubelet_product.cuh
 _BLOCKS = 2  # on a multiprocessor
+_HOPPER_E, _HOPPER_K = 128, 256  # kWeightChannels, kWeightTaps of csrc/cuda/tubelet_hopper_weights.cuh; a block each
 _ROWS_OF_STRIP = 4  # at least
 
 
@@ -140,14 +142,24 @@ def _strips(dout: Tensor) -> Tensor:
 
 
 def _parts(video: Tensor, weight: Tensor) -> Tensor:
-    """Memory for the weight's gradient in parts, `[splits, E, pitch]`: each of some steps of 64 tubelets."""
+    """Memory for the weight's gradient in parts, `[splits, E, pitch]`: each of some steps of 64 tubelets. Any number is
+    right in either kernel."""
     E, pitch = weight.shape[0], _pitch(weight)
     M = video.shape[0] * math.prod(video.shape[2 + i] // weight.shape[2 + i] for i in range(3))
-    steps, programs = _blocks(M, _STEP), _blocks(E, _TILE) * _blocks(pitch, _TILE)
-    each = _blocks(steps, tiles.splits(M, E * pitch, _STEP, programs, _BLOCKS * _multiprocessors(weight.device)))
+    steps, slots = _blocks(M, _STEP), _multiprocessors(weight.device)
+    if E >= _HOPPER_E and _is_hopper(weight.device):
+        programs = _blocks(E, _HOPPER_E) * _blocks(pitch, _HOPPER_K)
+    else:
+        programs, slots = _blocks(E, _TILE) * _blocks(pitch, _TILE), _BLOCKS * slots
+    each = _blocks(steps, tiles.splits(M, E * pitch, _STEP, programs, slots))
     return torch.empty(_blocks(steps, each), E, pitch, dtype=torch.float32, device=weight.device)
 
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) == (9, 0)

@@ -1,0 +1,4 @@
+#include "tubelet_hopper_weights_launch.cuh"
+
+template int vivit::cuda::launch_hopper_weights<vivit::cuda::BFloat16>(const vivit::cuda::HopperWeights&,
+                                                                       vivit::cuda::Element, void*);
