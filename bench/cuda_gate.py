@@ -33,7 +33,7 @@ from .static import table
 # pipelined: copies of boxes, products and exponentials at a time, by warps that each do one and trade registers.
 # turned: rows with their rotary embedding, for pipelined.
 # streaming: rows that go by through shared memory, and sums stored in the same way; nothing is transposed in registers.
-# gathering: a weight by copies of boxes, pixels from memory to registers and from there to products.
+# gathering: a weight, or dout, by copies of boxes, pixels from memory to registers and from there to products.
 # tubelet: both operands of its products from shared memory, one of them by asynchronous copies; parameter: what is done
 # around those products, with plain arithmetic.
 # float32: multiply-adds of what lies in shared memory, and no tensor cores: they would round operands to tf32.
@@ -46,6 +46,7 @@ WANTED = {
     "pipelined": ("HGMMA", "UTMALDG", "SYNCS", "USETMAXREG", "MUFU.EX2", "STG.64"),
     "turned": ("LDG.128", "STG.128"),
     "gathering": ("HGMMA", "UTMALDG", "SYNCS", "LDG", "STG.64"),
+    "gathering_weight_gradient": ("HGMMA", "UTMALDG", "SYNCS", "LDG", "STG.128"),
     "streaming": ("HMMA", "LDSM", "LDGSTS.128", "STG.64"),
     "streaming_delta": ("HMMA", "LDSM", "LDGSTS.128"),  # stores a number of each row alone
     "float32": ("FFMA", "LDGSTS.128", "LDS.128", "STG.128"),
@@ -59,7 +60,7 @@ NARROW = ("LDG.16", "STG.16", "STG.8", "LDGSTS.16", "LDGSTS.8")  # LDG.8 reads a
 # Kernels that have to: runs of pixels that are no multiple of eight or begin anywhere, parameters of odd length. Not
 # the ones whose name says (the last `true`) that every eight pixels lie side by side.
 # And where a lane's share of a product are two neighbours.
-NARROW_ALLOWED = ("tubelet_*false>", "tubelet_video_gradient<*", "parameter_*", "gathering_*, unsigned char, *")
+NARROW_ALLOWED = ("tubelet_*false>", "tubelet_video_gradient<*", "parameter_*", "gathering_*, unsigned char[,>]*")
 PRODUCTS = ("HMMA", "HGMMA")  # by tensor cores
 # Where every register is taken, a few kernels keep one or two values in local memory for a while, outside of the
 # loops that multiply. That stays in the first-level cache and costs some cycles of a tile's thousands; in such a loop

@@ -120,6 +120,8 @@ def test_who_may_read_one_or_two_bytes_at_a_time(planted):
         ("parameter_row<half>", True),
         ("gathering_tubelet_forward<half, unsigned char, 192>", True),
         ("gathering_tubelet_forward<half, float, 192>", False),
+        ("gathering_weight_gradient<half, unsigned char>", True),
+        ("gathering_weight_gradient<half, half>", False),
         ("packed_attention<bfloat16, 4, false>", False),
     ):
         assert ("memory: 3 LDG.16" not in cuda_gate.complaints(name, narrow)) == allowed

@@ -1,4 +1,4 @@
-"""The static model of tubelet_embedding's forward for Hopper (bench/cuda_model_tubelet.py), on machine code that is
+"""The static model of tubelet_embedding's kernels for Hopper (bench/cuda_model_tubelet.py), on machine code that is
 written here."""
 
 import pytest
@@ -22,12 +22,50 @@ SASS = """
         /*02c0*/                   EXIT ;
 """
 SCALED = "\n".join(f"        /*{16 * i:04x}*/                   FFMA R88, R88, R5, R6 ;" for i in range(7, 40))
+GRADIENT = "gathering_weight_gradient<bfloat16, {pixel}>"
+OF_GRADIENT = """
+        /*0000*/                   WARPGROUP.ARRIVE ;
+        /*0010*/                   HGMMA.64x128x16.F32.BF16 R24, R152, gdesc[UR4].tnspB, R24 ;
+        /*0020*/                   HGMMA.64x128x16.F32.BF16 R88, R156, gdesc[UR8].tnspB, R88, gsb0 ;
+        /*0030*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*0040*/               @!P0 BRA 0x80 ;
+        /*0050*/                   SYNCS.ARRIVE.TRANS64 RZ, [R176+URZ+0x20000], R171 ;
+        /*0060*/                   UTMALDG.3D [UR8], [UR14] ;
+        /*0070*/                   VIADD R2, R2, 0x1 ;
+        /*0080*/                   LDS.128 R176, [R233+0x20200] ;
+        /*0090*/                   LDG.E.U16.CONSTANT R187, desc[UR8][R182.64] ;
+        /*00a0*/               @P1 BRA 0x0 ;
+        /*00b0*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*00c0*/                   EXIT ;
+"""
+
+
+def compiled(sass: str) -> cubin.Kernel:
+    return cubin.Kernel("k", 90, 195, 0, 0, 0, 256, cubin.instructions(sass), sass)
 
 
 @pytest.fixture
 def kernel() -> cubin.Kernel:
-    sass = SASS.format(scaled=SCALED)
-    return cubin.Kernel("k", 90, 195, 0, 0, 0, 256, cubin.instructions(sass), sass)
+    return compiled(SASS.format(scaled=SCALED))
+
+
+def test_a_step_of_the_gradient_is_added_up():
+    """What one warp alone asks for counts once, not in each warp of a scheduler."""
+    step = cuda_model_tubelet.step_of(GRADIENT.format(pixel="unsigned char"), compiled(OF_GRADIENT))
+    assert step.columns == 0 and step.pixel_bytes == 1
+    assert step.products == 2 * 64 and step.issue == (2 * 8 + 3) // 2
+    assert step.shared == (2 * 2 * 32 + 2 * 64 + 8 * (1 + 1)) // 2
+    assert step.period() == (step.shared, "shared")
+    assert step.cached_bytes() == 32 * 128 * 2 + 32 * 256
+
+
+def test_a_gradient_takes_whole_parts_and_what_lies_beside_them():
+    step = cuda_model_tubelet.step_of(GRADIENT.format(pixel="float"), compiled(OF_GRADIENT))
+    us, beside, parts = cuda_model_tubelet.gradient_us(step, 25088, 1536, 768)
+    assert parts == 7, "252 tiles for 132 multiprocessors: two rounds, the second nearly full"
+    assert us == pytest.approx(2 * 56 * 2 * step.period()[0] / 1.7e3)
+    assert beside == pytest.approx((25088 * 768 * 2 + 7 * 768 * 1536 * 4) / 3e6)
+    assert cuda_model_tubelet.gradient_us(step, 25088, 1537, 768)[0] > us
 
 
 def test_a_step_is_added_up(kernel):
@@ -56,7 +94,12 @@ def test_the_command_prints_its_tables_beside_attentions(kernel, capsys, monkeyp
     monkeypatch.setattr(cuda_gate, "read", lambda path: [(name, kernel), ("tubelet_forward<half>", kernel)])
     assert cuda_model.main(["--file", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert printed.count(name) == 4 and "queries" not in printed
+    assert printed.count(name) == 4 and "queries" not in printed and "parts" not in printed
+    name, gradient = GRADIENT.format(pixel="half"), compiled(OF_GRADIENT)
+    monkeypatch.setattr(cuda_gate, "read", lambda path: [(name, gradient)])
+    assert cuda_model.main(["--file", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(name) == 4 and "parts" in printed and "TFLOP/s at most" not in printed
 
 
 def test_what_cannot_be_read_is_named(kernel):
