@@ -33,6 +33,7 @@ from .static import table
 # pipelined: copies of boxes, products and exponentials at a time, by warps that each do one and trade registers.
 # turned: rows with their rotary embedding, for pipelined.
 # streaming: rows that go by through shared memory, and sums stored in the same way; nothing is transposed in registers.
+# scattering: both operands by copies of boxes, sums to pixels.
 # gathering: a weight, or dout, by copies of boxes, pixels from memory to registers and from there to products.
 # tubelet: both operands of its products from shared memory, one of them by asynchronous copies; parameter: what is done
 # around those products, with plain arithmetic.
@@ -47,6 +48,7 @@ WANTED = {
     "turned": ("LDG.128", "STG.128"),
     "gathering": ("HGMMA", "UTMALDG", "SYNCS", "LDG", "STG.64"),
     "gathering_weight_gradient": ("HGMMA", "UTMALDG", "SYNCS", "LDG", "STG.128"),
+    "scattering": ("HGMMA", "UTMALDG", "SYNCS", "STG.128", "STG.64"),
     "streaming": ("HMMA", "LDSM", "LDGSTS.128", "STG.64"),
     "streaming_delta": ("HMMA", "LDSM", "LDGSTS.128"),  # stores a number of each row alone
     "float32": ("FFMA", "LDGSTS.128", "LDS.128", "STG.128"),
@@ -55,12 +57,13 @@ WANTED = {
     "parameter": ("LDG",),
 }
 IN_ONE_SLICE = re.compile(r"hopper_attention<\w+, [24], ")  # heads of up to 32, of 40 to 64 channels
-ONLY_ON = {"hopper": 90, "pipelined": 90, "gathering": 90}  # elsewhere a kernel of that name is empty
+ONLY_ON = {"hopper": 90, "pipelined": 90, "gathering": 90, "scattering": 90}  # elsewhere a kernel of that name is empty
 NARROW = ("LDG.16", "STG.16", "STG.8", "LDGSTS.16", "LDGSTS.8")  # LDG.8 reads a mask
 # Kernels that have to: runs of pixels that are no multiple of eight or begin anywhere, parameters of odd length. Not
 # the ones whose name says (the last `true`) that every eight pixels lie side by side.
 # And where a lane's share of a product are two neighbours.
 NARROW_ALLOWED = ("tubelet_*false>", "tubelet_video_gradient<*", "parameter_*", "gathering_*, unsigned char[,>]*")
+NARROW_ALLOWED += ("scattering_*",)
 PRODUCTS = ("HMMA", "HGMMA")  # by tensor cores
 # Where every register is taken, a few kernels keep one or two values in local memory for a while, outside of the
 # loops that multiply. That stays in the first-level cache and costs some cycles of a tile's thousands; in such a loop
@@ -182,7 +185,7 @@ def complaints(name: str, kernel: cubin.Kernel) -> list[str]:
         found.append(f"name: begins with neither {' nor '.join(WANTED)}, so no opcode is asked of it")
     if IN_ONE_SLICE.match(name):
         wanted = (*(wanted or ()), "LDSM")
-    if word in ("pipelined", "gathering"):
+    if word in ("pipelined", "gathering", "scattering"):
         taken = kernel.stack + kernel.local
         found += [f"local memory: {taken} bytes a thread, none at all here"] if taken else []
         found += not_overlapped(kernel) if word == "pipelined" else waited_for(kernel)

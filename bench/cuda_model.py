@@ -211,7 +211,7 @@ def main(argv: list[str]) -> int:
     from . import cuda_model_backward, cuda_model_resident  # here: they count with what stands above
 
     forward = [(name, x) for name, x in kernels if name.startswith("pipelined_joint_forward")]
-    tubelets = [(name, x) for name, x in found if name.startswith("gathering") and x.arch == 90]
+    tubelets = [(name, x) for name, x in found if name.startswith(("gathering", "scattering")) and x.arch == 90]
     reports = [report(forward) if forward else "", cuda_model_backward.report(kernels)]
     reports.append(cuda_model_tubelet.report(tubelets) if tubelets else "")
     reports.append(cuda_model_resident.report([(name, x) for name, x in found if x.arch == 90]))

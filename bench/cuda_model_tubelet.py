@@ -1,12 +1,12 @@
-"""What tubelet_embedding's forward and weight gradient for Hopper must cost (csrc/cuda/tubelet_hopper.cuh,
-tubelet_hopper_weights.cuh), counted from their machine code as cuda_model.py counts attention's: a part of
-`python -m bench cuda_model`.
+"""What tubelet_embedding's kernels for Hopper must cost (csrc/cuda/tubelet_hopper*.cuh), counted from their machine
+code as cuda_model.py counts attention's: a part of `python -m bench cuda_model`.
 
-A step of the forward is 64 taps of a tile of 128 tubelets, one of the gradient 32 tubelets of a tile of 256 taps and
-128 channels, both warpgroups' share of it. The busiest part of a multiprocessor bounds it: a bound and no prediction.
-Sums are stored by one warpgroup while the other multiplies, so that no time is counted for it; nothing waits for memory
-here, and what the second-level cache has to give beside is printed, not judged. To the gradient belong two smaller
-kernels that only memory bounds: the sums over dout, which read it once, and the sum of the parts.
+A step of the forward is 64 taps of a tile of 128 tubelets, one of the weight's gradient 32 tubelets of a tile of 256
+taps and 128 channels, one of the video's 64 channels of a tile of 128 tubelets and 256 taps; both warpgroups' share of
+it. The busiest part of a multiprocessor bounds it: a bound and no prediction. Sums are stored by one warpgroup while
+the other multiplies, so that no time is counted for it; nothing waits for memory here, and what the second-level cache
+has to give beside is printed, not judged. To the weight's gradient belong two smaller kernels that only memory bounds:
+the sums over dout, which read it once, and the sum of the parts.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ from .cuda_model import (
 from .static import table
 
 GROUPS, TUBELETS, TAPS = 2, 128, 64  # of a block, of its tile, of a step
-STEPS = 2  # in the loop's body
-OF_WEIGHTS = 32, 256, 128  # the gradient's: tubelets of a step, taps and channels of a tile
+STEPS = 2  # in the loop's body, but for the video's gradient
+WEIGHTS, VIDEO = "gathering_weight_gradient", "scattering_video_gradient"
+OF_WEIGHTS = 32, 256, 128  # tubelets of a step, taps and channels of a tile
+OF_VIDEO = 128, 256, 64  # tubelets and taps of a tile, channels of a step
 MEMORY_BYTES_PER_US = 3e6  # as tiles.py has it
 PIXEL_BYTES = {"unsigned char": 1, "float": 4}  # else 2
 # 8 clips: tubelets, taps, channels of a token
@@ -43,7 +45,7 @@ CALLS = {
     "ViViT-H/14x2": (32768, 1176, 1280),
 }
 
-_NAME = re.compile(r"gathering_(?:tubelet_forward|weight_gradient)<[\w ]+, ([\w ]+?)(?:, (\d+))?>")
+_NAME = re.compile(rf"(gathering_tubelet_forward|{WEIGHTS}|{VIDEO})<[\w ]+(?:, ([a-z][\w ]+?))?(?:, (\d+))?>")
 _PRODUCT = re.compile(r"HGMMA\.64x(\d+)x16")
 
 
@@ -51,7 +53,8 @@ _PRODUCT = re.compile(r"HGMMA\.64x(\d+)x16")
 class Step:
     """Cycles of a multiprocessor for a step."""
 
-    columns: int  # 0: of the weight's gradient
+    kernel: str
+    columns: int  # of the forward
     pixel_bytes: int
     products: int
     issue: int
@@ -66,18 +69,26 @@ class Step:
         return parts[name], name
 
     def cached_bytes(self) -> int:
-        """That the second-level cache gives: the weight, or dout, and pixels."""
-        if self.columns:
-            return self.columns * TAPS * 2 + TUBELETS * TAPS * self.pixel_bytes
-        tubelets, taps, channels = OF_WEIGHTS
-        return tubelets * channels * 2 + tubelets * taps * self.pixel_bytes
+        """That the second-level cache gives: what is copied, and pixels."""
+        gathered = {VIDEO: 0, WEIGHTS: OF_WEIGHTS[0] * OF_WEIGHTS[1]}
+        pixels = gathered.get(self.kernel, TUBELETS * TAPS)
+        return copied_bytes(self.kernel, self.columns) + pixels * self.pixel_bytes
+
+
+def copied_bytes(kernel: str, columns: int) -> int:
+    """That the copy engine brings for a step: the weight, dout, or both."""
+    if kernel == WEIGHTS:
+        return OF_WEIGHTS[0] * OF_WEIGHTS[2] * 2
+    tubelets, taps, channels = OF_VIDEO
+    return (tubelets + taps) * channels * 2 if kernel == VIDEO else columns * TAPS * 2
 
 
 def step_of(name: str, kernel: cubin.Kernel) -> Step:
     found = _NAME.search(name)
     if found is None:
         raise ValueError(f"bench cuda_model: {name} does not say pixels and columns as gathering_tubelet_forward does")
-    pixel_bytes, columns = PIXEL_BYTES.get(found[1], 2), int(found[2] or 0)
+    word, pixel_bytes, columns = found[1], PIXEL_BYTES.get(found[2], 2), int(found[3] or 0)
+    steps = 1 if word == VIDEO else STEPS
     loops = cuda_gate.loops_with_products(kernel)
     if not loops:
         raise ValueError(f"bench cuda_model: {kernel.name} has no loop with products")
@@ -91,28 +102,33 @@ def step_of(name: str, kernel: cubin.Kernel) -> Step:
     copies = set() if columns else passed_by(lines, loop.last, "UTMALDG", 1)
     mix = cubin.Counter(opcode for at, opcode, _ in lines if at not in rare | copies)
     warps_of_scheduler, warps = GROUPS, 4 * GROUPS
-    arriving = columns * TAPS * 2 if columns else OF_WEIGHTS[0] * OF_WEIGHTS[2] * 2
+    left = 64 * 16 * 2 if word == VIDEO else 0  # bytes of a product's left operand in shared memory
     # an access of a warp takes a cycle for each 128 bytes, and one at least; a look-up is of four places in all
     pixels = mix["LDG"] * max(1, 2 * pixel_bytes * 32 // SHARED_BYTES_PER_CYCLE)
-    copied = GROUPS * sum(16 * n * 2 for n in widths) + STEPS * arriving
+    copied = GROUPS * sum(16 * n * 2 + left for n in widths) + steps * copied_bytes(word, columns)
     shared = copied // SHARED_BYTES_PER_CYCLE + warps * (pixels + mix["LDS"])
     return Step(
+        kernel=word,
         columns=columns,
         pixel_bytes=pixel_bytes,
-        products=GROUPS * sum(2 * 64 * n * 16 // FLOP_PER_CYCLE for n in widths) // STEPS,
-        issue=(warps_of_scheduler * sum(mix.values()) + len(copies)) // STEPS,
-        normalise=warps_of_scheduler * len(rare) // STEPS,
-        alu=warps_of_scheduler * (sum(c * mix[o] for o, c in ALU.items()) + SHUFFLES * mix["SHFL"]) // STEPS,
-        fma=warps_of_scheduler * (sum(c * mix[o] for o, c in FMA.items()) + 2 * mix["HFMA2"]) // STEPS,
-        shared=shared // STEPS,
+        products=GROUPS * sum(2 * 64 * n * 16 // FLOP_PER_CYCLE for n in widths) // steps,
+        issue=(warps_of_scheduler * sum(mix.values()) + len(copies)) // steps,
+        normalise=warps_of_scheduler * len(rare) // steps,
+        alu=warps_of_scheduler * (sum(c * mix[o] for o, c in ALU.items()) + SHUFFLES * mix["SHFL"]) // steps,
+        fma=warps_of_scheduler * (sum(c * mix[o] for o, c in FMA.items()) + 2 * mix["HFMA2"]) // steps,
+        shared=shared // steps,
     )
 
 
 def call_us(step: Step, M: int, K: int, E: int) -> tuple[float, float]:
-    """(microseconds, TFLOP/s): whole tiles, by as many blocks as multiprocessors, steps in pairs."""
-    tiles = -(-M // TUBELETS) * -(-E // step.columns)
-    cycles = -(-tiles // MULTIPROCESSORS) * -(-K // (STEPS * TAPS)) * STEPS * step.period()[0]
-    us = cycles / (CLOCK_GHZ * 1e3)
+    """(microseconds, TFLOP/s) of the forward or the video's gradient: whole tiles, by as many blocks as
+    multiprocessors; of the forward steps in pairs."""
+    if step.kernel == VIDEO:
+        of_tile, taps, channels = OF_VIDEO
+        count, steps = -(-M // of_tile) * -(-K // taps), -(-E // channels)
+    else:
+        count, steps = -(-M // TUBELETS) * -(-E // step.columns), -(-K // (STEPS * TAPS)) * STEPS
+    us = -(-count // MULTIPROCESSORS) * steps * step.period()[0] / (CLOCK_GHZ * 1e3)
     return us, 2 * M * K * E / us / 1e6
 
 
@@ -136,7 +152,7 @@ def report(kernels: list[tuple[str, cubin.Kernel]]) -> str:
         cached = f"{step.cached_bytes() / period:.0f}"
         rows.append((name, *map(str, numbers), f"{period} {bound}", f"{step.products / period:.0%}", cached))
         for call, (M, K, E) in CALLS.items():
-            if step.columns:
+            if step.kernel != WEIGHTS:
                 us, tflops = call_us(step, M, K, E)
                 calls.append((name, call, f"{us:.0f}", f"{tflops:.0f}"))
             else:
@@ -157,8 +173,9 @@ def report(kernels: list[tuple[str, cubin.Kernel]]) -> str:
         "L2 bytes a cycle",
     )
     tubelets, taps, channels = OF_WEIGHTS
-    what = f"{TUBELETS} tubelets x {TAPS} taps of a tile; of weight gradients {tubelets} tubelets x {taps} taps x "
-    found = [f"Cycles for {what}{channels} channels; period: what bounds it", table(head, rows, 1)]
+    what = f"{TUBELETS} tubelets x {TAPS} taps of a tile; of weight gradients {tubelets} x {taps} taps x {channels} "
+    what += f"channels, of video gradients {OF_VIDEO[0]} x {OF_VIDEO[1]} x {OF_VIDEO[2]}"
+    found = [f"Cycles for {what}; period: what bounds it", table(head, rows, 1)]
     at = f"for 8 clips, {MULTIPROCESSORS} multiprocessors at {CLOCK_GHZ} GHz"
     if calls:
         found += [f"At least, {at}:", table(("kernel", "tubelets of", "microseconds", "TFLOP/s at most"), calls, 1)]

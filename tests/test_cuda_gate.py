@@ -122,6 +122,7 @@ def test_who_may_read_one_or_two_bytes_at_a_time(planted):
         ("gathering_tubelet_forward<half, float, 192>", False),
         ("gathering_weight_gradient<half, unsigned char>", True),
         ("gathering_weight_gradient<half, half>", False),
+        ("scattering_video_gradient<half>", True),
         ("packed_attention<bfloat16, 4, false>", False),
     ):
         assert ("memory: 3 LDG.16" not in cuda_gate.complaints(name, narrow)) == allowed

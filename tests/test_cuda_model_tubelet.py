@@ -89,6 +89,17 @@ def test_a_call_takes_whole_tiles_and_pairs_of_steps(kernel):
     assert cuda_model_tubelet.call_us(step, 132 * 128, 128, 193)[0] == 2 * one
 
 
+def test_a_step_of_the_videos_gradient_is_added_up():
+    """Both operands in shared memory, one step in the loop's body."""
+    code = OF_GRADIENT.replace("64x128x16.F32.BF16 R24, R152,", "64x256x16.F32.BF16 R24, gdesc[UR4],")
+    step = cuda_model_tubelet.step_of("scattering_video_gradient<half>", compiled(code.replace("64x128", "64x256")))
+    assert step.products == 2 * 2 * 128 and step.cached_bytes() == (128 + 256) * 64 * 2
+    assert step.shared == (2 * 2 * (256 + 64) * 16 * 2 + (128 + 256) * 64 * 2) // 128 + 8 * (1 + 1)
+    one, _ = cuda_model_tubelet.call_us(step, 1, 1, 1)
+    assert one == cuda_model_tubelet.call_us(step, 132 * 128, 256, 64)[0]
+    assert cuda_model_tubelet.call_us(step, 132 * 128, 257, 64)[0] == 2 * one
+
+
 def test_the_command_prints_its_tables_beside_attentions(kernel, capsys, monkeypatch, tmp_path):
     name = NAME.format(pixel="half")
     monkeypatch.setattr(cuda_gate, "read", lambda path: [(name, kernel), ("tubelet_forward<half>", kernel)])

@@ -2,6 +2,7 @@
 // direction, so that it can be done side by side.
 #include "tubelet_backward.cuh"
 #include "tubelet_hopper_launch.cuh"
+#include "tubelet_hopper_video.cuh"
 #include "tubelet_hopper_weights_launch.cuh"
 #include "tubelet_launch.cuh"
 #include "tubelet_parameters.cuh"
@@ -14,6 +15,8 @@ extern template int launch_hopper_forward<BFloat16>(const HopperForward&, Elemen
 extern template int launch_hopper_forward<Float16>(const HopperForward&, Element, void*);
 extern template int launch_hopper_weights<BFloat16>(const HopperWeights&, Element, void*);
 extern template int launch_hopper_weights<Float16>(const HopperWeights&, Element, void*);
+extern template int launch_hopper_video<BFloat16>(const HopperVideo&, void*);
+extern template int launch_hopper_video<Float16>(const HopperVideo&, void*);
 extern template int launch_weight_products<BFloat16>(const WeightGradientParams&, Element, int32_t, void*);
 extern template int launch_weight_products<Float16>(const WeightGradientParams&, Element, int32_t, void*);
 extern template int launch_video_products<BFloat16>(const VideoGradientParams&, void*);
@@ -196,6 +199,11 @@ int launch_tubelet_video_gradient(const TubeletParams& p, void* stream) {
     params.d_out = gradient_rows(p);
     params.weight = {static_cast<const char*>(p.operand), 2 * pitch_of(p), p.E, static_cast<int32_t>(pitch_of(p))};
     params.type = p.video.type, params.blocks_k = blocks(params.places.taps, kTile);
+    if (HopperVideo plan; plan_hopper_video(plan, params)) {
+        return by_dtype(
+            p, [&] { return launch_hopper_video<BFloat16>(plan, stream); },
+            [&] { return launch_hopper_video<Float16>(plan, stream); });
+    }
     return by_dtype(
         p, [&] { return launch_video_products<BFloat16>(params, stream); },
         [&] { return launch_video_products<Float16>(params, stream); });

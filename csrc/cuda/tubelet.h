@@ -77,7 +77,8 @@ int launch_tubelet_row_sums(const TubeletParams& params, void* stream);  // d_po
 // Writes parts. On sm_90 by Hopper's own instructions (tubelet_hopper_weights.cuh), of the calls that
 // tubelet_hopper_weights_launch.cuh plans.
 int launch_tubelet_weight_gradient(const TubeletParams& params, void* stream);
-int launch_tubelet_finish(const TubeletParams& params, void* stream);          // writes d_weight, d_bias
-int launch_tubelet_video_gradient(const TubeletParams& params, void* stream);  // writes d_video
+int launch_tubelet_finish(const TubeletParams& params, void* stream);  // writes d_weight, d_bias
+// Writes d_video; on sm_90 of 128 channels and more by Hopper's own instructions (tubelet_hopper_video.cuh).
+int launch_tubelet_video_gradient(const TubeletParams& params, void* stream);
 
 }  // namespace vivit::cuda

@@ -129,6 +129,16 @@ VIVIT_DEVICE void store_taps(const VideoGradientParams& p, char* tubelet, int32_
 }
 
 template <class T>
+VIVIT_DEVICE void store_pixels(const VideoGradientParams& p, char* tubelet, int32_t k, float4 sum) {
+    float x[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if (p.scales.applies && k + i < p.places.taps) x[i] *= p.scales.scale[p.places.channel(k + i)];
+    }
+    store_taps<T>(p, tubelet, k, x);
+}
+
+template <class T>
 __global__ void __launch_bounds__(kTileThreads, 2)
     tubelet_video_gradient(const __grid_constant__ VideoGradientParams p) {
     const int32_t first_m = static_cast<int32_t>(blockIdx.x) / p.blocks_k * kTile;
@@ -141,12 +151,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     for_fours(sums, [&](int32_t row, int32_t column, float4 sum) {
         const int32_t m = first_m + row, k = first_k + column;
         if (m >= p.places.tubelets || k >= p.places.taps) return;
-        float x[4] = {sum.x, sum.y, sum.z, sum.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if (p.scales.applies && k + i < p.places.taps) x[i] *= p.scales.scale[p.places.channel(k + i)];
-        }
-        store_taps<T>(p, p.places.data + p.places.tubelet(m), k, x);
+        store_pixels<T>(p, p.places.data + p.places.tubelet(m), k, sum);
     });
 }
 

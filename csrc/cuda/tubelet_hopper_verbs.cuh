@@ -39,6 +39,9 @@ VIVIT_DEVICE void group_across_registers(float (&x)[kColumns / 8][4], const uint
 // x [64, columns] (+)= a b: b 16 rows of `columns` channels, at the descriptor of their slabs. x has 128 columns.
 template <class T, int kColumns>
 VIVIT_DEVICE void group_along_registers(float (&x)[kColumns / 8][4], const uint32_t (&a)[4], uint64_t b, bool keep);
+// The same, a 64 rows of 16 channels at their descriptor, x of 256 columns.
+template <class T, int kColumns>
+VIVIT_DEVICE void group_along_shared(float (&x)[kColumns / 8][4], uint64_t a, uint64_t b, bool keep);
 
 #if defined(VIVIT_HOPPER)
 #define VIVIT_FOURS_16(x, n)                                                                                  \
@@ -68,11 +71,22 @@ VIVIT_DEVICE void group_along_registers(float (&x)[kColumns / 8][4], const uint3
     }
 #define VIVIT_REGISTERS_128(verb, turned, Type, name) \
     VIVIT_REGISTERS(verb, turned, Type, name, 128, "%64, %65, %66, %67", "%68", "%69")
+#define VIVIT_ALONG_SHARED(Type, name)                                                                      \
+    template <>                                                                                             \
+    VIVIT_DEVICE void group_along_shared<Type, 256>(float (&x)[32][4], uint64_t a, uint64_t b, bool keep) { \
+        asm volatile(                                                                                       \
+            "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"                                                   \
+            "wgmma.mma_async.sync.aligned.m64n256k16.f32." name "." name " {" VIVIT_NAMED_256               \
+            "}, %128, %129, p, 1, 1, 0, 1;\n}"                                                              \
+            : VIVIT_SUMS_256(x)                                                                             \
+            : "l"(a), "l"(b), "r"(static_cast<int>(keep)));                                                 \
+    }
 #define VIVIT_REGISTERS_OF(Type, name)                                                                      \
     VIVIT_REGISTERS(group_across_registers, "0", Type, name, 256, "%128, %129, %130, %131", "%132", "%133") \
     VIVIT_REGISTERS(group_across_registers, "0", Type, name, 192, "%96, %97, %98, %99", "%100", "%101")     \
     VIVIT_REGISTERS_128(group_across_registers, "0", Type, name)                                            \
-    VIVIT_REGISTERS_128(group_along_registers, "1", Type, name)
+    VIVIT_REGISTERS_128(group_along_registers, "1", Type, name)                                             \
+    VIVIT_ALONG_SHARED(Type, name)
 VIVIT_REGISTERS_OF(BFloat16, "bf16")
 VIVIT_REGISTERS_OF(Float16, "f16")
 #else  // never launched there
@@ -80,6 +94,8 @@ template <class T, int kColumns>
 VIVIT_DEVICE void group_across_registers(float (&)[kColumns / 8][4], const uint32_t (&)[4], uint64_t, bool) {}
 template <class T, int kColumns>
 VIVIT_DEVICE void group_along_registers(float (&)[kColumns / 8][4], const uint32_t (&)[4], uint64_t, bool) {}
+template <class T, int kColumns>
+VIVIT_DEVICE void group_along_shared(float (&)[kColumns / 8][4], uint64_t, uint64_t, bool) {}
 #endif
 
 }  // namespace vivit::cuda

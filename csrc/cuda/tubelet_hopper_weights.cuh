@@ -15,9 +15,8 @@
 // which for bytes is the one that widens them anyway. Which tap is which row of a product is free: a lane's rows g and
 // g + 8 of two products are four taps in a row, so that it stores 16 bytes of a part.
 //
-// Where tubelets begin each warp looks up for two steps, two a lane, and reads it back as it needs it. Tokens come in
-// boxes of 64, 32 or 16, the largest that a group fills (a clip, or a frame with a class row of its own), 16 where none
-// does: what is beyond the last token of a group is zero in dout, and no class row takes part.
+// Where tubelets begin each warp looks up for two steps, two a lane, and reads it back as it needs it. No class row
+// takes part (tubelet_hopper_boxes.cuh): tokens that are not there are zero in dout.
 //
 // Parts differ by two steps at most; none is empty, for there are no more of them than pairs of steps. Blocks that run
 // at the same time have the same part: they share its video and its dout, which memory then gives once. Sums over dout
@@ -25,28 +24,24 @@
 // clips, which no tile here sees together, and what it has read this kernel may find in the second-level cache.
 //
 // No GPU has timed it. `python -m bench cuda_model` counts, for a step in uint8, 512 cycles of products, 480 of shared
-// memory (dout for the products 256, its arrival 64, pixels 128, where tubelets begin 32), 448 of instructions: at
+// memory (dout for the products 256, its arrival 64, pixels 128, where tubelets begin 32), 454 of instructions: at
 // least 67 us for 8 clips of ViViT-B/16x2 on 132 multiprocessors at 1.7 GHz, 64 of which are products, and with what
 // memory bounds beside it 91, 71 % of products alone. float32 is bounded by shared memory, 608 cycles. Of the
 // second-level cache a step asks 16 KB in uint8, 24 in 16 bits: 7.2 TB/s, or 10.8, at that rate. At 8.7 TB/s (see
 // tubelet_hopper.cuh) 16 bits take 635 cycles; two blocks of a cluster that share dout would ask for 20 KB.
 #pragma once
 
-#include "tubelet_backward.cuh"
 #include "tubelet_hopper.cuh"
+#include "tubelet_hopper_boxes.cuh"
 
 namespace vivit::cuda {
 
 constexpr int32_t kWeightChannels = 128, kWeightTaps = 128 * kGatherGroups;  // of a tile
 constexpr int32_t kWeightStep = 32, kStepPair = 2 * kWeightStep;             // tokens
-constexpr int32_t kSlab = 64;                                                // channels of a row of shared memory
 
 struct HopperWeightsParams {
     WeightGradientParams of;
-    TensorMap d_out;      // [groups, tokens of a group, E]; boxes of `rows` tokens by 64 channels, zeros beyond
-    int32_t tokens;       // of a group
-    int32_t rows;         // of a box
-    Divisor in_boxes;     // tokens of a group's boxes
+    BoxedTokens d_out;
     int32_t pairs, more;  // of steps: those of a part, and how many parts have one more
     Divisor tiles_k, tiles;
     int32_t units;  // tiles of all parts
@@ -70,7 +65,7 @@ struct WeightUnit {
 
 // Shared memory: stages of dout, barriers, where tubelets begin.
 struct WeightMemory {
-    static constexpr int32_t kRowBytes = kSlab * 2, kSlabBytes = kStepPair * kRowBytes, kStageBytes = 2 * kSlabBytes;
+    static constexpr int32_t kSlabBytes = kStepPair * kSlabRowBytes, kStageBytes = 2 * kSlabBytes;
     static constexpr int32_t kStages = 8;
     static constexpr int32_t kBeginsOfWarp = 2 * kStepPair;
     static constexpr int32_t kBytes = kStages * (kStageBytes + 16) + kGatherThreads / 32 * kBeginsOfWarp * 8;
@@ -112,12 +107,9 @@ struct GradientCopies {
         char* const stage = memory.d_out + ring.stage * Memory::kStageBytes;
         phase_wait(memory.empty + ring.stage, ring.parity ^ 1);
         phase_expect(full, Memory::kStageBytes);
-        for (int32_t row = 0; row < kStepPair; row += p.rows) {
-            const int32_t at = (unit.first_pair + pair) * kStepPair + row, group = p.in_boxes.quotient(at);
-            for (int32_t slab = 0; slab < 2; ++slab) {
-                copy_box(stage + slab * Memory::kSlabBytes + row * Memory::kRowBytes, p.d_out, full,
-                         unit.first_e + slab * kSlab, at - group * p.in_boxes.by, group);
-            }
+        for (int32_t slab = 0; slab < 2; ++slab) {
+            p.d_out.copy(stage + slab * Memory::kSlabBytes, full, (unit.first_pair + pair) * kStepPair, kStepPair,
+                         unit.first_e + slab * kSlab);
         }
         ring.advance();
         if (++pair < unit.pairs) return;
@@ -161,12 +153,7 @@ struct PixelsOfTaps {
     VIVIT_DEVICE void look_ahead(int32_t pair) const {
         const int32_t at = first + pair * kStepPair + 2 * tile_lane();
         int64_t* const to = begins + pair % 2 * kStepPair + 2 * tile_lane();
-        write_offsets(to, p.of.places.tubelet(tubelet(at)), p.of.places.tubelet(tubelet(at + 1)));
-    }
-    // Of a token; of one that is not there, one that is.
-    VIVIT_DEVICE int32_t tubelet(int32_t at) const {
-        const int32_t group = p.in_boxes.quotient(at), number = at - group * p.in_boxes.by;
-        return min(group * p.tokens + min(number, p.tokens - 1), p.of.places.tubelets - 1);
+        write_offsets(to, p.of.places.tubelet(p.d_out.tubelet(at)), p.of.places.tubelet(p.d_out.tubelet(at + 1)));
     }
     template <bool kOdd>
     VIVIT_DEVICE void load(int32_t step) {
@@ -241,7 +228,7 @@ struct PixelsOfTaps {
 template <class T, class Pixel>
 struct WeightProducts {
     using Memory = WeightMemory;
-    static constexpr uint64_t kNextTokens = 16 * Memory::kRowBytes >> 4;  // of a product, in a descriptor
+    static constexpr uint64_t kNextTokens = 16 * kSlabRowBytes >> 4;  // of a product, in a descriptor
     const HopperWeightsParams& p;
     const Memory& memory;
     int32_t group, ahead;  // steps left before the other warpgroup may begin
@@ -260,7 +247,7 @@ struct WeightProducts {
           gradients(params, shared),
           pixels(params, shared) {
         if (copies) {
-            prefetch_map(p.d_out);
+            prefetch_map(p.d_out.map);
             for (int32_t i = 0; i < Memory::kStages; ++i) gradients.next();
         }
         if (group > 0) named_wait(1, kGatherThreads);

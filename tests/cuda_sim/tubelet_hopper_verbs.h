@@ -45,4 +45,11 @@ void group_along_registers(float (&x)[kColumns / 8][4], const uint32_t (&a)[4], 
     sim::start_product({"group_along_registers", file, line}, mine);
 }
 
+template <class T, int kColumns>
+void group_along_shared(float (&x)[kColumns / 8][4], uint64_t a, uint64_t b, bool keep, VIVIT_SIM_CALLER) {
+    static_assert(kColumns == 256);
+    sim::Product mine{x[0], nullptr, a, b, kColumns, true, keep, [](uint16_t bits) { return sim::widened(bits, T()); }};
+    sim::start_product({"group_along_shared", file, line}, mine);
+}
+
 }  // namespace vivit::cuda
