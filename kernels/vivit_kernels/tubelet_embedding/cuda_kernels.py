@@ -12,7 +12,8 @@ odd runs or rows, narrow tokens, tubelets of more than 34,000 taps. It is chosen
 Backward sums dout over rows for position, class row and bias (at most 128*E*4 bytes of workspace), and the weight's
 gradient in `splits` parts, added up in order (splits*E*K*4 bytes, at most 64 MiB unless one part is more). Nothing is
 atomic: results are the same bit for bit. The parts have a kernel of their own on sm_90, too
-(csrc/cuda/tubelet_hopper_weights.cuh), for the same calls whatever the number of taps.
+(csrc/cuda/tubelet_hopper_weights.cuh), for the same calls whatever the number of taps, and so has the video's gradient
+(csrc/cuda/tubelet_hopper_video.cuh), for all calls of 128 channels and more.
 
 A video of float64, or of the other 16 bits than the weight's, is copied to float32 first.
 """
