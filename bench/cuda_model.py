@@ -216,5 +216,5 @@ def main(argv: list[str]) -> int:
     reports.append(cuda_model_tubelet.report(tubelets) if tubelets else "")
     reports.append(cuda_model_resident.report([(name, x) for name, x in found if x.arch == 90]))
     text = "\n\n".join(filter(None, reports))
-    print(text or "no kernel of sm_90 is called pipelined, gathering or hopper")
+    print(text or "no kernel of sm_90 is called pipelined, gathering, scattering or hopper")
     return 0 if text else 1
