@@ -138,9 +138,7 @@ BACKWARD = {
     "delta of another column": Fault(B, "delta[i / 4][i % 2];", "delta[i / 4][i / 2 % 2];", "parity"),
 }
 OF_128_CHANNELS = {
-    "kept rows given back too early": Fault(
-        MULTIPLY, "if (Variant::kHeld == 2) has_kept();", "has_kept();", UNFINISHED
-    ),
+    "kept rows given back too early": Fault(MULTIPLY, "if (Variant::kHeld == 2) has_kept();", "has_kept();", UNMET),
     "wrong half of kept rows": Fault(MULTIPLY, "kept, first / kHalfRows * kHalfRows", "kept, 0", "parity"),
 }
 BACKWARD_OPTIONS = {
