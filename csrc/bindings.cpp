@@ -10,23 +10,26 @@
 #include <cmath>
 #include <optional>
 
-#include "cpu/tubelet.h"
+#include "cpu/linear.h"
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using vivit::cpu::Activation;
 using vivit::cpu::AttentionKernels;
 using vivit::cpu::AttentionParams;
 using vivit::cpu::Axis;
 using vivit::cpu::DType;
 using vivit::cpu::Grid;
 using vivit::cpu::Isa;
+using vivit::cpu::LinearParams;
+using vivit::cpu::LinearWork;
 using vivit::cpu::Pixel;
 using vivit::cpu::TubeletKernels;
 using vivit::cpu::TubeletParams;
 using vivit::cpu::Tubelets;
-using vivit::cpu::TubeletWork;
+using vivit::cpu::TwoSteps;
 using MaybeTensor = std::optional<Tensor>;
 
 DType dtype_of(const Tensor& x) {
@@ -204,7 +207,8 @@ void set_affine(TubeletParams& p, const MaybeTensor& pixel_scale, const MaybeTen
     p.scale = per_tap(scale, p, "scale"), p.shift = per_tap(shift, p, "shift");
 }
 
-void share_out(TubeletParams& p, const TubeletWork& work) {
+template <class Params>
+void share_out(Params& p, const TwoSteps<Params>& work) {
     const vivit::cpu::SharedMemory memory(work.shared_bytes(p));
     p.shared = memory.data();
     for (int step = 0; step < 2; ++step) {
@@ -258,6 +262,30 @@ void tubelet_video_gradient(const Tensor& d_out, const Tensor& weight, const Ten
     share_out(p, kernels.video_gradient);
 }
 
+void* rows_of_linear(const Tensor& x, int64_t rows, int64_t columns, const char* name) {
+    const bool fits = x.dim() == 2 && x.is_cpu() && x.scalar_type() == ScalarType::BFloat16 && x.size(0) == rows &&
+                      x.size(1) == columns && x.stride(1) == 1;
+    STD_TORCH_CHECK(fits, "vivit_kernels_native: ", name, " must be [", rows, ", ", columns,
+                    "] in bfloat16 on the CPU, elements of a row neighbours");
+    return x.data_ptr();
+}
+
+// y [M, N] of x [M, K], weight [N, K] and bias [N].
+void linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& y, bool tanh_gelu,
+            int64_t isa) {
+    const LinearWork& work = kernels_of(isa, vivit::cpu::linear_kernels);
+    LinearParams p;
+    p.M = x.size(0), p.K = x.size(1), p.N = weight.size(0);
+    STD_TORCH_CHECK(p.M > 0 && p.K > 0 && p.N > 0, "vivit_kernels_native: a linear layer of nothing");
+    p.x = rows_of_linear(x, p.M, p.K, "x"), p.weight = rows_of_linear(weight, p.N, p.K, "weight");
+    p.y = rows_of_linear(y, p.M, p.N, "y");
+    p.bias = flat<const void>(bias, ScalarType::BFloat16, p.N, "bias");
+    p.x_stride = x.stride(0), p.weight_stride = weight.stride(0), p.y_stride = y.stride(0);
+    p.activation = tanh_gelu ? Activation::kTanhGelu : Activation::kNone;
+    vivit::cpu::expect_writes(p.y, 2 * ((p.M - 1) * p.y_stride + p.N));
+    share_out(p, work);
+}
+
 int64_t best_isa() { return static_cast<int64_t>(vivit::cpu::best_isa()); }
 
 void poison_scratch(bool on) { vivit::cpu::poison_scratch(on); }
@@ -283,6 +311,7 @@ STABLE_TORCH_LIBRARY(vivit_kernels_native, m) {
     m.def(
         "tubelet_weight_gradient(Tensor d_out, Tensor pixels, Tensor(a!) dweight, Tensor(b!) sums, "
         "Tensor? pixel_scale, Tensor? pixel_shift, float factor, Tensor? scale, Tensor? shift, int isa) -> ()");
+    m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) y, bool tanh_gelu, int isa) -> ()");
     m.def("tubelet_video_gradient(Tensor d_out, Tensor weight, Tensor(a!) d_pixels, Tensor? scale, int isa) -> ()");
 }
 
@@ -295,6 +324,7 @@ STABLE_TORCH_LIBRARY_IMPL(vivit_kernels_native, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(vivit_kernels_native, CPU, m) {
     m.impl("attention_fwd", TORCH_BOX(&attention_fwd));
     m.impl("attention_bwd", TORCH_BOX(&attention_bwd));
+    m.impl("linear", TORCH_BOX(&linear));
     m.impl("tubelet_fwd", TORCH_BOX(&tubelet_fwd));
     m.impl("tubelet_weight_gradient", TORCH_BOX(&tubelet_weight_gradient));
     m.impl("tubelet_video_gradient", TORCH_BOX(&tubelet_video_gradient));

@@ -112,11 +112,15 @@ def test_mlp(dtype, approximate, convolves, monkeypatch):
 
 
 @TAKEN
-@pytest.mark.parametrize("convolves, op", [(True, "_CONVOLUTION"), (False, "_MATMUL")])
-def test_the_gelu_is_part_of_the_product(convolves, op, monkeypatch):
+@pytest.mark.parametrize(
+    "convolves, op, dtype",
+    [(True, "_CONVOLUTION", torch.float32), pytest.param(False, "_MATMUL", torch.bfloat16, marks=NATIVE)],
+)
+def test_the_gelu_is_part_of_the_product(convolves, op, dtype, monkeypatch):
     """Where nothing has to be kept for a backward."""
     monkeypatch.setattr(routes, "_CONVOLVES", convolves)
-    x, weight, bias = layer(64, 96)
+    monkeypatch.setattr(routes, "_TILES", None)
+    x, weight, bias = layer(64, 96, dtype)
     real, calls = getattr(routes, op), []
     monkeypatch.setattr(routes, op, lambda *args: calls.append(args) or real(*args))
     linear_gelu(x, weight, bias)

@@ -13,7 +13,7 @@
 #endif
 #endif
 
-#include "tubelet.h"
+#include "linear.h"
 
 namespace vivit::cpu {
 
@@ -29,7 +29,8 @@ VIVIT_KERNELS_OF(avx512)
 VIVIT_KERNELS_OF(avx512_bf16)
 namespace avx512_amx {
 extern const AttentionKernels kAttention;
-}
+extern const LinearWork kLinear;
+}  // namespace avx512_amx
 #endif
 
 namespace {
@@ -83,6 +84,14 @@ bool may_use_tiles() {
 const AttentionKernels* attention_kernels(Isa isa) { return kernels_of(isa).attention; }
 
 const TubeletKernels* tubelet_kernels(Isa isa) { return kernels_of(isa).tubelets; }
+
+const LinearWork* linear_kernels(Isa isa) {
+#if defined(__x86_64__)
+    if (isa == Isa::kAvx512Amx && avx512_amx::kAttention.name != nullptr) return &avx512_amx::kLinear;
+#endif
+    (void)isa;
+    return nullptr;
+}
 
 Isa best_isa() {
 #if defined(__x86_64__)

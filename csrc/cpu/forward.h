@@ -18,17 +18,18 @@ class Forward : OnGrid<E, Arithmetic> {
         Base::short_, Base::size_;
 
   public:
-    Forward(const AttentionParams& p, Axis axis) : Base(p, axis) {}
+    Forward(const AttentionParams& p, Axis axis)
+        : Base(p, axis), most_lanes_(Arithmetic::kTiles && size_.N > kQueryLanes ? kQueryLanes / 2 : kQueryLanes) {}
 
     // Short sequences: all heads of a place in one unit, whose rows are neighbours. Longer ones: a block of queries.
     int64_t units() const {
         if (short_) return this->places();
-        return this->places() * size_.heads * QueryBlocks(size_.N, kQueryLanes).blocks;
+        return this->places() * size_.heads * QueryBlocks(size_.N, most_lanes_).blocks;
     }
 
     void run(int64_t first, int64_t end) {
         carve(*this);
-        const int64_t H = size_.heads, blocks = QueryBlocks(size_.N, kQueryLanes).blocks;
+        const int64_t H = size_.heads, blocks = QueryBlocks(size_.N, most_lanes_).blocks;
         int64_t packed = -1;  // the sequence whose keys are packed
         for (int64_t unit = first; unit < end; ++unit) {
             if (short_) {
@@ -78,7 +79,7 @@ class Forward : OnGrid<E, Arithmetic> {
     }
 
     void block(const Sequence<E>& one, int64_t index) {
-        const QueryBlocks blocks(one.N, kQueryLanes);
+        const QueryBlocks blocks(one.N, most_lanes_);
         const int64_t first = blocks.first(index), lanes = blocks.lanes(index), count = smallest(lanes, one.N - first);
         Pack::transposed(q_, this->turned(one.q, one, first, count, q_rotated_), 0, count, lanes, p_.D);
         softmax_.clear(lanes);
@@ -111,6 +112,9 @@ class Forward : OnGrid<E, Arithmetic> {
         }
     }
 
+    // Queries of a block. In tiles half of them, so that scores and probabilities of a key block take 48 KB and not 96:
+    // 3,137 queries come in 88 % of the time, 784 in 91, 197 in 97 (one core of a Xeon with AMX).
+    const int64_t most_lanes_;
     typename Base::Operand k_{};
     uint32_t *q_, *k_words_;  // [words(D)][lanes], [keys][words(D)]
     E *q_rotated_, *k_rotated_;

@@ -1,11 +1,14 @@
-// The CPU kernels for AMX: attention in bfloat16 whose sequences fill tiles; what else there is, avx512_bf16 does. The
-// build compiles this file with AMX's flags where the compiler knows them; else it has no kernels, and no name.
+// The CPU kernels for AMX: attention in bfloat16 whose sequences fill tiles, and linear layers; what else there is,
+// avx512_bf16 does. The build compiles this file with AMX's flags where the compiler knows them; else it has no
+// kernels, and no name.
 #define VIVIT_ISA avx512_amx
 #include "attention.h"
+#include "linear.h"
 
 #if defined(__AMX_BF16__)
 #include "backward.h"
 #include "forward.h"
+#include "linear_in_tiles.h"
 
 namespace vivit::cpu {
 
@@ -61,6 +64,9 @@ void backward(const AttentionParams& p, Axis axis, int64_t first, int64_t end) {
 extern const AttentionKernels kAttention;
 const AttentionKernels kAttention = {"avx512_amx", forward_units, forward, backward_units, backward};
 
+extern const LinearWork kLinear;
+const LinearWork kLinear = kLinearInTiles;
+
 }  // namespace avx512_amx
 }  // namespace vivit::cpu
 
@@ -70,6 +76,9 @@ namespace vivit::cpu::avx512_amx {
 
 extern const AttentionKernels kAttention;
 const AttentionKernels kAttention = {nullptr, nullptr, nullptr, nullptr, nullptr};
+
+extern const LinearWork kLinear;
+const LinearWork kLinear = {nullptr, {nullptr, nullptr}, {nullptr, nullptr}};
 
 }  // namespace vivit::cpu::avx512_amx
 

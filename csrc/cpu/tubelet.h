@@ -52,11 +52,13 @@ struct TubeletParams {
 
 // Two steps of work, the second when all of the first is done; the units of a step are independent of each other and of
 // how they are shared out.
-struct TubeletWork {
-    int64_t (*shared_bytes)(const TubeletParams&);
-    int64_t (*units[2])(const TubeletParams&);
-    void (*run[2])(const TubeletParams&, int64_t first, int64_t end);
+template <class Params>
+struct TwoSteps {
+    int64_t (*shared_bytes)(const Params&);
+    int64_t (*units[2])(const Params&);
+    void (*run[2])(const Params&, int64_t first, int64_t end);
 };
+using TubeletWork = TwoSteps<TubeletParams>;
 
 struct TubeletKernels {
     TubeletWork forward, weight_gradient, video_gradient;

@@ -12,9 +12,15 @@ of ViT-B's four layers at 3137 tokens on 2 cores of a Zen 4 (peak 224 in float32
 
 On an Intel, MKL runs 512 bits wide and bfloat16 has AMX: no convolution there. One core of a Xeon with AMX, ViT-B's
 four layers at 1569 tokens, F.linear or its gradient -> by a convolution, ms: float32 forward 164 -> 170, weight
-gradient 158 -> 412; bfloat16 forward 31 -> 37, input gradient 32 -> 40. What is left is the GELU, as the product's
-epilogue: F.linear and the tanh GELU of an MLP's first layer take 22 ms in bfloat16 and 81 in float32, together 15 and
-72; with the exact GELU 14 and 69, together 11 and 73 (2026-11-26, busy machine, times of the process).
+gradient 158 -> 412; bfloat16 forward 31 -> 37, input gradient 32 -> 40. What is left there:
+
+- float32: the GELU of an MLP's first layer in place. At 3137 tokens the layer, tanh GELU behind it, takes 159 ms, as
+  the epilogue of oneDNN's product 167, in place 123: 38 MB less of fresh memory.
+- bfloat16 with AMX, without gradients: the product of csrc/cpu/linear_in_tiles.h, whose epilogue is the tanh GELU.
+  Layers of width 768 at 3137 tokens in ms, F.linear -> here, in turns: 768 to 768 7.3 -> 6.6, to 3072 with the GELU
+  31.0 -> 26.4; while AMX went at a quarter of its rate, 17.7 -> 13.0 and 66 -> 48. From 3072 to 768 nothing is gained.
+
+(2026-11-27, busy machine, times of the process.)
 """
 
 from __future__ import annotations
@@ -25,11 +31,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from . import _native
 
 # Fewer rows do not pay for the weight's blocks: level from 200 to 800 rows, at one row bfloat16 takes 2.5 times as long
 _FEWEST_ROWS = 512
 _FEWEST_COLUMNS = 16  # the strides of narrower rows leave open which layout a convolution sees
+_WIDEST_IN_TILES = 1024
 
 _ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 _BFLOAT16 = _ONEDNN and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
@@ -44,6 +54,7 @@ def _is_amd() -> bool:
 
 
 _CONVOLVES = _ONEDNN and _is_amd()  # whether convolutions are the faster products
+_TILES = getattr(torch.ops.vivit_kernels_native, "linear", None) if _native.AVAILABLE else None
 # Private names without autograd, taken only where they are there: the same results come without them
 _MATMUL = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if _ONEDNN else None
 _CONVOLUTION = getattr(torch.ops.mkldnn, "_convolution_pointwise", None) if _ONEDNN else None
@@ -64,17 +75,18 @@ class Linear(nn.Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: x `[..., K]`, weight `[N, K]`, bias `[N]` or None -> `[..., N]`; backward any number of times.
 
-    It is F.linear for every call that a CPU does not run faster as a convolution: on other devices and other CPUs than
-    an AMD's with AVX-512, in other dtypes than float32 and bfloat16 (that of autocast counts), of few rows, and in a
-    model that is exported.
-    Raises what F.linear raises.
+    It is F.linear for every call that a CPU does not run faster another way: on other devices and other CPUs than an
+    AMD's with AVX-512 or, in bfloat16 without gradients, one with AMX; in other dtypes than float32 and bfloat16 (that
+    of autocast counts), of few rows, and in a model that is exported. Raises what F.linear raises.
 
         y = linear(x, layer.weight, layer.bias)
     """
-    if not (_CONVOLVES and _takes(x, (weight, bias))):
+    needs_grad = _needs_grad(x, weight, bias)
+    gains = _CONVOLVES or (not needs_grad and _in_tiles(x, weight, bias))
+    if not (gains and _takes(x, (weight, bias))):
         return F.linear(x, weight, bias)
     rows, weight, bias = _prepared(x, weight, bias)
-    y = _Linear.apply(rows, weight, bias) if _needs_grad(rows, weight, bias) else _convolved(rows, weight, bias)
+    y = _Linear.apply(rows, weight, bias) if needs_grad else _product(rows, weight, bias)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -133,7 +145,7 @@ def gelu_again(rows: int, width: int, hidden: int, dtype: torch.dtype) -> bool:
 
 def is_faster() -> bool:
     """Whether `linear` has a faster product than F.linear on this processor, for some calls."""
-    return _CONVOLVES
+    return _CONVOLVES or _has_tiles()
 
 
 def unwatched(*modules: nn.Module) -> bool:
@@ -215,20 +227,45 @@ def _convolved(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _rows(F.conv2d(_image(rows), weight[..., None, None], bias))
 
 
+def _has_tiles() -> bool:
+    return not _CONVOLVES and _TILES is not None and _native.isa_name() == "avx512_amx"
+
+
+def _in_tiles(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether csrc/cpu/linear_in_tiles.h takes x, and is faster: of plain tensors, seen by nobody else."""
+    if torch.compiler.is_compiling() or not _has_tiles() or _dtype(x) != torch.bfloat16 or x.dim() == 0:
+        return False
+    plain = all(type(t) in (Tensor, nn.Parameter) and not is_functorch_wrapped_tensor(t) for t in _given(x, *others))
+    return plain and x.shape[-1] <= _WIDEST_IN_TILES
+
+
+def _multiplied_in_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None, tanh_gelu: bool = False) -> Tensor:
+    y = rows.new_empty(rows.shape[0], weight.shape[0])
+    assert _TILES is not None
+    _TILES(rows, weight, None if bias is None else bias.contiguous(), y, tanh_gelu, _native.isa())
+    return y
+
+
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _convolved(rows, weight, bias) if _CONVOLVES else F.linear(rows, weight, bias)
+    """Without gradients."""
+    if _CONVOLVES:
+        return _convolved(rows, weight, bias)
+    tiles = _in_tiles(rows, weight, bias)
+    return _multiplied_in_tiles(rows, weight, bias) if tiles else F.linear(rows, weight, bias)
 
 
 def _with_gelu(rows: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
-    """The GELU as epilogue of a product, but for the exact one where that was measured to gain nothing."""
-    fused = _CONVOLUTION if _CONVOLVES else _MATMUL
-    gains = approximate == "tanh" or (rows.dtype == torch.bfloat16 and not _CONVOLVES)
-    if fused is None or not gains or torch.compiler.is_compiling():  # a compiler has passes for what it can see
+    """The GELU as epilogue of a product where that was measured to gain, else in place. Without gradients."""
+    if torch.compiler.is_compiling():  # a compiler has passes for what it can see
         return F.gelu(_product(rows, weight, bias), approximate=approximate)
-    if _CONVOLVES:
+    if _CONVOLVES and _CONVOLUTION is not None and approximate == "tanh":
         kernel = weight[..., None, None]
-        return _rows(fused(_image(rows), kernel, bias, [0, 0], [1, 1], [1, 1], 1, "gelu", [], approximate))
-    return fused(rows, weight, bias, "gelu", [], approximate)
+        return _rows(_CONVOLUTION(_image(rows), kernel, bias, [0, 0], [1, 1], [1, 1], 1, "gelu", [], approximate))
+    if approximate == "tanh" and _in_tiles(rows, weight, bias):
+        return _multiplied_in_tiles(rows, weight, bias, tanh_gelu=True)
+    if not _CONVOLVES and _MATMUL is not None and rows.dtype == torch.bfloat16:
+        return _MATMUL(rows, weight, bias, "gelu", [], approximate)
+    return torch.ops.aten.gelu_(_product(rows, weight, bias), approximate=approximate)
 
 
 def _input_gradient(dy: Tensor, rows: Tensor | None, weight: Tensor) -> Tensor:
@@ -313,7 +350,11 @@ def _convolution_flops(image: tuple, kernel: tuple, *_, **__) -> int:
     return 2 * image[3] * kernel[0] * kernel[1]
 
 
-_FORMULAS: list[tuple[Any, Any]] = [(_MATMUL, _matmul_flops), (_CONVOLUTION, _convolution_flops)]
+_FORMULAS: list[tuple[Any, Any]] = [
+    (_MATMUL, _matmul_flops),
+    (_CONVOLUTION, _convolution_flops),
+    (_TILES, _matmul_flops),
+]
 for _op, _formula in _FORMULAS:
     if _op is not None and _op not in flop_registry:
         register_flop_formula(_op)(_formula)

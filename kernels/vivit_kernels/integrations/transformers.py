@@ -58,7 +58,7 @@ _ATTENTION = (
 _TUBELETS = "its convolution as tubelet_embedding, in place: no permutation of the clip"
 _FAST_GELU = "five passes over memory in one"
 _GELU_OF_PRODUCT = "without gradients on a CPU: the GELU as part of the product before it"
-_PRODUCT = "on this CPU: the product as a convolution, which is faster"
+_PRODUCT = "on this CPU: the product by a faster route than PyTorch's"
 
 
 def _not_divided(module: nn.Module) -> str:
