@@ -88,6 +88,30 @@ def share_of(model: Any, ours: Tensor, stock: Tensor, pixels: Tensor, options: d
     return judge(ours, truth, stock, row=ours.shape[-1]).share
 
 
+def in_turns(turns: list[Callable[[], Tensor]], rounds: int, clock: Callable[[], float]) -> list[tuple[float, ...]]:
+    """ms of each turn in each round."""
+    times: list[tuple[float, ...]] = []
+    for _ in range(rounds):
+        round_ms = []
+        for turn in turns:
+            began = clock()
+            turn()
+            round_ms.append((clock() - began) * 1e3)
+        times.append(tuple(round_ms))
+    return times
+
+
+def ratios(family: str, dtype: str, step: str, rounds: int) -> list[float]:
+    """Of one layer of a model, by the time of the process: for a test that nothing became slower."""
+    model, pixels, _ = build(family, dtype, 1, 1)
+    ours = copy.deepcopy(model)
+    accelerate(ours, only="transformers")
+    turns = [step_of(one, pixels, step, dtype, FAMILIES[family][4]) for one in (model, ours)]
+    for turn in turns:
+        turn()
+    return [stock_ms / ours_ms for stock_ms, ours_ms in in_turns(turns, rounds, CLOCKS["process"])]
+
+
 def measure(family: str, dtype: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """A record for each step that was asked for."""
     model, pixels, size = build(family, dtype, args.layers, args.clips)
@@ -101,14 +125,7 @@ def measure(family: str, dtype: str, args: argparse.Namespace) -> list[dict[str,
         stock_output, our_output = (turn() for turn in turns)
         if share is None:
             share = share_of(model, our_output, stock_output, pixels, options)
-        times: list[tuple[float, ...]] = []
-        for _ in range(args.rounds):
-            round_ms = []
-            for turn in turns:
-                began = clock()
-                turn()
-                round_ms.append((clock() - began) * 1e3)
-            times.append(tuple(round_ms))
+        times = in_turns(turns, args.rounds, clock)
         stock_ms, ours_ms = (statistics.median(column) for column in zip(*times, strict=True))
         made = facts(family, size, step, dtype, args.clock)
         made |= {"stock_ms": round(stock_ms, 1), "ours_ms": round(ours_ms, 1), "ratio": round(stock_ms / ours_ms, 3)}

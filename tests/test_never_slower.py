@@ -1,0 +1,31 @@
+"""accelerate() makes no model of transformers slower on a CPU: times of the process, in turns, with one thread."""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+import torch
+
+from bench import accelerate as bench
+from bench.peers import Missing
+
+pytestmark = pytest.mark.full
+# What `python -m bench accelerate` keeps is above 1. Between two halves of one round a busy machine's ratio is off by a
+# fifth; the median of the rounds by less.
+LEAST, ROUNDS = 0.87, 5
+
+
+@pytest.mark.parametrize("step", ["forward", "train"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", list(bench.FAMILIES))
+def test_never_slower(family, dtype, step):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        ratios = bench.ratios(family, dtype, step, ROUNDS)
+    except Missing as missing:
+        pytest.skip(str(missing))
+    finally:
+        torch.set_num_threads(before)
+    assert statistics.median(ratios) > LEAST, ratios
