@@ -30,6 +30,7 @@ VIVIT_KERNELS_OF(avx512_bf16)
 namespace avx512_amx {
 extern const AttentionKernels kAttention;
 extern const LinearWork kLinear;
+extern const TubeletWork kTubeletForward;
 }  // namespace avx512_amx
 #endif
 
@@ -39,6 +40,14 @@ struct Kernels {
     const AttentionKernels* attention = nullptr;
     const TubeletKernels* tubelets = nullptr;
 };
+
+#if defined(__x86_64__)
+const TubeletKernels& amx_tubelets() {
+    static const TubeletKernels kernels = {avx512_amx::kTubeletForward, avx512_bf16::kTubelets.weight_gradient,
+                                           avx512_bf16::kTubelets.video_gradient};
+    return kernels;
+}
+#endif
 
 // Of an instruction set, none where it is not compiled in.
 Kernels kernels_of(Isa isa) {
@@ -54,7 +63,7 @@ Kernels kernels_of(Isa isa) {
             return {&avx512_bf16::kAttention, &avx512_bf16::kTubelets};
         case Isa::kAvx512Amx:
             if (avx512_amx::kAttention.name == nullptr) return {};  // the compiler had no AMX
-            return {&avx512_amx::kAttention, &avx512_bf16::kTubelets};
+            return {&avx512_amx::kAttention, &amx_tubelets()};
 #endif
         default:
             return {};

@@ -133,7 +133,7 @@ struct TokenBlocks {
 
 template <class Arithmetic>
 VIVIT_INLINE int64_t words(int64_t n) {
-    return (n + Arithmetic::kPack - 1) / Arithmetic::kPack;
+    return round_up((n + Arithmetic::kPack - 1) / Arithmetic::kPack, Arithmetic::kStep);
 }
 
 // Words from one row to the next: rows that lie a multiple of 1 KB apart would share few sets of the first-level cache.

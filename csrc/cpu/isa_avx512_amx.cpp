@@ -1,6 +1,6 @@
-// The CPU kernels for AMX: attention in bfloat16 whose sequences fill tiles, and linear layers; what else there is,
-// avx512_bf16 does. The build compiles this file with AMX's flags where the compiler knows them; else it has no
-// kernels, and no name.
+// The CPU kernels for AMX: attention in bfloat16 whose sequences fill tiles, tubelets in bfloat16 forward, and linear
+// layers; what else there is, avx512_bf16 does. The build compiles this file with AMX's flags where the compiler knows
+// them; else it has no kernels, and no name.
 #define VIVIT_ISA avx512_amx
 #include "attention.h"
 #include "linear.h"
@@ -9,12 +9,14 @@
 #include "backward.h"
 #include "forward.h"
 #include "linear_in_tiles.h"
+#include "tubelet_forward.h"
 
 namespace vivit::cpu {
 
 namespace avx512_bf16 {
 extern const AttentionKernels kAttention;
-}
+extern const TubeletKernels kTubelets;
+}  // namespace avx512_bf16
 
 namespace avx512_amx {
 namespace {
@@ -59,7 +61,36 @@ void backward(const AttentionParams& p, Axis axis, int64_t first, int64_t end) {
     TileEntry<Backward>::run(p, axis, first, end, avx512_bf16::kAttention.backward);
 }
 
+using Tubelet = TubeletForward<BFloat16, InTiles>;
+
+bool in_tiles(const TubeletParams& p) { return p.dtype == DType::kBFloat16; }
+
+int64_t tubelet_bytes(const TubeletParams& p) {
+    return in_tiles(p) ? Tubelet::shared_bytes(p) : avx512_bf16::kTubelets.forward.shared_bytes(p);
+}
+
+int64_t tubelet_panels(const TubeletParams& p) {
+    return in_tiles(p) ? Tubelet::pack_units(p) : avx512_bf16::kTubelets.forward.units[0](p);
+}
+
+void tubelet_pack(const TubeletParams& p, int64_t first, int64_t end) {
+    in_tiles(p) ? Tubelet::pack(p, first, end) : avx512_bf16::kTubelets.forward.run[0](p, first, end);
+}
+
+int64_t tubelet_blocks(const TubeletParams& p) {
+    return in_tiles(p) ? Tubelet::units(p) : avx512_bf16::kTubelets.forward.units[1](p);
+}
+
+void tubelets(const TubeletParams& p, int64_t first, int64_t end) {
+    if (!in_tiles(p)) return avx512_bf16::kTubelets.forward.run[1](p, first, end);
+    const WithTiles here;
+    Tubelet::run(p, first, end);
+}
+
 }  // namespace
+
+extern const TubeletWork kTubeletForward;
+const TubeletWork kTubeletForward = {tubelet_bytes, {tubelet_panels, tubelet_blocks}, {tubelet_pack, tubelets}};
 
 extern const AttentionKernels kAttention;
 const AttentionKernels kAttention = {"avx512_amx", forward_units, forward, backward_units, backward};
@@ -76,6 +107,9 @@ namespace vivit::cpu::avx512_amx {
 
 extern const AttentionKernels kAttention;
 const AttentionKernels kAttention = {nullptr, nullptr, nullptr, nullptr, nullptr};
+
+extern const TubeletWork kTubeletForward;
+const TubeletWork kTubeletForward = {nullptr, {nullptr, nullptr}, {nullptr, nullptr}};
 
 extern const LinearWork kLinear;
 const LinearWork kLinear = {nullptr, {nullptr, nullptr}, {nullptr, nullptr}};

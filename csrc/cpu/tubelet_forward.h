@@ -3,6 +3,7 @@
 #pragma once
 
 #include "gather.h"
+#include "tiles.h"
 
 namespace vivit::cpu::VIVIT_ISA {
 
@@ -40,7 +41,7 @@ class TubeletForward {
     }
 
     void lay_out(Carver& carver) {
-        const int64_t tokens = TokenBlocks(p_.tokens).most();
+        const int64_t tokens = tile_rows<Arithmetic>(TokenBlocks(p_.tokens).most());
         runs_ = carver.take<Run>(p_.K);
         pixels_ = carver.take<uint32_t>(tokens * pitch_ + kLanes);
         products_ = carver.take<float>(tokens * kPanel);
@@ -75,6 +76,7 @@ class TubeletForward {
                 Arithmetic::store_pair(to, bits<Floats>(tile[i]), bits<Floats>(tile[i + Arithmetic::kPack - 1]));
             }
         }
+        for (const uint32_t* end = packed(panel + 1) + column; to < end; to += kPanel) store(to, Words{});
         for (int64_t i = 0; i < kLanes; ++i) {
             const double bias = p_.bias != nullptr && e + i < p_.E ? static_cast<double>(p_.bias[e + i]) : 0.0;
             row_of_all()[e + i] = static_cast<float>(bias + shifts.lane(i));
@@ -90,9 +92,9 @@ class TubeletForward {
         }
         for (int64_t panel = 0; panel < panels_; ++panel) {
             const int64_t columns = smallest(kPanel, p_.E - panel * kPanel);
-            product<Arithmetic, Walk::kRows, false, kTapChain<Arithmetic>>(products_, kPanel, pixels_, pitch_,
-                                                                           packed(panel), kPanel, tokens,
-                                                                           (columns + kLanes - 1) / kLanes, depth_);
+            product_of_rows<Arithmetic, false, kTapChain<Arithmetic>>(products_, kPanel, pixels_, pitch_, packed(panel),
+                                                                      kPanel, tokens, (columns + kLanes - 1) / kLanes,
+                                                                      depth_);
             for (int64_t i = 0; i < tokens; ++i) finish(first + i, products_ + i * kPanel, panel * kPanel, columns);
         }
     }
