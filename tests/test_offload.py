@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import test_memory
@@ -15,7 +16,7 @@ from test_train import Noise, config, losses
 from torch import Tensor
 
 from vivit import ViViT, footprint, memory, parallel, recipe
-from vivit.offload import Offload
+from vivit.offload import Kept, Offload
 from vivit.train import Run
 
 
@@ -32,14 +33,22 @@ class Late(Offload):
     def __init__(self):
         super().__init__()
         self.log: list[tuple[str, int]] = []
-        self.numbers: dict[int, int] = {}
+        self.numbers: weakref.WeakKeyDictionary[Kept, int] = weakref.WeakKeyDictionary()
+        self.count = 0
+
+    def pack(self, x: Tensor) -> Kept:
+        kept = super().pack(x)
+        self.numbers[kept] = self.count
+        self.log.append(("out", self.count))
+        self.count += 1
+        return kept
+
+    def fetch(self, kept: Kept) -> None:
+        self.log.append(("in", self.numbers[kept]))
+        super().fetch(kept)
 
     def _copy(self, target: Tensor, source: Tensor):
         target.fill_(torch.nan)
-        out = source.data_ptr() not in self.numbers
-        if out:
-            self.numbers[target.data_ptr()] = len(self.numbers)
-        self.log.append(("out", self.numbers[target.data_ptr()]) if out else ("in", self.numbers[source.data_ptr()]))
         return lambda: target.copy_(source)
 
     def _wait(self, x: Tensor, done) -> None:
