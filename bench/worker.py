@@ -139,7 +139,10 @@ def ask_gradients(candidate: Candidate, direction: str) -> None:
 
 def explain(error: BaseException) -> tuple[str, str]:
     """(status of a record, one line of reason)."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    if "cannot run this call" in text and len(lines) > 2:  # a refusal of ours: then the call, then the backend's reason
+        text = f"{text.removesuffix('.')}: {lines[2].partition(' ')[2].strip()}"
     if isinstance(error, Missing):
         return "missing", text
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(x in text.lower() for x in _NO_MEMORY):

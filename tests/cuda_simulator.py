@@ -82,6 +82,20 @@ def made() -> Any:
     return module
 
 
+def counted(monkeypatch: pytest.MonkeyPatch, launcher: str) -> list[int]:
+    """Products of warpgroups that every launch of this launcher asks for, from here on."""
+    found: list[int] = []
+    module = made()
+    launch = getattr(module, launcher)
+
+    def run(*args: Any) -> None:
+        launch(*args)
+        found.append(module.products_of_launch())
+
+    monkeypatch.setattr(module, launcher, run)
+    return found
+
+
 def view(x: Tensor) -> tuple[int, int, list[int], list[int]]:
     """A tensor as the module knows it: address, bytes of an element, sizes, strides."""
     assert x.device.type == "cpu"

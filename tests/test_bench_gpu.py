@@ -214,9 +214,9 @@ def test_the_group_is_killed_also_where_processes_cannot_be_listed(tmp_path, has
     assert outcome.verdict == "ok" and all_end([int(outcome.output)])
 
 
-def test_a_command_at_its_limit_may_finish_its_report(tmp_path, hasty):
+def test_a_command_at_its_limit_may_finish_its_report(tmp_path):
     code = "import time\ntry:\n print('begun'); time.sleep(60)\nexcept KeyboardInterrupt:\n print('report written')"
-    outcome = run([step("polite", code)], tmp_path, 2)["polite"]
+    outcome = run([step("polite", code)], tmp_path, gpu_runner.RESERVE + 2)["polite"]
     assert outcome.verdict == "TIMED OUT" and outcome.output.splitlines() == ["begun", "report written"]
 
 

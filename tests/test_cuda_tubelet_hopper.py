@@ -43,20 +43,6 @@ def products(size, tubelet, E: int) -> int:
     return tiles(M, E)[1] * 2 * steps * 4
 
 
-def counted(monkeypatch) -> list[int]:
-    """Products of every forward from here on."""
-    found: list[int] = []
-    module = cuda_simulator.made()
-    forward = module.tubelet_forward
-
-    def run(*args):
-        forward(*args)
-        found.append(module.products_of_launch())
-
-    monkeypatch.setattr(module, "tubelet_forward", run)
-    return found
-
-
 # (size, tubelet, E, changes of CASE): columns of a tile are 128, 192, 256; taps are less than a step, an odd number of
 # steps, several rounds of the ring; tubelets are one, less than a warpgroup's, several tiles of a block.
 CASES = [
@@ -73,7 +59,7 @@ CASES = [
 @pytest.mark.parametrize("size, tubelet, E, changes", CASES)
 def test_parity(size, tubelet, E, changes, simulate, monkeypatch):  # noqa: F811
     simulate(1)
-    found = counted(monkeypatch)
+    found = cuda_simulator.counted(monkeypatch, "tubelet_forward")
     tubelets.check_case(CASE | {"size": size, "tubelet": tubelet, "E": E} | changes, CPU, "cuda")
     assert set(found) == {products(size, tubelet, E)}
 
@@ -95,7 +81,7 @@ def test_the_cases_have_every_width_and_blocks_of_several_tiles():
 @pytest.mark.parametrize("tubelet", [(2, 16, 16), (2, 14, 14), (1, 2, 8), (3, 8, 6)])
 def test_every_kind_of_video(schedule, video, layout, tubelet, simulate, monkeypatch):  # noqa: F811
     simulate(schedule)
-    found = counted(monkeypatch)
+    found = cuda_simulator.counted(monkeypatch, "tubelet_forward")
     size, E = (2, 3, 5, 50, 66), [128, 200, 264, 328][schedule]
     normalise = [None, "common", "per channel"][len(layout) * schedule % 3]
     changes = {
@@ -149,7 +135,7 @@ def test_nothing_around_the_video_is_used(layout, simulate):  # noqa: F811
 def test_who_runs_other_calls(changes, arch, simulate, monkeypatch):  # noqa: F811
     """The kernel of sm_80, by products of single warps."""
     simulate(0, arch)
-    found = counted(monkeypatch)
+    found = cuda_simulator.counted(monkeypatch, "tubelet_forward")
     tubelets.check_case(CASE | {"size": (1, 1, 2, 8, 24), "tubelet": (1, 4, 8), "E": 136} | changes, CPU, "cuda")
     assert set(found) == {0}
 
@@ -157,7 +143,7 @@ def test_who_runs_other_calls(changes, arch, simulate, monkeypatch):  # noqa: F8
 @pytest.mark.full
 def test_more_taps_than_a_table_fits_of(simulate, monkeypatch):  # noqa: F811
     simulate()
-    found = counted(monkeypatch)
+    found = cuda_simulator.counted(monkeypatch, "tubelet_forward")
     video = torch.zeros(1, 1, 1, 256, 256, dtype=torch.bfloat16)
     tubelet_embedding(video, torch.zeros(128, 1, 1, 256, 256, dtype=torch.bfloat16))
     assert found == [0]

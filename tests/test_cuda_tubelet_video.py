@@ -30,16 +30,7 @@ def products(size, tubelet, E: int, rows: str) -> int:
 @pytest.fixture
 def counted(monkeypatch) -> list[int]:
     """Products of every video gradient from here on."""
-    found: list[int] = []
-    module = cuda_simulator.made()
-    gradient = module.tubelet_video_gradient
-
-    def run(*args):
-        gradient(*args)
-        found.append(module.products_of_launch())
-
-    monkeypatch.setattr(module, "tubelet_video_gradient", run)
-    return found
+    return cuda_simulator.counted(monkeypatch, "tubelet_video_gradient")
 
 
 # (size, tubelet, E, changes of CASE): boxes of 64, 32 and 16 tokens, whole and not; several tiles of a block; taps side

@@ -49,17 +49,8 @@ def products(size, tubelet, E: int, rows: str) -> int:
 @pytest.fixture
 def counted(monkeypatch) -> list[int]:
     """Products of every weight gradient from here on, for which there are three multiprocessors."""
-    found: list[int] = []
-    module = cuda_simulator.made()
-    gradient = module.tubelet_weight_gradient
-
-    def run(*args):
-        gradient(*args)
-        found.append(module.products_of_launch())
-
-    monkeypatch.setattr(module, "tubelet_weight_gradient", run)
     monkeypatch.setattr(cuda_kernels, "_multiprocessors", lambda device: MULTIPROCESSORS)
-    return found
+    return cuda_simulator.counted(monkeypatch, "tubelet_weight_gradient")
 
 
 # (size, tubelet, E, changes of CASE): boxes of 64, 32 and 16 tokens, whole and not; parts that differ, several tiles of
