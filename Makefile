@@ -47,8 +47,8 @@ CPP = $(shell git ls-files '*.cu' '*.cuh' '*.cpp' '*.h')
 
 help:
 	@echo "make demo       create $(VENV), install, run the main job on real video, print where the results are"
-	@echo "make test       create $(VENV) if needed, install, run the tests (12 minutes on 2 cores)"
-	@echo "make test-full  every test but interpreted grids and GPU tests, and ratios of times (at most 40 minutes on 2 cores)"
+	@echo "make test       create $(VENV) if needed, install, run the tests (a quarter of an hour on 2 cores)"
+	@echo "make test-full  every test but interpreted grids and GPU tests, and ratios of times (most of an hour on 2 cores)"
 	@echo "make test-kernels every interpreted test of Triton kernels (20 minutes), and with the newest Triton"
 	@echo "make test-gpu   the tests that need an NVIDIA GPU"
 	@echo "make build      the native library (csrc/), again only what has changed"
