@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from vivit_kernels import rotary_tables
 from vivit_kernels.numerics import judge
@@ -98,10 +99,7 @@ def lay_out(q, k, v, layout: str) -> list:
     if layout == "heads_first":
         return [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
     if layout == "sliced":  # rows within a wider buffer of NaN: what lies around the tensor must not be read
-        return [
-            torch.full((*x.shape[:-1], x.shape[-1] + 8), float("nan"), device=x.device)[..., : x.shape[-1]].copy_(x)
-            for x in (q, k, v)
-        ]
+        return [F.pad(x, (0, 8), value=float("nan"))[..., : x.shape[-1]] for x in (q, k, v)]
     return [q, k, v]
 
 
