@@ -44,6 +44,9 @@ GOALS = {
 }
 # Not goals of that kind: each is a folder of its own, which one make target puts on PYTHONPATH.
 NEWEST, OLDEST = "newest-triton", "oldest-torch"
+# The native library comes after an install, by `csrc/build.py`: pip would build it before there is a torch, and where
+# VIVIT_KERNELS_BUILD asks for it, fail.
+WITHOUT_LIBRARY = {"VIVIT_KERNELS_BUILD": "none"}
 INPUTS = [
     "pyproject.toml",
     "setup.py",
@@ -165,7 +168,7 @@ def resolve(pip: list[str], wanted: list[str]) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [*pip, "install", "--dry-run", "--quiet", "--report", str(report), *wanted]
-        done = run(command, capture_output=True)
+        done = run(command, capture_output=True, env=os.environ | WITHOUT_LIBRARY)
         if done.returncode != 0:
             raise Stop(f"pip cannot resolve the packages:\n{last_lines(done.stderr, 12)}\n  -> {' '.join(command)}")
         return json.loads(report.read_text())
@@ -213,8 +216,7 @@ def install(goal: str, venv: Path) -> None:
             if found:
                 raise Stop(cuda_message(found, version, goal, why or "  what it serves brings CUDA packages too"))
     say("installing (a few minutes the first time)")
-    # The native library comes after this, by `csrc/build.py`: here it would be built before there is a torch.
-    if run([*pip, "install", *wanted], env=os.environ | {"VIVIT_KERNELS_BUILD": "none"}).returncode != 0:
+    if run([*pip, "install", *wanted], env=os.environ | WITHOUT_LIBRARY).returncode != 0:
         raise Stop(f"pip failed, see above.\n  -> mend the cause, then run `make {goal}` again")
     smaller = list(GOALS)[: list(GOALS).index(goal) + 1]
     record.write_text(json.dumps(done | {name: fingerprint(name, version, gpu) for name in smaller}, indent=1) + "\n")

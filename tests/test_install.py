@@ -82,6 +82,20 @@ def test_a_resolution_that_fails_stops_with_pips_reason(only_folder):
         install.resolve(PIP, [*only_folder, "torch==2.13.0"])
 
 
+def test_packages_are_resolved_without_the_native_library(monkeypatch):
+    """VIVIT_KERNELS_BUILD=cpu asks for it, and there is no torch yet to build it with."""
+    monkeypatch.setenv("VIVIT_KERNELS_BUILD", "cpu")
+    seen = []
+
+    def run(command, **options):
+        seen.append(options["env"]["VIVIT_KERNELS_BUILD"])
+        Path(command[command.index("--report") + 1]).write_text("{}")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(install, "run", run)
+    assert install.resolve(PIP, ["torch"]) == {} and seen == ["none"]
+
+
 def test_the_stop_message_says_what_to_run():
     found = [f"nvidia-{i}==1.0" for i in range(18)]
     text = install.cuda_message(found, "3.12.3", "demo", "  ERROR: no answer")
