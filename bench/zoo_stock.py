@@ -63,16 +63,19 @@ def stock_attention(qkv: Tensor, temporal_heads: int | None) -> Tensor:
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -2)
 
 
+def become(model: nn.Module, others: dict[type[nn.Module], type[nn.Module]]) -> None:
+    """Modules of these very classes turn into the others, with the same parameters under the same names."""
+    for module in model.modules():
+        if type(module) in others:
+            module.__class__ = others[type(module)]
+
+
 class StockViViT(ViViT):
     class_row_alone = False
 
     def __init__(self, config: ViViTConfig):
         super().__init__(config)
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.__class__ = StockAttention  # the same parameters under the same names
-            if type(module) is Linear:
-                module.__class__ = StockLinear
+        become(self, {Attention: StockAttention, Linear: StockLinear})
 
     def embed(self, video: Tensor, layout: str = "BCFYX") -> Tensor:
         config, B = self.config, video.shape[0]
@@ -115,13 +118,7 @@ class ReferenceViViT(ViViT):
 
     def __init__(self, config: ViViTConfig):
         super().__init__(config)
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.__class__ = ReferenceAttention
-            if isinstance(module, Block):
-                module.__class__ = ReferenceBlock
-            if type(module) is Linear:
-                module.__class__ = StockLinear
+        become(self, {Attention: ReferenceAttention, Block: ReferenceBlock, Linear: StockLinear})
 
     def embed(self, video: Tensor, layout: str = "BCFYX") -> Tensor:
         channels = self.config.channels
