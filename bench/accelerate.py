@@ -1,4 +1,4 @@
-"""`python -m bench accelerate`: models of transformers as they come against the same ones after accelerate(), in turns.
+"""`python -m bench accelerate`: models of others as they come against the same ones after accelerate(), in turns.
 
     python -m bench accelerate [--family ...] [--dtype ...] [--step forward train] [--rounds N] [--keep]
 
@@ -22,57 +22,28 @@ import torch
 from torch import Tensor, nn
 
 from vivit_kernels import accelerate, gains
+from vivit_kernels.accelerate import Report
 from vivit_kernels.numerics import judge
 
 from . import device, record
+from .accelerate_models import FAMILIES, Subject, build
 from .device import ROOT
 from .peers import Missing, require
 
 DTYPES = ("float32", "bfloat16", "autocast")
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "process": time.process_time}
-# Family: its config and model, what differs from the published base model, the clip (F, Y, X), options of its forward
-FAMILIES: dict[str, tuple[str, str, dict[str, Any], tuple[int, int, int], dict[str, Any]]] = {
-    "vivit": ("VivitConfig", "VivitModel", {}, (32, 224, 224), {}),
-    "videomae": ("VideoMAEConfig", "VideoMAEModel", {}, (16, 224, 224), {}),
-    "timesformer": ("TimesformerConfig", "TimesformerModel", {}, (8, 224, 224), {}),
-    "videoprism": ("VideoPrismVisionConfig", "VideoPrismVisionModel", {}, (16, 288, 288), {}),
-    "vjepa2": (  # the published ones begin at L
-        "VJEPA2Config",
-        "VJEPA2Model",
-        dict(hidden_size=768, num_attention_heads=12, num_hidden_layers=12, frames_per_clip=16, crop_size=224),
-        (16, 224, 224),
-        dict(skip_predictor=True),
-    ),
-}
 
 
-def build(family: str, dtype: str, layers: int | None, clips: int) -> tuple[Any, Tensor, str]:
-    """The model as it comes, its clips, and what a record calls it. Raises Missing where transformers has no such."""
-    package = require("transformers", "pip install transformers")
-    config_name, name, changes, (frames, rows, columns), _ = FAMILIES[family]
-    if not hasattr(package, name):
-        raise Missing(f"transformers {package.__version__} has no {name}")
-    changes = dict(changes)
-    if layers is not None:
-        changes |= {"num_spatial_layers" if family == "videoprism" else "num_hidden_layers": layers}
-    config = getattr(package, config_name)(**changes)
-    torch.manual_seed(0)
-    model = getattr(package, name)(config)
-    kept = torch.float32 if dtype == "autocast" else getattr(torch, dtype)
-    pixels = torch.rand(clips, frames, 3, rows, columns) * 2 - 1
-    depth = f", {layers} layers" if layers is not None else ""
-    size = f"{name}, width {config.hidden_size}, {clips} clip of {frames}x{rows}x{columns}{depth}"
-    return model.to(kept).eval(), pixels.to(kept), size
+def step_of(subject: Subject, model: nn.Module, step: str, dtype: str) -> Callable[[], Tensor]:
+    """A call of the model, or one of its training steps, on the subject's inputs; gives the output."""
 
-
-def step_of(model: nn.Module, pixels: Tensor, step: str, dtype: str, options: dict[str, Any]) -> Callable[[], Tensor]:
     def run() -> Tensor:
         model.zero_grad(set_to_none=True)
         with (
             torch.set_grad_enabled(step == "train"),
             torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"),
         ):
-            output = model(pixels, **options).last_hidden_state
+            output = subject.run(model)
         if step == "train":
             output.float().square().mean().backward()
         return output.detach()
@@ -80,11 +51,11 @@ def step_of(model: nn.Module, pixels: Tensor, step: str, dtype: str, options: di
     return run
 
 
-def share_of(model: Any, ours: Tensor, stock: Tensor, pixels: Tensor, options: dict[str, Any]) -> float:
+def share_of(subject: Subject, ours: Tensor, stock: Tensor) -> float:
     """Of the error budget, against float64; above 1 it is outside."""
-    exact = copy.deepcopy(model).double()
+    exact = subject._replace(model=copy.deepcopy(subject.model)).to(torch.float64)
     with torch.no_grad():
-        truth = exact(pixels.double(), **options).last_hidden_state
+        truth = exact.run(exact.model)
     return judge(ours, truth, stock, row=ours.shape[-1]).share
 
 
@@ -101,12 +72,17 @@ def in_turns(turns: list[Callable[[], Tensor]], rounds: int, clock: Callable[[],
     return times
 
 
+def prepared(family: str, dtype: str, layers: int | None, clips: int) -> tuple[Subject, nn.Module, Report]:
+    """The model as it comes, the same one accelerated, and what accelerate() says of that."""
+    subject = build(family, layers, clips).to(torch.float32 if dtype == "autocast" else getattr(torch, dtype))
+    ours = copy.deepcopy(subject.model)
+    return subject, ours, accelerate(ours, only=subject.host)
+
+
 def ratios(family: str, dtype: str, step: str, rounds: int) -> list[float]:
     """Of one layer of a model, by the time of the process: for a test that nothing became slower."""
-    model, pixels, _ = build(family, dtype, 1, 1)
-    ours = copy.deepcopy(model)
-    accelerate(ours, only="transformers")
-    turns = [step_of(one, pixels, step, dtype, FAMILIES[family][4]) for one in (model, ours)]
+    subject, ours, _ = prepared(family, dtype, 1, 1)
+    turns = [step_of(subject, one, step, dtype) for one in (subject.model, ours)]
     for turn in turns:
         turn()
     return [stock_ms / ours_ms for stock_ms, ours_ms in in_turns(turns, rounds, CLOCKS["process"])]
@@ -114,31 +90,29 @@ def ratios(family: str, dtype: str, step: str, rounds: int) -> list[float]:
 
 def measure(family: str, dtype: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """A record for each step that was asked for."""
-    model, pixels, size = build(family, dtype, args.layers, args.clips)
-    options, ours, clock = FAMILIES[family][4], copy.deepcopy(model), CLOCKS[args.clock]
-    report = accelerate(ours, only="transformers")
+    subject, ours, report = prepared(family, dtype, args.layers, args.clips)
     if args.report:
         print(report)
     share, found = None, []
     for step in args.step:
-        turns = [step_of(one, pixels, step, dtype, options) for one in (model, ours)]
+        turns = [step_of(subject, one, step, dtype) for one in (subject.model, ours)]
         stock_output, our_output = (turn() for turn in turns)
         if share is None:
-            share = share_of(model, our_output, stock_output, pixels, options)
-        times = in_turns(turns, args.rounds, clock)
+            share = share_of(subject, our_output, stock_output)
+        times = in_turns(turns, args.rounds, CLOCKS[args.clock])
         stock_ms, ours_ms = (statistics.median(column) for column in zip(*times, strict=True))
-        made = facts(family, size, step, dtype, args.clock)
+        made = facts(subject, step, dtype, args.clock)
         made |= {"stock_ms": round(stock_ms, 1), "ours_ms": round(ours_ms, 1), "ratio": round(stock_ms / ours_ms, 3)}
         made |= {"rounds": [round(a / b, 3) for a, b in times], "share": round(share, 3)}
         found.append(made)
     return found
 
 
-def facts(family: str, size: str, step: str, dtype: str, clock: str) -> dict[str, Any]:
+def facts(subject: Subject, step: str, dtype: str, clock: str) -> dict[str, Any]:
     machine, (commit, dirty) = device.machine(torch.device("cpu")), device.commit()
-    versions = {"torch": torch.__version__, "transformers": require("transformers", "").__version__}
+    versions = {"torch": torch.__version__, subject.host: require(subject.host, "").__version__}
     return {
-        "host": "transformers", "family": family, "model": size, "step": step, "dtype": dtype,
+        "host": subject.host, "family": subject.family, "model": subject.size, "step": step, "dtype": dtype,
         "device": machine["device"], "clock": clock, "date": record.now(),
         "commit": commit + "+" * dirty, "versions": versions,
     }  # fmt: skip
@@ -153,7 +127,7 @@ def keep(made: dict[str, Any]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m bench accelerate", description=(__doc__ or "").partition("\n")[0])
-    top.add_argument("--family", nargs="+", default=list(FAMILIES), choices=FAMILIES, help="all")
+    top.add_argument("--family", nargs="+", default=FAMILIES, choices=FAMILIES, help="all")
     top.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=DTYPES, help="float32 bfloat16")
     top.add_argument("--step", nargs="+", default=["forward", "train"], choices=["forward", "train"], help="both")
     top.add_argument("--layers", type=int, help="fewer than the published model has")

@@ -1,4 +1,4 @@
-"""README's table of what accelerate() gains whole models of transformers, from kernels/vivit_kernels/gains.jsonl."""
+"""README's table of what accelerate() gains models of others, from kernels/vivit_kernels/gains.jsonl."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ REPLACED = {
     "timesformer": "layers as blocks on the grid, patches, MLPs",
     "videoprism": "tubelets, attention with its soft-cap, MLPs",
     "vjepa2": "tubelets, attention, rotary embedding, MLPs",
+    "LatteTransformer3DModel": "temporal layers on the grid, spatial attention",
+    "UNetMotionModel": "motion modules on the grid, spatial attention",
+    "UNetSpatioTemporalConditionModel": "temporal transformers on the grid, spatial attention",
+    "UNet3DConditionModel": "temporal transformers on the grid, spatial attention",
+    "WanTransformer3DModel": "joint attention and that to the text",
+    "CogVideoXTransformer3DModel": "joint attention",
 }
 HEADER = "model | replaced | step | ratio (of the rounds) | error"
 
@@ -30,7 +36,7 @@ def lines(records: Iterable[dict[str, Any]]) -> list[str]:
     if not found:
         return []
     head = (
-        "*ratio*: time of the model as transformers has it, with its SDPA where it has one, over that of the same one "
+        "*ratio*: time of the model as its library has it, with its SDPA where it has one, over that of the same one "
         "after `accelerate()`, in turns in one process; below 1 ours is slower. *error*: share used of the error "
         "budget against float64. `python -m bench accelerate` measures."
     )

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from .. import gains
 from ..accelerate import NO_RECORD, Left, Replacement, Undo
 from . import diffusers_grid as grid
 from ._mixin import Mixin
@@ -99,7 +100,7 @@ def replacements(model: nn.Module) -> Iterator[Replacement | Left]:
     model_mixin = sys.modules[f"{_MODELS}.modeling_utils"].ModelMixin
 
     strangers: list[str] = []  # prefixes of paths, as the two that follow
-    known_models: list[str] = []
+    known_models: dict[str, str] = {}  # with the model's class
     replaced: list[str] = []
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
@@ -110,13 +111,14 @@ def replacements(model: nn.Module) -> Iterator[Replacement | Left]:
                 strangers.append(prefix)
                 yield Left(path, type(module).__name__, "nothing to replace is known in this model of diffusers")
                 continue
-            known_models.append(prefix)
+            known_models[prefix] = type(module).__name__
         within = path.startswith(tuple(replaced))
-        entry = None if within else _transformer(path, module)
+        family = next((name for start, name in known_models.items() if path.startswith(start)), "")
+        entry = None if within else _transformer(path, module, family)
         is_ours = isinstance(module, Mixin)
         if isinstance(entry, Replacement) or (entry is not None and is_ours):
             replaced.append(prefix)
-        entry = entry or _attention(path, module)
+        entry = entry or _attention(path, module, family)
         if entry is not None and not (within and (isinstance(entry, Replacement) or is_ours)):
             yield entry
 
@@ -140,7 +142,7 @@ def _why_of_class(module: nn.Module, host: type) -> str:
     return "" if type(module) is host else f"a class of its own, made from {host.__name__}: it may do more"
 
 
-def _transformer(path: str, module: nn.Module) -> Replacement | Left | None:
+def _transformer(path: str, module: nn.Module, family: str) -> Replacement | Left | None:
     """A temporal transformer with its blocks and attentions, or why not."""
     host = _host(type(module), TRANSFORMERS)
     if host is None:
@@ -152,7 +154,8 @@ def _transformer(path: str, module: nn.Module) -> Replacement | Left | None:
         return Left(path, name if type(module) is host else type(module).__name__, why)
     attentions = [one for one in module.modules() if _takes_attention(one)]
     placed = [one for one in blocks if _has_place(one) or type(one).__name__ == "TemporalBasicTransformerBlock"]
-    return Replacement(path, name, TRANSFORMERS[name].why, NO_RECORD, _swap([module, *placed, *attentions]))
+    gain = gains.expected(HOST, family, module) or NO_RECORD
+    return Replacement(path, name, TRANSFORMERS[name].why, gain, _swap([module, *placed, *attentions]))
 
 
 def _why_not_block(block: nn.Module) -> str:
@@ -184,7 +187,7 @@ def _why_not_attention(attention: Any) -> str:
     return why or _no_kernels(attention.to_q.weight, attention.inner_dim // attention.heads)
 
 
-def _attention(path: str, module: nn.Module) -> Replacement | Left | None:
+def _attention(path: str, module: nn.Module, family: str) -> Replacement | Left | None:
     """An `Attention` by its class, or any module with a known processor by the processor's."""
     processor = getattr(module, "processor", None)
     if processor is None:
@@ -195,19 +198,19 @@ def _attention(path: str, module: nn.Module) -> Replacement | Left | None:
             return Left(path, what, f"its processor is a {type(processor).__name__}, which is not known")
         if why := _why_not_attention(module):
             return Left(path, what, why)
-        return Replacement(path, what, ATTENTION.why, _gain(module), _swap([module]))
+        return Replacement(path, what, ATTENTION.why, _gain(module, family), _swap([module]))
     if type(processor) is not host:
         ours = type(processor) is _ours(host)
         return Left(path, what, "it is replaced already" if ours else f"its processor is made from {host.__name__}")
     done = f"{host.__name__}: its attention as joint_attention, masks of pairs and backends of your choice as before"
-    return Replacement(path, what, done, _gain(module), _swap([processor]))
+    return Replacement(path, what, done, _gain(module, family), _swap([processor]))
 
 
-def _gain(attention: Any) -> str:
+def _gain(attention: Any, family: str) -> str:
     weight = attention.to_q.weight if isinstance(getattr(attention, "to_q", None), nn.Module) else None
     if isinstance(weight, Tensor) and has_matrix_unit(weight.device, weight.dtype):
         return "none on this processor in bfloat16: PyTorch's attention is called, on its matrix unit (AMX)"
-    return NO_RECORD
+    return gains.expected(HOST, family, attention) or NO_RECORD
 
 
 def _processor_host(cls: type) -> type | None:
