@@ -182,6 +182,8 @@ def source_files(op: str, backend: str) -> list[Path]:
     if op == "model":
         files += [ROOT / "vivit" / "model.py", ROOT / "vivit" / "memory.py"]
         files += [package / "linear.py", package / "low_memory.py", *sorted(package.glob("_rows/*.py"))]
+        if "triton" in backends:  # the only one by which a model takes it
+            files += [package / "temporal_block" / f"{name}.py" for name in ("triton_kernels", "op", "tiles")]
     if native := _NATIVE.intersection(backends):
         csrc, others = ROOT / "csrc", _NATIVE - native
         sources = (path for path in sorted(csrc.rglob("*")) if path.suffix in _NATIVE_SUFFIXES)

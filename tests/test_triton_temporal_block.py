@@ -8,8 +8,10 @@ from parity_grid import check
 from test_temporal_block import NAMES, inputs
 
 pytest.importorskip("triton", reason="Triton is not installed")
+from vivit import ViViT, ViViTConfig
 from vivit_kernels import temporal_block
-from vivit_kernels.temporal_block import tiles
+from vivit_kernels.numerics import judge
+from vivit_kernels.temporal_block import tiles, triton_kernels
 from vivit_kernels.temporal_block.reference import temporal_block as reference
 
 pytestmark = pytest.mark.interpreted
@@ -47,3 +49,27 @@ def test_a_position_does_not_see_another(device):
     same = (first == second).all(-1)
     assert same.sum() == 2 * 4 * 6 - 4 and not same[0, :, 2].any()
     assert (first - smaller).abs().max() <= 2**-7 * first.abs().max()
+
+
+def test_a_model_that_asks_for_triton_by_name_takes_it(monkeypatch):
+    """Model 3: its temporal steps are one kernel each, and the logits those of the three steps, within the budget."""
+    monkeypatch.setattr(
+        triton_kernels, "launch_fwd", lambda *a, run=triton_kernels.launch_fwd: (ran.append(1), run(*a))[1]
+    )
+    ran: list[int] = []
+    sizes = dict(frames=4, height=8, width=8, tubelet=(2, 8, 4), embedding=32, depth=1, heads=2, mlp=16, classes=40)
+    config = ViViTConfig(attention="factorized_self_attention", **sizes)  # pyright: ignore[reportArgumentType]
+    model, video = ViViT(config, backend="triton").eval(), torch.randn(2, 3, 4, 8, 8)
+    others = {name: ViViT(config, backend=name).eval() for name in ("torch", None)}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+        for other in others.values():
+            other.load_state_dict(model.state_dict())
+        eager = {name: other(video) for name, other in others.items()}
+        assert not ran  # on a CPU it is nobody's first choice
+        found = model(video)
+    assert len(ran) == 1
+    verdict = judge(found, others["torch"].double()(video.double()).detach(), eager["torch"])
+    assert verdict.ok, verdict
+    assert torch.is_grad_enabled() and model(video).requires_grad and len(ran) == 1

@@ -13,7 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vivit_kernels import Linear, factorized_attention, joint_attention, mlp, tubelet_embedding, unwatched
+from vivit_kernels import (
+    Linear,
+    factorized_attention,
+    joint_attention,
+    mlp,
+    temporal_block,
+    temporal_block_pays,
+    tubelet_embedding,
+    unwatched,
+)
 
 from . import memory
 from .config import ViViTConfig
@@ -74,6 +83,24 @@ class Attention(nn.Module):
         x = self.enter(x)
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, T, S, 3, H, D]: read in place, never permuted
         return self.leave(self.dropout(self.proj(self.attend(qkv).reshape(x.shape))))
+
+    def normed(self, norm: nn.Module, x: Tensor) -> Tensor:  # [B, N, E] or [B, T, S, E]
+        """self(norm(x)); along time, where that pays, norm, QKV and attention are one kernel."""
+        if not self._in_one(norm, x):
+            return self(norm(x))
+        assert isinstance(norm, nn.LayerNorm)
+        tensors = (x, norm.weight, norm.bias, self.qkv.weight, self.qkv.bias)
+        o = temporal_block(*tensors, heads=self.heads, eps=norm.eps, backend="triton")
+        return self.dropout(self.proj(o))
+
+    def _in_one(self, norm: nn.Module, x: Tensor) -> bool:
+        qkv = self.qkv
+        if self.over != "time" or self.split is not None or (self.training and self.attention_dropout > 0):
+            return False
+        if not (type(self) is Attention and type(norm) is nn.LayerNorm and type(qkv) is Linear):
+            return False
+        tensors = (x, norm.weight, norm.bias, qkv.weight, qkv.bias)
+        return unwatched(self, norm, qkv) and temporal_block_pays(*tensors, heads=self.heads, backend=self.backend)
 
     @property
     def moves(self) -> bool:
@@ -156,7 +183,8 @@ class Block(nn.Module):
 
     def plain(self, x: Tensor) -> Tensor:
         for norm, attention in zip(self.norms, self.attentions, strict=True):
-            x = x + self.drop_path(attention(norm(x)))
+            one = isinstance(attention, Attention)  # else one that took its place
+            x = x + self.drop_path(attention.normed(norm, x) if one else attention(norm(x)))
         return x + self.drop_path(self.mlp(self.norm_mlp(x)))
 
     def plain_class_row(self, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@
     factorized_attention    the first heads along time, the others within the frame, on the token grid in place
     spatial_attention, temporal_attention           its two ends
     temporal_block          layer norm, QKV projection and attention along time: one kernel, for narrow models
+    temporal_block_pays     whether it should be faster than the three, for a call
     joint_attention         every token to every token, in O(N) memory
     Linear, linear, linear_gelu, mlp                nn.Linear, F.linear, one with a GELU behind it, two around one: on a
                             CPU by the fastest route of PyTorch
@@ -35,7 +36,7 @@ from .modules import (
     TubeletEmbedding,
     VideoMultiheadAttention,
 )
-from .temporal_block.api import temporal_block
+from .temporal_block.api import temporal_block, temporal_block_pays
 from .tubelet_embedding.api import tubelet_embedding
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "spatial_attention",
     "temporal_attention",
     "temporal_block",
+    "temporal_block_pays",
     "tubelet_embedding",
     "unwatched",
 ]

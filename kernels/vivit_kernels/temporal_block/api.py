@@ -7,9 +7,10 @@ from torch import Tensor
 
 from .. import _dispatch
 from .._attention.options import autocast
+from .._attention.registration import plain
 from .._triton import arch_of
 from . import op  # noqa: F401  registers torch.ops.vivit_kernels.temporal_block_fwd
-from .support import SUPPORT, decide, order  # noqa: F401  decide: for explain()
+from .support import SUPPORT, decide, obstacle, order  # noqa: F401  decide: for explain()
 
 
 def temporal_block(
@@ -34,7 +35,8 @@ def temporal_block(
         the other. All in one dtype, fp16, bf16, fp32 or fp64 (under autocast all are cast to its own) and on one
         device. Differentiable in all five; backward has x and the parameters alone and makes the rest again.
     backend: "triton": one kernel, QKV never reaches memory; "torch": three steps. None chooses. For wide models, from
-        E = 768 on, a linear layer and temporal_attention should be faster than either (`explain` says why).
+        E = 768 on, a linear layer and temporal_attention should be faster than either: `temporal_block_pays` says for
+        which calls, `explain` why. That is computed: no GPU has run or timed the kernel.
 
     Returns `[B, T, S, E]`, contiguous, in x's dtype. Raises ValueError for shapes or dtypes that do not fit,
     NotImplementedError, with every reason, when no backend can run the call or a second derivative is asked for.
@@ -45,14 +47,58 @@ def temporal_block(
     x, norm_weight, weight = _three(x, norm_weight, weight)
     _, norm_bias, bias = _three(x, norm_bias, bias)
     _check(x, norm_weight, norm_bias, weight, bias, heads)
+    call = _call((x, norm_weight, norm_bias, weight, bias), heads)
+    chosen = _dispatch.choose(call, SUPPORT, backend, order(call))
+    return torch.ops.vivit_kernels.temporal_block_fwd(x, norm_weight, norm_bias, weight, bias, heads, eps, chosen)
+
+
+def temporal_block_pays(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    heads: int,
+    backend: str | None = None,
+) -> bool:
+    """Whether temporal_block's one kernel is to run in the place of a norm, a linear layer and temporal_attention.
+
+    Equivalent to: on a GPU, in fp16 or bf16 without a cast, no gradient needed, and the kernel's least time, computed
+    from bytes and products, is below that of the three steps: widths up to E = 512 where tiles fill the GPU, narrower
+    ones for fewer clips. The rates are one H100's, another GPU's are not asked for; no GPU has timed either side.
+
+    x, ..., heads: as temporal_block takes them, but for parameters of other dtypes, or None of a layer without: False.
+    backend: whom those three would be given. None: VIVIT_KERNELS_BACKENDS may name another than Triton first, then
+        False. "triton": as None; but on CPU tensors with TRITON_INTERPRET=1, where kernels are checked, True. Another:
+        False.
+
+    Looks at no value, and can be traced by torch.compile; False in a model that is exported, which may run anywhere.
+    Raises ValueError for shapes that do not fit.
+
+        if temporal_block_pays(*tensors, heads=12):
+            o = temporal_block(*tensors, heads=12, eps=norm.eps, backend="triton")
+    """
+    if norm_weight is None or norm_bias is None or bias is None:
+        return False
     tensors = (x, norm_weight, norm_bias, weight, bias)
+    kind = x.device.type
+    cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype
+    if cast or any(t.dtype != x.dtype or t.device != x.device for t in tensors):
+        return False
+    seen = torch.compiler.is_exporting() if torch.compiler.is_compiling() else not plain(*tensors)
+    if seen:  # by who may know the three, but not the one
+        return False
+    _check(*tensors, heads)
+    return obstacle(_call(tensors, heads), backend) == ""
+
+
+def _call(tensors: tuple[Tensor, ...], heads: int) -> _dispatch.Call:
+    x = tensors[0]
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     device, (B, T, S, E) = x.device.type, x.shape
     arch = arch_of(x.device) if device == "cuda" else 0
-    shape = (B, T, S, heads, E // heads)
-    call = _dispatch.Call("temporal_block", shape, x.dtype, device, needs_grad, arch=arch)
-    chosen = _dispatch.choose(call, SUPPORT, backend, order(call))
-    return torch.ops.vivit_kernels.temporal_block_fwd(x, norm_weight, norm_bias, weight, bias, heads, eps, chosen)
+    return _dispatch.Call("temporal_block", (B, T, S, heads, E // heads), x.dtype, device, needs_grad, arch=arch)
 
 
 def _three(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,8 +16,9 @@ BACKENDS = ("triton",)
 _override = Override()
 forced = _override.forced
 
-# Of one H100: copy and matmul as measured there, bytes and operations a second; L2 is assumed.
+# Of one H100: copy and matmul (16 bits) as measured there, bytes and operations a second; L2 is assumed.
 COPY, MATMUL, L2 = 3.0e12, 798e12, 5.5e12
+MULTIPROCESSORS = 132
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,24 @@ def floors(E: int, heads: int, rows: int = 128, itemsize: int = 2) -> tuple[floa
 
     One kernel: the largest of x in and o out; the products of the projection and of a tile's scores; and from L2 the
     weight once a tile, x once a head. Three steps: norm, 2 tensors; projection, 4 or its products; attention, 4. How
-    blocks fill the GPU is left out: 8 clips of 196 positions are 196 tiles, two rounds of 132 multiprocessors.
+    blocks fill the GPU is left to `times`.
     """
     row = E * itemsize
     products = 6 * E * E / MATMUL
     one = max(2 * row / COPY, products + 4 * rows * E / MATMUL, (3 * E * row / rows + heads * row) / L2)
     apart = 6 * row / COPY + max(4 * row / COPY, products)
     return 1e9 * one, 1e9 * apart
+
+
+def times(shape: tuple, itemsize: int, arch: int) -> tuple[float, float]:
+    """Least time of a forward in ns, shape `[B, T, S, H, D]`: (one kernel, three steps), each token at its floor.
+
+    Of the one kernel every row of every tile of every round counts as a token: 8 clips of 196 positions and 16 frames
+    are 196 tiles, two rounds of 132 multiprocessors, a quarter of them idle. The three steps, whose blocks are many and
+    small, count as if they filled the GPU. For each architecture with its own tile, but with one H100's rates.
+    """
+    B, T, S, H, D = shape
+    rows = choose("forward", T, itemsize, arch).rows
+    rounds = -(-B * S // (rows // T * MULTIPROCESSORS))
+    one, apart = floors(H * D, H, rows, itemsize)
+    return rounds * MULTIPROCESSORS * rows * one, B * T * S * apart
