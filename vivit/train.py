@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checkpoint, finetune, losses, parallel, sharded
+from . import checkpoint, finetune, identity, losses, parallel, sharded
 from .augment import augment, mixup_weight
 from .averaging import Average
 from .data import (
@@ -42,7 +42,6 @@ from .parallel import ALONE, World
 from .progress import Bar, memory_gib
 from .recipe import CLIP_KEYS, TrainConfig
 from .trouble import NotFinite, Skips, TrainingError, explained, listed, names
-from .video import which_decoder
 
 
 class Interrupted(Exception):
@@ -153,14 +152,7 @@ class Run:
             state = sharded.load(self.world, path, self.model, self.optimizer)
         else:
             state = sharded.laid_out(checkpoint.load(path), self.model, self.optimizer)
-        now, then = self._identity(), json.loads(state["config"])
-        if now != then:
-            changed = [k for k in now if now[k] != then.get(k)] or sorted(set(then) - set(now))
-            key = changed[0]
-            raise TrainingError(
-                f"{path} was trained with other settings: {key} was {then.get(key)}, is {now.get(key)}"
-                "\n  -> resume with the config it was started with, or train into another --out"
-            )
+        identity.check(path, state, self.config, self.dataset)
         self.weights.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
@@ -173,36 +165,11 @@ class Run:
             torch.manual_seed(self.config.seed)
             self.world.reseed(self.config.seed, self.step)
 
-    def _identity(self) -> dict[str, Any]:
-        """What the curve depends on; workers, threads, device and memory may change between parts of a run."""
-        values = json.loads(json.dumps(self.config.to_dict()))
-        for key in (
-            "threads",
-            "device",
-            "memory",
-            "offload",
-            "skip_not_finite",
-            "checkpoint_every",
-            "evaluate_every",
-            "tensorboard",
-            "parallel",
-            "sequence_parallel",
-        ):
-            values.pop(key)
-        for key in ("workers", "timeout"):
-            values["data"].pop(key)
-        values["augment"].pop("where")
-        values["data"]["decoder"] = which_decoder(self.config.data.decoder)
-        tables = [(k, v) for k, v in values.items() if isinstance(v, dict)]
-        flat = {f"{table}.{key}": value for table, inner in tables for key, value in inner.items()}
-        flat |= {k: v for k, v in values.items() if not isinstance(v, dict)}
-        return flat | {"number of training videos": len(self.dataset), "classes": list(self.dataset.classes)}
-
     def save(self) -> None:
         for pairs in self.world.gathered(self.problems.pairs()):
             self.problems.add(pairs)
         state = {
-            "config": json.dumps(self._identity()),
+            **identity.about(self.config, self.dataset),
             "model": self.weights.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
