@@ -105,6 +105,32 @@ def test_out_of_memory_names_the_next_level(level, accumulate, advice):
     assert advice in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "level, offload, error, advice",
+    [
+        ("smallest", False, torch.OutOfMemoryError, ["offload = true (the inputs", "accumulate = 2", "smaller clips"]),
+        ("smallest", True, torch.OutOfMemoryError, ["accumulate = 2", "smaller clips"]),
+        ("smallest", False, MemoryError, ["accumulate = 2", "smaller clips"]),  # the host's, where inputs would wait
+        ("small", False, torch.OutOfMemoryError, ["memory = 'smallest'", "accumulate = 2", "smaller clips"]),
+    ],
+)
+def test_out_of_memory_of_a_device_names_the_host(level, offload, error, advice):
+    values = config(memory=level, offload=offload)
+    with pytest.raises(TrainingError) as caught, trouble.explained(values, 7, []):
+        raise error("none left")
+    found, *remedies = str(caught.value).split("\n  -> ")
+    assert found.endswith(f"memory = {level!r}" + ", offload = true" * offload)
+    assert len(remedies) == len(advice) and all(map(str.startswith, remedies, advice)), remedies
+
+
+def test_a_wide_model_does_not_wait_for_the_bus():
+    for E, waits in ((2048, False), (768, True)):
+        values = config(memory="smallest", model__embedding=E)
+        with pytest.raises(TrainingError) as caught, trouble.explained(values, 7, []):
+            raise torch.OutOfMemoryError("none left")
+        assert ("for the bus" in str(caught.value)) == waits and "offload = true (" in str(caught.value)
+
+
 def test_other_errors_stay_what_they_are():
     with pytest.raises(RuntimeError, match="shapes"), trouble.explained(config(), 0, []):
         torch.ones(2, 3) @ torch.ones(2, 3)

@@ -72,7 +72,7 @@ def explained(config: TrainConfig, step: int, clips: Sequence[str]) -> Iterator[
         yield
     except (RuntimeError, MemoryError, OSError) as error:
         if _out_of_memory(error):
-            raise TrainingError(f"step {step}: out of memory; {_smaller(config)}") from error
+            raise TrainingError(f"step {step}: out of memory; {_smaller(config, _of_device(error))}") from error
         with loader_explained(f"step {step}", clips):
             raise
 
@@ -97,12 +97,21 @@ def _out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _smaller(config: TrainConfig) -> str:
+def _of_device(error: BaseException) -> bool:
+    """Whether it was a GPU's memory that ran out, and not the host's."""
+    return isinstance(error, torch.OutOfMemoryError)
+
+
+def _smaller(config: TrainConfig, on_device: bool) -> str:
     level = LEVELS.index(config.memory)
     found = (
         f"batch = {config.batch} in {config.accumulate} part{'s' * (config.accumulate > 1)}, memory = {config.memory!r}"
+        + ", offload = true" * config.offload
     )
     remedies = [f"memory = {LEVELS[level + 1]!r}"] if level + 1 < len(LEVELS) else []
+    if not remedies and on_device and not config.offload:  # on a CPU it saves nothing
+        waits = "" if config.model.embedding >= 2000 else ", and steps of a model as narrow as this for the bus"
+        remedies.append(f"offload = true (the inputs of blocks wait in the host's memory{waits})")
     if config.accumulate < config.batch:
         remedies.append(f"accumulate = {min(2 * config.accumulate, config.batch)} (the same batch in more parts)")
     remedies.append("smaller clips; `python -m vivit plan CONFIG --gpu-memory SIZE` says what fits")
