@@ -118,3 +118,20 @@ def test_only_the_video_and_parameters_are_kept():
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x), x)[1], lambda x: x):
         tubelet_embedding(video, weight)
     assert {x.data_ptr() for x in saved} == {video.data_ptr(), weight.data_ptr()}
+
+
+def test_rows_of_fewer_digits_are_added_in_the_weights():
+    """A class token and positions in bfloat16 beside a float32 weight: their sum is not rounded to bfloat16."""
+    video, weight = torch.rand(1, 3, 2, 8, 8), torch.randn(8, 3, 2, 4, 4)
+    token, position = torch.randn(1, 1, 8).bfloat16(), torch.randn(1, 5, 8).bfloat16()
+    found = tubelet_embedding(video, weight, None, position, token, backend="torch")
+    assert torch.equal(found[0, 0], token[0, 0].float() + position[0, 0].float())
+
+
+def test_no_clips_at_all():
+    video, weight = torch.rand(0, 3, 2, 8, 8, requires_grad=True), torch.randn(8, 3, 2, 4, 4, requires_grad=True)
+    defined = reference.tubelet_embedding(video, weight, None, None, None, False, [1.0] * 3, [0.0] * 3)
+    found = tubelet_embedding(video, weight)
+    assert found.shape == defined.shape == (0, 4, 8)
+    dvideo, dweight = torch.autograd.grad(found.sum(), (video, weight))
+    assert dvideo.shape == video.shape and not dweight.any()

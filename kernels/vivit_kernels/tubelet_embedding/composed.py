@@ -92,9 +92,10 @@ def _table(weight, bias, position, class_token, shift: list[float], wide: torch.
     row = (row if bias is None else row + bias).view(1, 1, -1)
     if class_token is None:
         return row if position is None else row + position
+    class_row = class_token.to(wide)
     if position is None:
-        return torch.cat([class_token.to(wide), row], 1)
-    return torch.cat([class_token + position[:, :1], row + position[:, 1:]], 1)
+        return torch.cat([class_row, row], 1)
+    return torch.cat([class_row + position[:, :1], row + position[:, 1:]], 1)
 
 
 def launch_fwd(
@@ -129,7 +130,7 @@ def launch_bwd(
     dtokens = dout[..., first:, :].reshape(-1, E).to(narrow)  # [B*T*S, E]
     if needs[0]:
         _, per_channel = _affine([float(a) for a in scale], weight.new_empty(0, dtype=wide))
-        by_pixel = weight * scale[0] if per_channel is None else weight * per_channel
+        by_pixel = weight.to(wide) * (scale[0] if per_channel is None else per_channel)
         gradients[0] = _scatter(dtokens @ by_pixel.to(narrow).flatten(1), video, weight)
     if needs[1]:
         pixels, scale, shift = _pixels(video, scale, shift, wide)

@@ -21,7 +21,7 @@ def tubelet_embedding(
     per_channel = [torch.tensor(values, dtype=wide, device=video.device).view(-1, 1, 1, 1) for values in (scale, shift)]
     pixels = (video.to(wide) * per_channel[0] + per_channel[1]).to(weight.dtype)
     pixels = pixels[:, :, : T * f, : rows * y, : columns * x].reshape(B, C, T, f, rows, y, columns, x)
-    tubelets = pixels.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(B, T, rows * columns, -1)  # [B, T, S, C*f*y*x]
+    tubelets = pixels.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(B, T, rows * columns, C * f * y * x)
     tokens = tubelets @ weight.flatten(1).T
     if bias is not None:
         tokens = tokens + bias.to(tokens.dtype)
