@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from .. import _dispatch, _native
+from .. import _dispatch, _native, _transforms
 from .._triton import arch_of
 from .options import Options
 from .registration import run
@@ -46,7 +46,9 @@ def call(
     order: in which backends are tried, from the facts of the call. temporal_heads, keys: as in _dispatch.Call.
     """
     q = tensors[0]
-    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    needs_grad = torch.is_grad_enabled() and (
+        any(x is not None and x.requires_grad for x in tensors) or _transforms.active()  # a batched tensor says no
+    )
     device = q.device.type
     arch = _arch(q.device.index) if device == "cuda" else 0
     isa = _native.call_isa(device)

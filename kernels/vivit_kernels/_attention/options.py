@@ -130,12 +130,16 @@ def check_qkv(op: str, letters: str, q: Tensor, k: Tensor | None, v: Tensor | No
     return q, k, v
 
 
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """What autocast casts to on a kind of device, None where it is off; meta tensors have none."""
+    return None if kind == "meta" or not torch.is_autocast_enabled(kind) else torch.get_autocast_dtype(kind)
+
+
 def autocast(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Under autocast, floating tensors but float64 become autocast's dtype, as for scaled_dot_product_attention."""
-    kind = q.device.type
-    if not torch.is_autocast_enabled(kind):
+    dtype = autocast_dtype(q.device.type)
+    if dtype is None:
         return q, k, v
-    dtype = torch.get_autocast_dtype(kind)
 
     def cast(x: Tensor) -> Tensor:
         return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x

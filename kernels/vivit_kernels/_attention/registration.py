@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.utils.flop_counter import register_flop_formula
 
+from .. import _transforms
 from .options import Options
 
 _LIBRARY = torch.library.Library("vivit_kernels", "FRAGMENT")
@@ -47,13 +47,14 @@ def _shapes(q, k) -> tuple[tuple, tuple]:
 
 
 _EAGER: dict[str, tuple[Callable, Callable]] = {}  # per op, what `run` calls without and with a gradient
+_TRANSFORMED: dict[str, Callable] = {}  # and within torch.func's transformations
 
 
 def plain(*tensors: Tensor | None) -> bool:
     """Whether nothing but PyTorch's eager autograd looks on: no compiler or tracer, no mode, no subclass of Tensor."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
-    if torch._C._len_torch_dispatch_stack() or functorch.maybe_current_level() is not None:
+    if torch._C._len_torch_dispatch_stack() or _transforms.active():
         return False
     return all(x is None or type(x) is Tensor or type(x) is torch.nn.Parameter for x in tensors)
 
@@ -64,6 +65,8 @@ def run(op: str, arguments: tuple, needs_grad: bool) -> Tensor:
     A call of temporal attention and its backward took 554 us of a host through ops registered from Python, 325 this way
     (one core, launches left out): at one clip both are more than the kernels take."""
     if not plain(*arguments[:3]):
+        if _transforms.asks_for_rules():
+            return _TRANSFORMED[op](*arguments)[0]
         return getattr(torch.ops.vivit_kernels, f"{op}_fwd")(*arguments)[0]
     without_grad, with_grad = _EAGER[op]
     return with_grad(*arguments) if needs_grad else without_grad(*arguments)
@@ -138,7 +141,9 @@ def register(op: str, package: str, flops: Callable[..., int], saved: SavedShape
             return nothing
         q, k, v, mask, seed, cos, sin, o, lse = ctx.saved_tensors
         step = getattr(torch.ops.vivit_kernels, f"{op}_bwd")
-        if not torch.is_grad_enabled() and plain(do, q, k, v):
+        if _transforms.asks_for_rules():
+            step = transformed_bwd
+        elif not torch.is_grad_enabled() and plain(do, q, k, v):
             step = bwd
         gradients = step(do, q, k, v, o, lse, mask, seed, cos, sin, *ctx.options)
         return (*gradients, *nothing[len(gradients) :])
@@ -159,6 +164,9 @@ def register(op: str, package: str, flops: Callable[..., int], saved: SavedShape
     torch.library.register_fake(f"{name}_bwd", bwd_fake, lib=lib)
     torch.library.register_autograd(f"{name}_fwd", backward, setup_context=setup_context, lib=lib)
     torch.library.register_autograd(f"{name}_bwd", no_double_backward, lib=lib)
+    steps = (getattr(torch.ops.vivit_kernels, f"{op}_{direction}") for direction in ("fwd", "bwd"))
+    _TRANSFORMED[op] = _transforms.transformed(op, next(steps), setup_context, backward)
+    transformed_bwd = _transforms.transformed(op, next(steps), lambda *_: None, no_double_backward)
     _register_flops(op, flops)
 
 

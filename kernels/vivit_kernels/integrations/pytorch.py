@@ -113,7 +113,7 @@ def _takes(module: nn.MultiheadAttention, q: Tensor, k: Tensor, v: Tensor, mask:
 
 
 def _transformed() -> bool:
-    """Within torch.func's transformations (vmap, jvp, ...) or forward-mode AD, for which the ops have no rules."""
+    """Within torch.func's transformations (vmap, jvp, ...) or forward-mode AD, for which the ops have few rules."""
     if torch.compiler.is_compiling():
         return False
     return functorch.maybe_current_level() is not None or forward_ad._current_level >= 0

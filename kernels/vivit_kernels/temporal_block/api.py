@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _dispatch
-from .._attention.options import autocast
+from .. import _dispatch, _transforms
+from .._attention.options import autocast, autocast_dtype
 from .._attention.registration import plain
 from .._triton import arch_of
-from . import op  # noqa: F401  registers torch.ops.vivit_kernels.temporal_block_fwd
+from . import op
 from .support import SUPPORT, decide, obstacle, order  # noqa: F401  decide: for explain()
 
 
@@ -49,7 +49,7 @@ def temporal_block(
     _check(x, norm_weight, norm_bias, weight, bias, heads)
     call = _call((x, norm_weight, norm_bias, weight, bias), heads)
     chosen = _dispatch.choose(call, SUPPORT, backend, order(call))
-    return torch.ops.vivit_kernels.temporal_block_fwd(x, norm_weight, norm_bias, weight, bias, heads, eps, chosen)
+    return op.run(x, norm_weight, norm_bias, weight, bias, heads, eps, chosen)
 
 
 def temporal_block_pays(
@@ -82,9 +82,9 @@ def temporal_block_pays(
     if norm_weight is None or norm_bias is None or bias is None:
         return False
     tensors = (x, norm_weight, norm_bias, weight, bias)
-    kind = x.device.type
-    cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype
-    if cast or any(t.dtype != x.dtype or t.device != x.device for t in tensors):
+    if autocast_dtype(x.device.type) not in (None, x.dtype) or any(
+        t.dtype != x.dtype or t.device != x.device for t in tensors
+    ):
         return False
     seen = torch.compiler.is_exporting() if torch.compiler.is_compiling() else not plain(*tensors)
     if seen:  # by who may know the three, but not the one
@@ -95,7 +95,7 @@ def temporal_block_pays(
 
 def _call(tensors: tuple[Tensor, ...], heads: int) -> _dispatch.Call:
     x = tensors[0]
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    needs_grad = torch.is_grad_enabled() and (any(t.requires_grad for t in tensors) or _transforms.active())
     device, (B, T, S, E) = x.device.type, x.shape
     arch = arch_of(x.device) if device == "cuda" else 0
     return _dispatch.Call("temporal_block", (B, T, S, heads, E // heads), x.dtype, device, needs_grad, arch=arch)

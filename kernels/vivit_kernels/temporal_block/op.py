@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .. import _transforms
+
 _LIBRARY = torch.library.Library("vivit_kernels", "FRAGMENT")
 _NAME = "vivit_kernels::temporal_block"
 _ARGUMENTS = "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias, int heads, float eps"
@@ -41,7 +43,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, do: Tensor):
-    gradients = torch.ops.vivit_kernels.temporal_block_bwd(do, *ctx.saved_tensors, *ctx.options)
+    step = _transformed_bwd if _transforms.asks_for_rules() else torch.ops.vivit_kernels.temporal_block_bwd
+    gradients = step(do, *ctx.saved_tensors, *ctx.options)
     needs = ctx.needs_input_grad[:5]
     return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None, None)
 
@@ -61,6 +64,17 @@ torch.library.register_fake(f"{_NAME}_fwd", _fwd_fake, lib=_LIBRARY)
 torch.library.register_fake(f"{_NAME}_bwd", _bwd_fake, lib=_LIBRARY)
 torch.library.register_autograd(f"{_NAME}_fwd", _backward, setup_context=_setup_context, lib=_LIBRARY)
 torch.library.register_autograd(f"{_NAME}_bwd", _no_double_backward, lib=_LIBRARY)
+
+_OPS = torch.ops.vivit_kernels
+_transformed_fwd = _transforms.transformed("temporal_block", _OPS.temporal_block_fwd, _setup_context, _backward)
+_transformed_bwd = _transforms.transformed(
+    "temporal_block", _OPS.temporal_block_bwd, lambda *_: None, _no_double_backward
+)
+
+
+def run(*arguments) -> Tensor:
+    """o of a checked call; arguments: of the registered op."""
+    return (_transformed_fwd if _transforms.asks_for_rules() else _OPS.temporal_block_fwd)(*arguments)
 
 
 def _flops(x: tuple, weight: tuple) -> tuple[int, int]:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _dispatch, _native
+from .. import _dispatch, _native, _transforms
 from .._attention.call import _arch
-from . import op  # noqa: F401  registers torch.ops.vivit_kernels.tubelet_embedding_fwd
+from .._attention.options import autocast_dtype
+from . import op
 from .support import SUPPORT, decide, order  # noqa: F401  decide: for explain()
 
 Normalisation = float | Sequence[float] | None
@@ -62,10 +63,13 @@ def tubelet_embedding(
     grid = tuple(video.shape[2 + i] // weight.shape[2 + i] for i in range(3))
     _check_rows(weight, grid, position, class_token, class_token_per)
     scale, shift = _normalisation(video, mean, std)
-    if torch.is_autocast_enabled(video.device.type) and weight.dtype != torch.float64:
-        weight = weight.to(torch.get_autocast_dtype(video.device.type))
+    narrow = autocast_dtype(video.device.type)
+    if narrow is not None and weight.dtype != torch.float64:
+        weight = weight.to(narrow)
     parameters = (weight, bias, position, class_token)
-    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (video, *parameters))
+    needs_grad = torch.is_grad_enabled() and (
+        any(x is not None and x.requires_grad for x in (video, *parameters)) or _transforms.active()
+    )
     device, isa = video.device.type, _native.call_isa(video.device.type)
     arch = _arch(video.device.index) if device == "cuda" else 0
     call = _dispatch.Call(
@@ -73,9 +77,7 @@ def tubelet_embedding(
         channels=weight.shape[0],
     )  # fmt: skip
     chosen = _dispatch.choose(call, SUPPORT, backend, order(call))
-    return torch.ops.vivit_kernels.tubelet_embedding_fwd(
-        video, *parameters, class_token_per == "frame", scale, shift, chosen
-    )
+    return op.run(video, *parameters, class_token_per == "frame", scale, shift, chosen)
 
 
 def _check_video(video: Tensor, layout: str) -> Tensor:

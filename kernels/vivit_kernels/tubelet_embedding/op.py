@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .. import _transforms
+
 _LIBRARY = torch.library.Library("vivit_kernels", "FRAGMENT")
 _NAME = "vivit_kernels::tubelet_embedding"
 _ARGUMENTS = (
@@ -52,9 +54,8 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dout: Tensor):
     needs = list(ctx.needs_input_grad[:5])
-    gradients = torch.ops.vivit_kernels.tubelet_embedding_bwd(
-        dout, *ctx.saved_tensors, *ctx.options, needs, ctx.backend
-    )
+    step = _transformed_bwd if _transforms.asks_for_rules() else torch.ops.vivit_kernels.tubelet_embedding_bwd
+    gradients = step(dout, *ctx.saved_tensors, *ctx.options, needs, ctx.backend)
     return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None, None, None)
 
 
@@ -73,6 +74,17 @@ torch.library.register_fake(f"{_NAME}_fwd", _fwd_fake, lib=_LIBRARY)
 torch.library.register_fake(f"{_NAME}_bwd", _bwd_fake, lib=_LIBRARY)
 torch.library.register_autograd(f"{_NAME}_fwd", _backward, setup_context=_setup_context, lib=_LIBRARY)
 torch.library.register_autograd(f"{_NAME}_bwd", _no_double_backward, lib=_LIBRARY)
+
+_OPS = torch.ops.vivit_kernels
+_transformed_fwd = _transforms.transformed("tubelet_embedding", _OPS.tubelet_embedding_fwd, _setup_context, _backward)
+_transformed_bwd = _transforms.transformed(
+    "tubelet_embedding", _OPS.tubelet_embedding_bwd, lambda *_: None, _no_double_backward
+)
+
+
+def run(*arguments) -> Tensor:
+    """Tokens of a checked call; arguments: of the registered op."""
+    return (_transformed_fwd if _transforms.asks_for_rules() else _OPS.tubelet_embedding_fwd)(*arguments)
 
 
 def _products(video: tuple, weight: tuple) -> int:

@@ -1,0 +1,70 @@
+"""The ops within torch.func's transformations and forward-mode AD, for which torch.library has no rules: left to it, a
+jvp is zero without a word, and grad is an error that names no op.
+
+Here grad, vjp and jacrev work, vmap runs one call after another, and a forward-mode derivative is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch.autograd import forward_ad
+
+
+def active() -> bool:
+    """Within torch.func's transformations (vmap, jvp, ...) or a level of forward-mode AD."""
+    if torch.compiler.is_compiling():
+        return False
+    return functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+def asks_for_rules() -> bool:
+    """The same, but for functionalize, which knows ops of torch.library and not an autograd.Function."""
+    if not active():
+        return False
+    top = functorch.peek_interpreter_stack()
+    return top is None or top.key() != functorch.TransformType.Functionalize
+
+
+def transformed(op: str, step: Callable, setup_context: Callable, backward: Callable) -> Callable:
+    """`step`, an op of torch.library or what calls one, with a rule for each transformation.
+
+    setup_context, backward: as for torch.library.register_autograd."""
+
+    class Transformed(torch.autograd.Function):
+        @staticmethod
+        def forward(*arguments):
+            found = step(*arguments)
+            return tuple(found) if isinstance(found, list) else found
+
+        @staticmethod
+        def jvp(ctx, *_):
+            raise NotImplementedError(
+                f"{op}: forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad) are not implemented; "
+                "use torch.func.vjp or grad, or plain PyTorch where they are needed"
+            )
+
+        @staticmethod
+        def vmap(info, in_dims, *arguments):
+            return _one_by_one(Transformed.apply, info.batch_size, in_dims, arguments)
+
+    Transformed.setup_context = staticmethod(setup_context)
+    Transformed.backward = staticmethod(backward)
+    return Transformed.apply
+
+
+def _one_by_one(function: Callable, calls: int, in_dims: tuple, arguments: tuple) -> tuple[Any, Any]:
+    """As a vmap rule returns it: (outputs, their batch dimension), along a new first one."""
+
+    def of(i: int) -> list:
+        pairs = zip(arguments, in_dims, strict=True)
+        return [x.select(d, i) if isinstance(x, Tensor) and d is not None else x for x, d in pairs]
+
+    found = [function(*of(i)) for i in range(calls)]
+    if isinstance(found[0], Tensor):
+        return torch.stack(found), 0
+    return tuple(torch.stack(parts) for parts in zip(*found, strict=True)), (0,) * len(found[0])

@@ -1,0 +1,75 @@
+"""The ops within torch.func's transformations and forward-mode AD: what works is autograd's, what does not says so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+from vivit_kernels import factorized_attention, joint_attention, temporal_block, tubelet_embedding
+
+E = 16
+ROWS = [torch.rand(E) + 0.5, torch.randn(E), torch.randn(3 * E, E) / 4, torch.randn(3 * E)]
+WEIGHT = torch.randn(4, 3, 2, 4, 4)
+OPS = {
+    "joint_attention": (joint_attention, (2, 6, 3, 2, 8)),
+    "factorized_attention": (lambda x: factorized_attention(x, temporal_heads=1, softcap=3.0), (2, 3, 4, 3, 2, 8)),
+    "tubelet_embedding": (lambda x: tubelet_embedding(x, WEIGHT, mean=0.4, std=[0.2, 0.3, 0.4]), (2, 3, 4, 9, 8)),
+    "temporal_block": (lambda x: temporal_block(x, *ROWS, heads=2), (2, 3, 4, E)),
+}
+
+
+@pytest.fixture(params=list(OPS))
+def case(request):
+    function, shape = OPS[request.param]
+    return request.param, lambda x: function(x).square().sum(), function, torch.randn(shape)
+
+
+def gradient(loss, x):
+    leaf = x.clone().requires_grad_()
+    return torch.autograd.grad(loss(leaf), leaf)[0]
+
+
+def test_reverse_mode_and_vmap_are_autograds(case):
+    _, loss, function, x = case
+    expected, several = gradient(loss, x), torch.stack([x, 2 * x])
+    assert torch.equal(torch.func.grad(loss)(x), expected)
+    assert torch.equal(torch.func.vjp(loss, x)[1](torch.tensor(1.0))[0], expected)
+    assert torch.equal(torch.func.jacrev(loss)(x), expected)
+    assert torch.equal(torch.func.vmap(torch.func.grad(loss))(several)[0], expected)
+    assert torch.equal(torch.func.grad(lambda y: torch.func.vmap(loss)(y).sum())(several)[0], expected)
+    by_last = torch.func.vmap(function, in_dims=-1, out_dims=1)(several.movedim(0, -1))
+    assert torch.equal(by_last[:, 1], function(2 * x))
+    assert torch.equal(torch.func.functionalize(function)(x), function(x))
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_forward_mode_is_refused(case, needs_grad):
+    """Never a tangent that is silently zero."""
+    name, loss, _, x = case
+    expected, x = gradient(loss, x), x.requires_grad_(needs_grad)
+    said = rf"{name}: forward-mode derivatives .* are not implemented; use torch.func.vjp or grad"
+    for derivative in (lambda: torch.func.jvp(loss, (x,), (x,)), lambda: torch.func.jacfwd(loss)(x)):
+        with pytest.raises(NotImplementedError, match=said):
+            derivative()
+    with forward_ad.dual_level():
+        for grad_mode in (torch.enable_grad(), torch.no_grad()):
+            with grad_mode, pytest.raises(NotImplementedError, match=said):
+                loss(forward_ad.make_dual(x, torch.ones_like(x)))
+        assert torch.equal(gradient(loss, x.detach()), expected), "what has no tangent is run"
+
+
+def test_second_derivatives_are_refused(case):
+    name, loss, _, x = case
+    with pytest.raises(NotImplementedError, match=f"{name}: double backward"):
+        torch.func.grad(lambda y: torch.func.grad(loss)(y).sum())(x)
+    with pytest.raises(NotImplementedError, match=f"{name}: forward-mode derivatives"):
+        torch.func.hessian(loss)(x)
+
+
+def test_shapes_alone_are_enough():
+    """Meta tensors, of which autocast knows nothing."""
+    assert joint_attention(torch.randn(2, 6, 3, 2, 8, device="meta")).shape == (2, 6, 2, 8)
+    assert factorized_attention(torch.randn(2, 3, 4, 3, 2, 8, device="meta"), temporal_heads=1).shape == (2, 3, 4, 2, 8)
+    assert tubelet_embedding(torch.randn(2, 3, 4, 9, 8, device="meta"), WEIGHT.to("meta")).shape == (2, 8, 4)
+    assert temporal_block(*(x.to("meta") for x in (torch.randn(2, 3, 4, E), *ROWS)), heads=2).shape == (2, 3, 4, E)
