@@ -64,10 +64,13 @@ def test_a_second_derivative_is_refused():
 @pytest.mark.parametrize(
     "change, heads, said",
     [
-        ({0: torch.randn(3, 4, 16)}, 2, r"x \(3, 4, 16\) must be \[B, T, S, E\]"),
+        ({0: torch.randn(3, 4, 16)}, 2, r"x \(3, 4, 16\) torch.float32 must be \[B, T, S, E\]"),
         ({}, 3, "heads=3 must divide E=16"),
         ({3: torch.randn(48, 8)}, 2, r"weight \(48, 8\) must be \[48, 16\]"),
         ({1: torch.randn(16).double()}, 2, "bring all to one dtype and device"),
+        ({0: torch.randn(1, 0, 4, 16)}, 2, r"x \(1, 0, 4, 16\) torch.float32 must be .* at least one token"),
+        ({4: None}, 2, r"bias is None; give zeros \[48\] where a layer has no bias"),
+        ({}, 2.0, "heads=2.0 must divide E=16"),
     ],
 )
 def test_what_does_not_fit_is_said(change, heads, said):

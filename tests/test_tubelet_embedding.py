@@ -1,5 +1,6 @@
 """tubelet_embedding against its reference in float64, and against Conv3d + flatten + concatenation + position."""
 
+import numpy as np
 import pytest
 import torch
 from parity_grid import DTYPES, check, grid
@@ -135,3 +136,11 @@ def test_no_clips_at_all():
     assert found.shape == defined.shape == (0, 4, 8)
     dvideo, dweight = torch.autograd.grad(found.sum(), (video, weight))
     assert dvideo.shape == video.shape and not dweight.any()
+
+
+def test_means_come_as_numpy_and_torch_give_them():
+    video, weight = torch.randint(0, 256, (1, 3, 2, 8, 8), dtype=torch.uint8), torch.randn(8, 3, 2, 4, 4)
+    expected = tubelet_embedding(video, weight, mean=0.5, std=[0.25, 0.5, 0.125])
+    for std in (np.array([0.25, 0.5, 0.125]), torch.tensor([0.25, 0.5, 0.125])):
+        for mean in (np.float32(0.5), np.array(0.5), torch.tensor(0.5)):
+            assert torch.equal(tubelet_embedding(video, weight, mean=mean, std=std), expected)  # pyright: ignore[reportArgumentType]

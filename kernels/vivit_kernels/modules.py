@@ -95,8 +95,10 @@ class JointAttention(_Attention):
     def forward(self, x: Tensor, key_mask: Tensor | None = None, rotary: Rotary | None = None) -> Tensor:
         self._check(x, (3, 4), "[B, N, E] or [B, T, S, E]")
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, (T, S or) N, 3, H, D]: read in place
-        key_mask = None if key_mask is None else key_mask.flatten(1)
-        rotary = None if rotary is None else (rotary[0].flatten(0, -2), rotary[1].flatten(0, -2))
+        if key_mask is not None and key_mask.dim() == 3:
+            key_mask = key_mask.flatten(1)
+        if rotary is not None and rotary[0].dim() == rotary[1].dim() == 3:
+            rotary = rotary[0].flatten(0, 1), rotary[1].flatten(0, 1)
         o = joint_attention(qkv.flatten(1, -4), **self._options(key_mask, rotary))  # [B, N, H, D]
         return self.dropout(self.proj(o.reshape(x.shape)))
 
@@ -213,7 +215,7 @@ class VideoMultiheadAttention(nn.MultiheadAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        if embed_dim % num_heads:
+        if num_heads < 1 or embed_dim % num_heads:
             raise ValueError(
                 f"VideoMultiheadAttention: embed_dim={embed_dim} must be a multiple of num_heads={num_heads}"
             )
@@ -256,6 +258,10 @@ class VideoMultiheadAttention(nn.MultiheadAttention):
                     f"VideoMultiheadAttention: {name} must be [B, N, E] or [B, T, S, E], E={self.embed_dim}; "
                     f"got {tuple(x.shape)}"
                 )
+        if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
+            raise ValueError(
+                f"VideoMultiheadAttention: key_padding_mask must be bool, True is ignored; got {key_padding_mask.dtype}"
+            )
         mask = None if key_padding_mask is None else ~key_padding_mask
         if self.temporal_heads is None:
             return attend(self, query, key, value, None if mask is None else mask.flatten(1), None), None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -11,6 +10,8 @@ from torch import Tensor
 from .._philox import draw_seed
 
 Rotary = tuple[Tensor, Tensor]
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LEAST, _MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # kernels take scale and softcap so
 
 
 class Options(NamedTuple):
@@ -36,12 +37,10 @@ def check_options(op, q, tokens, grid, *, scale, key_mask, dropout_p, seed, rota
     """
     B, D = q.shape[0], q.shape[-1]
     key_grid = key_grid or grid
-    scale = D**-0.5 if scale is None else float(scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"{op}: scale={scale} must be finite; leave it out for 1/sqrt(D)")
-    if softcap is not None and not softcap > 0:
+    scale = _check_scale(op, scale, D)
+    if softcap is not None and not _LEAST <= softcap <= _MOST:
         raise ValueError(
-            f"{op}: softcap={softcap} must be positive (scores become softcap * tanh(score / softcap)); "
+            f"{op}: softcap={softcap} must be positive and finite (scores become softcap * tanh(score / softcap)); "
             "leave it out for none"
         )
     if not 0.0 <= dropout_p <= 1.0:
@@ -51,6 +50,15 @@ def check_options(op, q, tokens, grid, *, scale, key_mask, dropout_p, seed, rota
     if dropout_p > 0:
         seed = draw_seed(q.device) if seed is None else _check_seed(op, seed, q.device)
     return Options(scale, float(softcap or 0.0), float(dropout_p), mask, seed if dropout_p > 0 else None, cos, sin)
+
+
+def _check_scale(op: str, scale: float | Tensor | None, D: int) -> float:
+    if isinstance(scale, Tensor) and scale.requires_grad:
+        raise ValueError(f"{op}: scale requires a gradient, which is not computed; multiply q by it, with scale=1.0")
+    number = D**-0.5 if scale is None else float(scale)
+    if not abs(number) <= _MOST:
+        raise ValueError(f"{op}: scale={scale} must be finite; leave it out for 1/sqrt(D)")
+    return number
 
 
 def _check_mask(op: str, mask: Tensor, shape: tuple, device: torch.device) -> Tensor:
@@ -79,6 +87,8 @@ def _check_rotary(op, rotary, tokens, grid, key_grid, D, device) -> Rotary:
         )
     if D % 2:
         raise ValueError(f"{op}: rotary pairs channels (i, i + D/2): head size {D} must be even")
+    if len(rotary) != 2:
+        raise ValueError(f"{op}: rotary must be two tables, (cos, sin), got {len(rotary)}; rotary_tables makes them")
     cos, sin = rotary
     shapes = {(*grid, D // 2), (tokens, D // 2)}
     for name, table in (("cos", cos), ("sin", sin)):
@@ -95,6 +105,8 @@ def _check_rotary(op, rotary, tokens, grid, key_grid, D, device) -> Rotary:
 def check_qkv(op: str, letters: str, q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as views, whether they came apart or packed `[..., 3, H, D]`; `letters` names the dimensions of q."""
     dims = len(letters.split())
+    if q.is_nested:
+        raise ValueError(f"{op}: nested tensors are not taken; pad them (to_padded_tensor) and give a key_mask")
     if (k is None) != (v is None):
         raise ValueError(
             f"{op}: give q, k and v, or q alone packed as [{letters.replace('H', '3 H')}]; "
@@ -109,9 +121,9 @@ def check_qkv(op: str, letters: str, q: Tensor, k: Tensor | None, v: Tensor | No
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != dims:
             raise ValueError(f"{op}: {name} must be [{letters}], got {tuple(x.shape)}")
-        if not x.is_floating_point() or x.dtype != q.dtype or x.device != q.device:
+        if x.dtype not in _DTYPES or x.dtype != q.dtype or x.device != q.device:
             raise ValueError(
-                f"{op}: q, k and v must share one floating-point dtype and one device; "
+                f"{op}: q, k and v must share one floating-point dtype, of 16, 32 or 64 bits, and one device; "
                 f"q is {q.dtype} on {q.device}, {name} {x.dtype} on {x.device}"
             )
         if x.stride(-1) != 1 and x.shape[-1] > 1:

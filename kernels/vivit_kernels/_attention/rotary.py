@@ -31,14 +31,19 @@ def rotary_tables(
 
     The D/2 pairs are shared out between time, row and column by `split` (pairs per axis, default as even as can be,
     the rest to time); pair i of an axis with n pairs turns by position * base^(-i/n). Source: Su et al. 2021
-    (arXiv 2104.09864), applied per axis. Raises ValueError if the split does not add up to D/2.
+    (arXiv 2104.09864), applied per axis. Raises ValueError for an empty grid, a split that does not add up to D/2, or a
+    base that is not positive.
 
         cos, sin = rotary_tables(16, 14, 14, 64)
         o = joint_attention(q, k, v, rotary=(cos.flatten(0, 1), sin.flatten(0, 1)))
     """
     pairs = head_size // 2
     split = split or (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
-    if head_size % 2 or sum(split) != pairs:
+    if min(T, rows, columns) < 1 or not 0 < base < float("inf"):
+        raise ValueError(
+            f"rotary_tables: T={T}, rows={rows}, columns={columns} must be at least 1, base={base} positive and finite"
+        )
+    if head_size % 2 or len(split) != 3 or min(split) < 0 or sum(split) != pairs:
         raise ValueError(f"rotary_tables: split={split} must add up to head_size / 2 = {head_size / 2:g}")
     axes = torch.meshgrid(
         *(torch.arange(n, dtype=torch.float64, device=device) for n in (T, rows, columns)), indexing="ij"

@@ -53,10 +53,10 @@ def factorized_attention(
             f"factorized_attention: q {tuple(q_view.shape)} and k {tuple(k_view.shape)} must lie on one token grid; "
             "joint_attention takes other lengths"
         )
-    if not 0 <= temporal_heads <= H:
+    if isinstance(temporal_heads, float) or not 0 <= temporal_heads <= H:
         raise ValueError(
             f"factorized_attention: temporal_heads={temporal_heads} must lie between 0 (all spatial) "
-            f"and H={H} (all temporal)"
+            f"and H={H} (all temporal), a whole number"
         )
     options = check_options(
         "factorized_attention", q_view, T * S, (T, S),
@@ -83,4 +83,4 @@ def temporal_attention(q: Tensor, k: Tensor | None = None, v: Tensor | None = No
 
     o = temporal_attention(qkv.view(B, T, S, 3, H, D))
     """
-    return factorized_attention(q, k, v, temporal_heads=q.shape[-2], **options)
+    return factorized_attention(q, k, v, temporal_heads=q.shape[-2] if q.dim() > 1 else 0, **options)

@@ -47,6 +47,8 @@ def temporal_block(
     x, norm_weight, weight = _three(x, norm_weight, weight)
     _, norm_bias, bias = _three(x, norm_bias, bias)
     _check(x, norm_weight, norm_bias, weight, bias, heads)
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"temporal_block: eps={eps} must be finite, and not negative")
     call = _call((x, norm_weight, norm_bias, weight, bias), heads)
     chosen = _dispatch.choose(call, SUPPORT, backend, order(call))
     return op.run(x, norm_weight, norm_bias, weight, bias, heads, eps, chosen)
@@ -107,15 +109,18 @@ def _three(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _check(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, heads: int) -> None:
-    if x.dim() != 4:
+    if x.dim() != 4 or 0 in x.shape[1:] or not x.is_floating_point():
         raise ValueError(
-            f"temporal_block: x {tuple(x.shape)} must be [B, T, S, E]; tokens of a clip are x.unflatten(1, (T, S))"
+            f"temporal_block: x {tuple(x.shape)} {x.dtype} must be [B, T, S, E], floating point, of at least one token "
+            "and channel; tokens of a clip are x.unflatten(1, (T, S))"
         )
     E = x.shape[-1]
-    if heads < 1 or E % heads:
+    if isinstance(heads, float) or heads < 1 or E % heads:
         raise ValueError(f"temporal_block: heads={heads} must divide E={E}, the last dimension of x")
     shapes = {"norm_weight": (E,), "norm_bias": (E,), "weight": (3 * E, E), "bias": (3 * E,)}
     for (name, shape), given in zip(shapes.items(), (norm_weight, norm_bias, weight, bias), strict=True):
+        if given is None:
+            raise ValueError(f"temporal_block: {name} is None; give zeros {list(shape)} where a layer has no bias")
         if tuple(given.shape) != shape:
             raise ValueError(
                 f"temporal_block: {name} {tuple(given.shape)} must be {list(shape)}, for x of E={E} channels"

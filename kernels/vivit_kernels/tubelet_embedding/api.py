@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from . import op
 from .support import SUPPORT, decide, order  # noqa: F401  decide: for explain()
 
 Normalisation = float | Sequence[float] | None
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LEAST, _MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 _LAYOUTS = {"BCFYX": (0, 1, 2, 3, 4), "BFCYX": (0, 2, 1, 3, 4), "BFYXC": (0, 4, 1, 2, 3)}
 
 
@@ -84,7 +87,7 @@ def _check_video(video: Tensor, layout: str) -> Tensor:
     """The video as a `[B, C, F, Y, X]` view."""
     if layout not in _LAYOUTS:
         raise ValueError(f"tubelet_embedding: layout={layout!r} is not known; it is one of {', '.join(_LAYOUTS)}")
-    if video.dim() != 5 or not (video.dtype == torch.uint8 or video.is_floating_point()):
+    if video.dim() != 5 or video.dtype not in (torch.uint8, *_DTYPES):
         raise ValueError(
             f"tubelet_embedding: video must be {layout}, uint8 or floating point; "
             f"got {tuple(video.shape)} {video.dtype}"
@@ -93,19 +96,26 @@ def _check_video(video: Tensor, layout: str) -> Tensor:
 
 
 def _check_weight(video: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if weight.dim() != 5 or weight.shape[1] != video.shape[1] or not weight.is_floating_point():
+    if weight.dim() != 5 or weight.shape[1] != video.shape[1] or weight.dtype not in _DTYPES:
         raise ValueError(
             f"tubelet_embedding: weight must be floating point [E, C={video.shape[1]}, f, y, x] "
             f"for video {tuple(video.shape)} [B, C, F, Y, X]; got {tuple(weight.shape)} {weight.dtype}. "
             "Name the video's layout= if its channels lie elsewhere"
+        )
+    if 0 in weight.shape:
+        raise ValueError(
+            f"tubelet_embedding: weight {tuple(weight.shape)} [E, C, f, y, x] must hold at least one number each way"
         )
     if any(video.shape[2 + i] < weight.shape[2 + i] for i in range(3)):
         raise ValueError(
             f"tubelet_embedding: a clip of {tuple(video.shape[2:])} frames, rows, columns "
             f"holds no tubelet of {tuple(weight.shape[2:])}"
         )
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(f"tubelet_embedding: bias must be [E={weight.shape[0]}], got {tuple(bias.shape)}")
+    if bias is not None and (tuple(bias.shape) != (weight.shape[0],) or not bias.is_floating_point()):
+        raise ValueError(
+            f"tubelet_embedding: bias must be [E={weight.shape[0]}], got {tuple(bias.shape)}, and floating point, "
+            f"got {bias.dtype}"
+        )
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None and x.device != video.device:
             raise ValueError(
@@ -117,6 +127,9 @@ def _check_rows(weight: Tensor, grid: tuple, position: Tensor | None, class_toke
     if per not in ("clip", "frame"):
         raise ValueError(f"tubelet_embedding: class_token_per={per!r} is not known; it is 'clip' or 'frame'")
     E, (T, rows, columns) = weight.shape[0], grid
+    for name, x in (("position", position), ("class_token", class_token)):
+        if x is not None and not x.is_floating_point():
+            raise ValueError(f"tubelet_embedding: {name} must be floating point, got {x.dtype}")
     if class_token is not None and (tuple(class_token.shape) != (1, 1, E) or class_token.device != weight.device):
         raise ValueError(
             f"tubelet_embedding: class_token must be [1, 1, E={E}] on {weight.device}, "
@@ -139,10 +152,13 @@ def _normalisation(video: Tensor, mean: Normalisation, std: Normalisation) -> tu
         return [1.0] * channels, [0.0] * channels
     means = _per_channel("mean", mean, 0.5 if uint8 else 0.0, channels)
     stds = _per_channel("std", std, 0.5 if uint8 else 1.0, channels)
-    if min(stds) <= 0:
-        raise ValueError(f"tubelet_embedding: std={std} must be positive")
+    if not all(_LEAST <= s <= _MOST for s in stds):
+        raise ValueError(f"tubelet_embedding: std={std} must be positive and finite")
     unit = 255.0 if uint8 else 1.0
-    return [1.0 / (unit * s) for s in stds], [-m / s for m, s in zip(means, stds, strict=True)]
+    shift = [-m / s for m, s in zip(means, stds, strict=True)]
+    if not all(abs(x) <= _MOST for x in shift):
+        raise ValueError(f"tubelet_embedding: mean={mean} must be finite, and mean / std")
+    return [1.0 / (unit * s) for s in stds], shift
 
 
 def _per_channel(name: str, value: Normalisation, default: float, channels: int) -> list[float]:
@@ -150,7 +166,8 @@ def _per_channel(name: str, value: Normalisation, default: float, channels: int)
         value = default
     if isinstance(value, int | float):
         return [float(value)] * channels
-    values = [float(x) for x in value]
+    number: Any = value if getattr(value, "ndim", 1) == 0 else None  # numpy's, or a tensor
+    values = [float(x) for x in value] if number is None else [float(number)]
     if len(values) == 1:
         return values * channels
     if len(values) != channels:
