@@ -89,6 +89,21 @@ def test_gradient_of_the_output_may_lie_anyhow(shape, device):
     assert torch.equal(*gradients)
 
 
+def test_options_may_lie_anyhow(device):
+    qkv = torch.randn(1, 5, 3, 3, 2, 16, device=device)
+    given = {"seed": torch.tensor([7, 1, 8, 1], device=device), "mask": torch.rand(1, 5, 6, device=device) < 0.7}
+    tables = torch.randn(2, 15, 16, device=device)
+    seed, mask, (cos, sin) = given["seed"][::2], given["mask"][..., ::2], tables[..., ::2]
+    found = [
+        factorized_attention(qkv, temporal_heads=1, dropout_p=0.5, backend="triton", **options)
+        for options in (
+            {"seed": seed, "key_mask": mask, "rotary": (cos, sin)},
+            {"seed": seed.clone(), "key_mask": mask.contiguous(), "rotary": (cos.contiguous(), sin.contiguous())},
+        )
+    ]
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize(
     "function, shape", [(factorized_attention, (1, 4, 3, 3, 2, 16)), (joint_attention, (1, 70, 3, 2, 16))]
 )

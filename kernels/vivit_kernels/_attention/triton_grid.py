@@ -253,9 +253,11 @@ def _key(q: Tensor, k: Tensor, temporal_heads: int, options: Options, tensors: I
 
 
 def _flat(options: Options) -> Options:
-    """Masks and tables as the kernels read them: without gaps, a mask as bytes."""
+    """Masks, seeds and tables as the kernels read them: without gaps, a mask as bytes."""
     if options.mask is not None:
         options = options._replace(mask=options.mask.contiguous().view(torch.uint8))
+    if options.seed is not None:
+        options = options._replace(seed=options.seed.contiguous())
     if options.cos is not None and options.sin is not None:
         options = options._replace(cos=options.cos.contiguous(), sin=options.sin.contiguous())
     return options
