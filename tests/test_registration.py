@@ -156,6 +156,25 @@ def test_autocast_gives_its_dtype():
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+def test_autocast_does_not_reach_into_a_composition():
+    """What backend torch computes in float32 stays so: the bits are those of inputs that were cast before."""
+    qkv, grid = torch.randn(1, 37, 3, 2, 12), torch.randn(1, 5, 7, 3, 2, 12)
+    video, weight = torch.randint(0, 256, (1, 3, 2, 8, 8), dtype=torch.uint8), torch.randn(4, 3, 2, 4, 4)
+    for function, x in (
+        (lambda x: joint_attention(x, backend="torch"), qkv),
+        (lambda x: factorized_attention(x, temporal_heads=1, backend="torch"), grid),
+        (lambda x: tubelet_embedding(video, x, mean=0.9, std=0.1, backend="torch"), weight),
+    ):
+        leaf = x.bfloat16().requires_grad_()
+        expected = function(leaf)
+        (gradient,) = torch.autograd.grad(expected, leaf, torch.ones_like(expected))
+        with torch.autocast("cpu", torch.bfloat16):
+            leaf = x.clone().requires_grad_()
+            found = function(leaf)
+            assert torch.equal(found, expected)
+            assert torch.equal(torch.autograd.grad(found, leaf, torch.ones_like(found))[0], gradient.float())
+
+
 def test_gradcheck():
     q, k, v = leaves(*[(1, 2, 3, 2, 4)] * 3, dtype=torch.float64)
     seed = torch.tensor([1, 0])

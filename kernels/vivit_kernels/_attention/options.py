@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -145,6 +147,20 @@ def check_qkv(op: str, letters: str, q: Tensor, k: Tensor | None, v: Tensor | No
 def autocast_dtype(kind: str) -> torch.dtype | None:
     """What autocast casts to on a kind of device, None where it is off; meta tensors have none."""
     return None if kind == "meta" or not torch.is_autocast_enabled(kind) else torch.get_autocast_dtype(kind)
+
+
+def without_autocast(launch: Callable) -> Callable:
+    """`launch`, a composition of PyTorch's ops, whose dtypes are its own affair: autocast would narrow them within."""
+
+    @functools.wraps(launch)
+    def launched(x: Tensor, *rest: Any) -> Any:
+        kind = x.device.type
+        if autocast_dtype(kind) is None:
+            return launch(x, *rest)
+        with torch.autocast(kind, enabled=False):
+            return launch(x, *rest)
+
+    return launched
 
 
 def autocast(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:

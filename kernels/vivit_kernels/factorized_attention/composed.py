@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._attention import groups
-from .._attention.options import Options
+from .._attention.options import Options, without_autocast
 from .._attention.rotary import rotate
 
 
@@ -49,6 +49,7 @@ def _rotated(x: Tensor, options: Options, direction: int = 1) -> Tensor:
     return rotate(x, options.cos.view(T, S, -1), direction * options.sin.view(T, S, -1))
 
 
+@without_autocast
 def launch_fwd(q: Tensor, k: Tensor, v: Tensor, temporal_heads: int, options: Options) -> tuple[Tensor, None]:
     """q, k, v `[B, T, S, H, D]` -> o like q, and no lse: backward reads neither."""
     o = q.new_empty(q.shape)
@@ -57,6 +58,7 @@ def launch_fwd(q: Tensor, k: Tensor, v: Tensor, temporal_heads: int, options: Op
     return o, None
 
 
+@without_autocast
 def launch_bwd(do, q, k, v, o, lse, dq, dk, dv, temporal_heads: int, options: Options) -> None:
     """Writes dq, dk, dv."""
     for group, view in _groups(q, k, v, temporal_heads, options):

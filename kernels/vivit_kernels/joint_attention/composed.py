@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._attention import groups
-from .._attention.options import Options
+from .._attention.options import Options, without_autocast
 from .._attention.rotary import rotate
 
 
@@ -22,6 +22,7 @@ def _group(q: Tensor, k: Tensor, v: Tensor, options: Options) -> groups.Group:
     return groups.Group(_heads_first(q), _heads_first(k), _heads_first(v), options.mask, rows)
 
 
+@without_autocast
 def launch_fwd(q: Tensor, k: Tensor, v: Tensor, _: int, options: Options) -> tuple[Tensor, None]:
     """q `[B, N_q, H, D]`, k and v `[B, N_k, H, D]` -> o like q, and no lse: backward reads neither."""
     o = q.new_empty(q.shape)
@@ -29,6 +30,7 @@ def launch_fwd(q: Tensor, k: Tensor, v: Tensor, _: int, options: Options) -> tup
     return o, None
 
 
+@without_autocast
 def launch_bwd(do, q, k, v, o, lse, dq, dk, dv, _: int, options: Options) -> None:
     """Writes dq, dk, dv."""
     group = _group(q, k, v, options)

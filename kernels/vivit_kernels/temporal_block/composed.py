@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._attention import groups
-from .._attention.options import Options
+from .._attention.options import Options, without_autocast
 from .._rows.passes import Norm, layer_norm, layer_norm_backward
 
 
@@ -23,6 +23,7 @@ def _options(D: int) -> Options:
     return Options(D**-0.5, 0.0, 0.0, None, None, None, None)
 
 
+@without_autocast
 def launch_fwd(x, norm_weight, norm_bias, weight, bias, heads: int, eps: float) -> Tensor:
     n = layer_norm(x, None, Norm(norm_weight, norm_bias, eps), x.dtype).n
     qkv = F.linear(n, weight, bias).unflatten(-1, (3, heads, -1))
@@ -32,6 +33,7 @@ def launch_fwd(x, norm_weight, norm_bias, weight, bias, heads: int, eps: float) 
     return o.flatten(-2)
 
 
+@without_autocast
 def launch_bwd(do, x, norm_weight, norm_bias, weight, bias, heads: int, eps: float) -> list[Tensor]:
     norm = Norm(norm_weight, norm_bias, eps)
     found = layer_norm(x, None, norm, x.dtype)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._attention.options import without_autocast
+
 # oneDNN's product, called by name: PyTorch's float32 linear goes through MKL, which reaches 45 % of an AMD core (Zen 5:
 # 158 against 269 GFLOP/s); on an Intel one they are equal. It has no autograd, and needs none inside this op.
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -98,6 +100,7 @@ def _table(weight, bias, position, class_token, shift: list[float], wide: torch.
     return torch.cat([class_row + position[:, :1], row + position[:, 1:]], 1)
 
 
+@without_autocast
 def launch_fwd(
     video, weight, bias, position, class_token, per_frame: bool, scale: list[float], shift: list[float]
 ) -> Tensor:
@@ -119,6 +122,7 @@ def launch_fwd(
     return out.view(B, T, tokens + first, E) if per_frame else out
 
 
+@without_autocast
 def launch_bwd(
     dout, video, weight, bias, position, class_token, per_frame: bool, scale, shift, needs: list[bool]
 ) -> list[Tensor]:
