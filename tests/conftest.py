@@ -91,6 +91,15 @@ def cuda_library():
 
 
 @pytest.fixture
+def with_kernels(monkeypatch):
+    """As with a library that nvcc took part in."""
+    from vivit_kernels import _native
+
+    monkeypatch.setattr(_native, "AVAILABLE", True)
+    monkeypatch.setattr(_native, "CUDA", True)
+
+
+@pytest.fixture
 def every_call_counts(monkeypatch):
     """Calls that are too small to be worth it are taken all the same: those of tests are small."""
     from vivit_kernels.integrations import pytorch

@@ -27,13 +27,6 @@ ops = torch.ops.vivit_kernels_native
 # ---- what it can run ----
 
 
-@pytest.fixture
-def with_kernels(monkeypatch):
-    """As with a library that nvcc took part in."""
-    monkeypatch.setattr(_native, "AVAILABLE", True)
-    monkeypatch.setattr(_native, "CUDA", True)
-
-
 def refused(**changes) -> list[Refusal]:
     return SUPPORT["cuda"](replace(CALL, **changes))
 

@@ -283,9 +283,7 @@ OTHERS = "use backend='triton', or leave backend out"
         ({"dtype": torch.float64}, "float64 is not one of float16, bfloat16, float32", "cast, or use backend='torch'"),
     ],
 )
-def test_what_it_runs_and_what_it_refuses(changes, reason, remedy, monkeypatch):
-    monkeypatch.setattr(_native, "AVAILABLE", True)
-    monkeypatch.setattr(_native, "CUDA", True)
+def test_what_it_runs_and_what_it_refuses(changes, reason, remedy, with_kernels):
     found = SUPPORT["cuda"](replace(CALL, **changes))
     assert found == ([] if reason is None else [Refusal(reason, remedy)])
 

@@ -47,14 +47,12 @@ CALLS = {
 
 
 @pytest.fixture(autouse=True)
-def an_install_without_others(monkeypatch):
+def an_install_without_others(monkeypatch, with_kernels):
     """Triton and the native library are there, other people's kernels are not: reports say the same everywhere."""
     monkeypatch.setattr(_environment, "HAS_TRITON", True)
     monkeypatch.setattr(_environment, "HAS_XFORMERS", False)
     monkeypatch.setattr(_environment, "FLASH_ATTN", ())
     monkeypatch.setattr(_environment, "RESTRICTED", ())
-    monkeypatch.setattr(_native, "AVAILABLE", True)
-    monkeypatch.setattr(_native, "CUDA", True)
     monkeypatch.setattr(_native, "isa_name", lambda: "avx512_bf16")
     monkeypatch.setattr(_native, "HAS_AMX", False)
     for module in (joint_composed, factorized_composed, tubelet_composed):  # explain() runs nothing

@@ -91,9 +91,7 @@ def inside(rung: Rung, device: str, op: str, letters: tuple[str, ...]) -> Call:
 
 
 @pytest.mark.parametrize("op, device, ladder", LADDERS)
-def test_every_rung_is_reached_by_a_call_that_its_backend_runs(op, device, ladder, monkeypatch):
-    monkeypatch.setattr(_native, "AVAILABLE", True)
-    monkeypatch.setattr(_native, "CUDA", True)
+def test_every_rung_is_reached_by_a_call_that_its_backend_runs(op, device, ladder, with_kernels):
     torch.use_deterministic_algorithms(False)
     module, support = OPS[op]
     for rung in ladder.rungs:
