@@ -203,19 +203,45 @@ def torch_symbols(path: Path) -> set[str]:
     return {line[1] for line in lines if line[0] == "U" and "@" not in line[1]}
 
 
+def contents() -> dict[Path, tuple[int, bytes]]:
+    """What decides what the library does, file by file. Where a time alone changes, there may have been something else
+    in between."""
+    files = (file for file in CSRC.rglob("*") if file.suffix in library.SUFFIXES)
+    return {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
+
+
+def forget_made_of(changed: set[Path], chosen: Plan, folder: Path) -> None:
+    """Removes the objects that one of these files is a part of. Of all others ninja knows that none is: they stay."""
+    command = [chosen.ninja, "-f", str(folder / "build.ninja"), "-t", "deps"]
+    listed = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True).stdout
+    parts: dict[Path, set[Path]] = {}
+    of: set[Path] = set()
+    for line in listed.splitlines():
+        if line and not line[0].isspace():  # an object, and then what it was compiled from
+            of = parts.setdefault(ROOT / line.partition(": #deps ")[0], set())
+        elif line:
+            of.add((ROOT / line.strip()).resolve())
+    for made_of_either in folder.rglob("*.o"):
+        if not parts.get(made_of_either) or parts[made_of_either] & changed:
+            made_of_either.unlink()
+
+
 @contextlib.contextmanager
 def made(chosen: Plan, folder: Path, sanitize: bool = False, targets: tuple[str, ...] = ()) -> Iterator[Path]:
     """The library in `folder`, or other targets, up to date and nobody else's until the end of the block.
 
-    Raises BuildError if csrc/ is edited meanwhile: by their times, objects would count as made from what it is then."""
+    Raises BuildError if csrc/ is edited meanwhile. By their times, objects of what was edited would count as made from
+    what it is then, so those alone go: also after an error, and when the user stops it."""
     with alone(folder):
-        before = library.hash_of(CSRC)
-        write_changed(folder / "record.cpp", record_source(chosen))
-        write_changed(folder / "build.ninja", ninja_file(chosen, folder, sanitize))
-        run_ninja(chosen, folder, targets)
-        if library.hash_of(CSRC) != before:
-            for made_of_either in folder.rglob("*.o"):
-                made_of_either.unlink()
+        before = contents()
+        try:
+            write_changed(folder / "record.cpp", record_source(chosen))
+            write_changed(folder / "build.ninja", ninja_file(chosen, folder, sanitize))
+            run_ninja(chosen, folder, targets)
+        finally:
+            if changed := {file for file, _ in before.items() ^ contents().items()}:
+                forget_made_of(changed, chosen, folder)
+        if changed:
             raise BuildError("csrc/ has changed while it was compiled", "build again")
         yield folder / library.NAME
 
