@@ -1,4 +1,5 @@
-"""The CUDA C++ kernels of csrc/cuda on the host simulator: the parity grid, and what only they can get wrong.
+"""The CUDA C++ kernels of csrc/cuda on the host simulator: the parity grid, and what only they can get wrong. What is
+of float32 alone: test_cuda_float32.py.
 
 Outputs are views of buffers of NaN: a number that nobody wrote is seen, and the simulator ends a run that reads or
 writes anything but rows of this call's tensors, or writes one twice.
@@ -6,7 +7,6 @@ writes anything but rows of this call's tensors, or writes one twice.
 
 import contextlib
 import itertools
-import math
 
 import cuda_simulator
 import pytest
@@ -25,7 +25,6 @@ SIZES = [16, 24, 40, 64, 72, 80, 96, 128, 160]  # of heads
 # Packed in registers up to 16 tokens, two sequences to a tile up to 8; longer ones in shared memory, in sixteens.
 GRIDS = [(1, 1), (1, 9), (2, 17), (4, 33), (7, 9), (8, 17), (13, 3), (14, 33), (16, 9), (16, 49), (8, 1), (9, 16)]
 GRIDS += [(17, 3), (33, 2), (49, 1), (2, 65), (1, 81), (1, 130)]
-FLOAT32_GRIDS = [(1, 1), (1, 9), (2, 17), (4, 33), (7, 9), (13, 3), (16, 5), (16, 49), (33, 2), (2, 65), (1, 81)]
 EVERY_GRID = sorted({*GRIDS, *((T, S) for T in (1, 2, 4, 7, 8, 13, 14, 16) for S in (9, 17, 33, 49))})
 AXES = {name: axis for name, axis in factorized.AXES.items() if name not in "TS"} | {
     "dtype": DTYPES,
@@ -64,9 +63,6 @@ HOPPER_OPTION_AXES = AXES | {
     "arch": [90],
 }
 HOPPER_OPTION_CROSSES = [["mask", "dropout_p", "extra"], ["grid", "extra"], ["dtype", "extra", "heads"]]
-# Of float32: several short sequences to a block, and rows in fours, eight to a warp.
-FLOAT32_AXES = AXES | {"dtype": [torch.float32]}
-FLOAT32_CROSSES = [["grid", "heads"], ["D", "layout"], ["mask", "dropout_p", "extra", "heads"], ["grid", "schedule"]]
 HOPPER_CROSSES = [["arch", "dtype", "grid"], ["arch", "layout", "inputs", "heads"]]
 
 
@@ -165,18 +161,6 @@ def test_parity_of_long_sequences(case, monkeypatch):
 
 @pytest.mark.parametrize("case", grid(HOPPER_OPTION_AXES, HOPPER_OPTION_CROSSES, {"grid": HOPPER_OPTION_GRIDS}))
 def test_parity_of_long_sequences_with_options(case, monkeypatch):
-    check_case(case, monkeypatch)
-
-
-@pytest.mark.parametrize("case", grid(FLOAT32_AXES, FLOAT32_CROSSES, {"grid": FLOAT32_GRIDS, "schedule": [0, 3]}))
-def test_parity_of_float32(case, monkeypatch):
-    check_case(case, monkeypatch)
-
-
-@pytest.mark.parametrize("T, S, temporal_heads", [(1, 197, 0), (16, 66, 1)])
-def test_parity_of_long_sequences_of_float32(T, S, temporal_heads, monkeypatch):
-    case = {"grid": (T, S), "heads": (1 + temporal_heads, temporal_heads), "D": 64, "inputs": "normal", "schedule": 2}
-    case |= {"layout": "packed", "mask": None, "extra": "rotary", "dropout_p": 0.0, "dtype": torch.float32}
     check_case(case, monkeypatch)
 
 
@@ -375,30 +359,6 @@ def test_what_a_block_may_have_bounds_the_length(dtype, S):
     step(qkv, do, temporal_heads=0, shared_bytes=least)
     with expect("cudaError_t 1"):
         step(qkv, do, temporal_heads=0, shared_bytes=least - 16)
-
-
-def test_bounds_of_float32_are_those_of_the_predicate():
-    """To the byte; of 16 bits and of the library tests/test_cuda_binding.py says the same."""
-    resident, too_long = 1, 2
-    for N, D, backward in itertools.product([*range(1, 70), 196, 197, 256, 577], (16, 64, 72, 160), (False, True)):
-        least = cuda_grid.shared_bytes(N, D, 4, backward, False)
-        found = [cuda_simulator.regime_of(N, D, torch.float32, backward, False, n) for n in (least - 1, least)]
-        assert found == [too_long, resident], (N, D, backward)
-
-
-def lse_of(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
-    """`[B, H, S]` within frames of one, to base 2."""
-    scores = torch.einsum("btshd,btzhd->bhsz", q, k) * scale
-    return torch.logsumexp(scores, -1) / math.log(2)
-
-
-@pytest.mark.parametrize("S", [5, 70])
-def test_float32_writes_lse_where_it_is_wanted(S):
-    q, k, v, o = torch.randn(4, 2, 1, S, 3, 24).unbind()
-    lse = torch.full((2, 3, S), float("nan"))
-    cuda_simulator.forward(q, k, v, o, lse, temporal_heads=0)
-    exact, eager = lse_of(q.double(), k.double(), 24**-0.5), lse_of(q, k, 24**-0.5)
-    assert judge(lse, exact, eager).ok
 
 
 def test_a_row_at_half_of_16_bytes_is_found():

@@ -1,4 +1,4 @@
-"""float32 by tf32 (csrc/cuda/tf32_rows.cuh) on the host simulator: as tests/test_cuda_attention.py has float32, beside
+"""float32 by tf32 (csrc/cuda/tf32_rows.cuh) on the host simulator: as tests/test_cuda_float32.py has float32, beside
 an eager whose products round what they multiply as well."""
 
 import cuda_simulator
@@ -7,7 +7,8 @@ import pytest
 import tf32
 import torch
 from parity_grid import grid
-from test_cuda_attention import ASKED, FLOAT32_AXES, FLOAT32_CROSSES, check_case
+from test_cuda_attention import ASKED, check_case
+from test_cuda_float32 import FLOAT32_AXES, FLOAT32_CROSSES
 
 from vivit_kernels import spatial_attention
 
