@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 import sysconfig
 from functools import cache
 from pathlib import Path
@@ -74,11 +73,15 @@ def made() -> Any:
         done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"the host simulator does not compile:\n{done.stdout}{done.stderr}")
-        spec = importlib.util.spec_from_file_location("cuda_sim", MODULE)
-        assert spec and spec.loader
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    sys.modules["cuda_sim"] = module
+        return loaded(MODULE)
+
+
+def loaded(path: Path) -> Any:
+    """pybind11 gives one that it has loaded under the same name before: the folder's name is a part of it."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}.cuda_sim", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 

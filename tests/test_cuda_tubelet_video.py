@@ -1,6 +1,6 @@
 """Hopper's own video gradient of tubelet_embedding (csrc/cuda/tubelet_hopper_video.cuh) on the host simulator, by the
 launchers of backend `cuda`: which calls it takes, and that it is as right, and writes nothing else, as the kernel of
-sm_80. What the simulator would find wrong: test_cuda_tubelet_mistakes.py.
+sm_80. What the simulator would find wrong: test_cuda_tubelet_hopper_faults.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Hopper's own weight gradient of tubelet_embedding (csrc/cuda/tubelet_hopper_weights.cuh) on the host simulator, by
 the launchers of backend `cuda`: which calls it takes, how they are shared out, and that it is as right, and reads
-nothing else, as the kernel of sm_80. What the simulator would find wrong: test_cuda_tubelet_mistakes.py.
+nothing else, as the kernel of sm_80. What the simulator would find wrong: test_cuda_tubelet_hopper_faults.py.
 """
 
 from __future__ import annotations

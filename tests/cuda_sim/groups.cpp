@@ -9,7 +9,6 @@
 
 #include "knowledge.h"
 #include "memory.h"
-#include "mistakes.h"
 
 namespace vivit::cuda::sim {
 
@@ -260,14 +259,11 @@ std::pair<std::vector<float>, std::vector<float>> widened(const Started& x) {
     std::vector<float> a(kRows * kDepth), b(kDepth * columns);
     if (x.product.registers != nullptr) {
         // as of a warp's mma: blocks rows 0.. columns 0.., rows 8.. columns 0.., rows 0.. columns 8.., rows 8..
-        const int other = is_planted(x.site, Mistake::kOtherColumn) ? 2
-                          : is_planted(x.site, Mistake::kOtherRow)  ? 1
-                                                                    : 0;
         for (int thread = 0; thread < kGroupLanes; ++thread)
             for (int i = 0; i < 8; ++i) {
                 const int row = thread / kLanes * 16 + thread % kLanes / 4 + i / 2 % 2 * 8;
                 const int column = i / 4 * 8 + thread % 4 * 2 + i % 2;
-                const uint32_t word = x.in_registers[thread * 4 + (i / 2 ^ other)];
+                const uint32_t word = x.in_registers[thread * 4 + i / 2];
                 a[row * kDepth + column] = x.product.widen(static_cast<uint16_t>(word >> (16 * (i % 2))));
             }
     } else {
@@ -319,7 +315,6 @@ uint32_t swizzled_address(uint32_t plain, uint32_t row_bytes) {
 
 uint64_t describe_operand(const Site& site, const void* operand, uint32_t row_bytes, uint32_t slab_bytes) {
     if (!is_shared(operand)) fail(site, "not an address of the block's shared memory");
-    if (is_planted(site, Mistake::kOtherSlab)) slab_bytes /= 2;
     const uint64_t leading = slab_bytes == 0 ? 1 : slab_bytes >> 4;
     return (layout_of(row_bytes) & ~kLeadingBits) | leading << 16 | shared_address(operand) >> 4;
 }
@@ -344,8 +339,6 @@ void commit_products(const Site& site) {
 }
 
 void wait_for_products(const Site& site, int later_groups) {
-    if (is_planted(site, Mistake::kNoProductWait)) return;
-    if (is_planted(site, Mistake::kWaitsTooLittle)) ++later_groups;
     together_in_group(site, &later_groups, [](const Site& where, void* const* threads) {
         Warpgroup& group = mine();
         if (!group.started.empty())

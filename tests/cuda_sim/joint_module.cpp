@@ -54,7 +54,7 @@ void joint_backward(const JointCall& call, const View& o, const View& d_o, const
 }  // namespace
 
 void add_joint(py::module_& m) {
-    py::class_<JointCall>(m, "JointCall")
+    py::class_<JointCall>(m, "JointCall", py::module_local())
         .def(py::init([](View q, View k, View v, MaybeView lse, MaybeView mask, MaybeView cos, MaybeView sin,
                          MaybeView seed, MaybeView turned, int dtype, double scale, double softcap, double dropout_p,
                          uint64_t schedule_seed, int shared_bytes, int arch) {

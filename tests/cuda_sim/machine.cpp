@@ -11,7 +11,6 @@
 #include "groups.h"
 #include "knowledge.h"
 #include "memory.h"
-#include "mistakes.h"
 #include "phases.h"
 
 uint3 threadIdx, blockIdx, blockDim, gridDim;
@@ -19,7 +18,6 @@ uint3 threadIdx, blockIdx, blockDim, gridDim;
 namespace vivit::cuda::sim {
 
 Schedule schedule;
-Planted planted;
 
 namespace {
 
@@ -206,7 +204,6 @@ void fail(const Site& site, const std::string& what) {
 }
 
 void together(const Site& site, void* arguments, void (*work)(const Site& site, void* const* arguments)) {
-    if (is_planted(site, Mistake::kNoWarpBarrier) && site.verb == std::string("warp_barrier")) return;
     Warp& warp = warps[running / kLanes];
     Thread* lanes = &threads[running / kLanes * kLanes];
     if (warp.ended > 0 || warp.at_barrier > 0 || (warp.at_verb > 0 && !same(warp.site, site)))

@@ -141,34 +141,34 @@ void softmax(int fault, const View& x, const View& y, uint64_t seed, int shared_
 }  // namespace
 
 PYBIND11_MODULE(cuda_sim, m) {
-    py::class_<Call>(m, "Call").def(
-        py::init([](View q, View k, View v, MaybeView lse, MaybeView mask, MaybeView cos, MaybeView sin, MaybeView seed,
-                    int dtype, int temporal_heads, double scale, double softcap, double dropout_p,
-                    uint64_t schedule_seed, int shared_bytes, int arch, int packed_warps, int stages, bool tf32) {
-            return Call{std::move(q),
-                        std::move(k),
-                        std::move(v),
-                        std::move(lse),
-                        std::move(mask),
-                        std::move(cos),
-                        std::move(sin),
-                        std::move(seed),
-                        dtype,
-                        temporal_heads,
-                        scale,
-                        softcap,
-                        dropout_p,
-                        schedule_seed,
-                        shared_bytes,
-                        arch,
-                        packed_warps,
-                        stages,
-                        tf32};
-        }),
-        py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("lse"), py::arg("mask"), py::arg("cos"),
-        py::arg("sin"), py::arg("seed"), py::arg("dtype"), py::arg("temporal_heads"), py::arg("scale"),
-        py::arg("softcap"), py::arg("dropout_p"), py::arg("schedule_seed"), py::arg("shared_bytes"), py::arg("arch"),
-        py::arg("packed_warps") = 0, py::arg("stages") = 0, py::arg("tf32") = false);
+    py::class_<Call>(m, "Call", py::module_local())
+        .def(py::init([](View q, View k, View v, MaybeView lse, MaybeView mask, MaybeView cos, MaybeView sin,
+                         MaybeView seed, int dtype, int temporal_heads, double scale, double softcap, double dropout_p,
+                         uint64_t schedule_seed, int shared_bytes, int arch, int packed_warps, int stages, bool tf32) {
+                 return Call{std::move(q),
+                             std::move(k),
+                             std::move(v),
+                             std::move(lse),
+                             std::move(mask),
+                             std::move(cos),
+                             std::move(sin),
+                             std::move(seed),
+                             dtype,
+                             temporal_heads,
+                             scale,
+                             softcap,
+                             dropout_p,
+                             schedule_seed,
+                             shared_bytes,
+                             arch,
+                             packed_warps,
+                             stages,
+                             tf32};
+             }),
+             py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("lse"), py::arg("mask"), py::arg("cos"),
+             py::arg("sin"), py::arg("seed"), py::arg("dtype"), py::arg("temporal_heads"), py::arg("scale"),
+             py::arg("softcap"), py::arg("dropout_p"), py::arg("schedule_seed"), py::arg("shared_bytes"),
+             py::arg("arch"), py::arg("packed_warps") = 0, py::arg("stages") = 0, py::arg("tf32") = false);
     m.def("attention_forward", attention_forward);
     m.def("attention_backward", attention_backward);
     m.def("regime_of", [](int N, int D, int dtype, bool backward, bool rotary, int shared_bytes) {

@@ -10,7 +10,6 @@
 #include "groups.h"
 #include "knowledge.h"
 #include "memory.h"
-#include "mistakes.h"
 
 namespace vivit::cuda::sim {
 namespace {
@@ -183,8 +182,6 @@ void fence_phases(const Site&) {
 }
 
 void arrive_at_phase(const Site& site, uint64_t* word, int bytes) {
-    if (bytes == 0 && is_planted(site, Mistake::kNoArrival)) return;
-    if (is_planted(site, Mistake::kFewerBytes)) bytes /= 2;
     PhaseState& x = barrier_at(site, word);
     if (bytes < 0 || x.bytes + bytes >= 1 << 20) fail(site, "a phase expects less than 2^20 bytes");
     if (x.left == 0)
@@ -197,8 +194,6 @@ void arrive_at_phase(const Site& site, uint64_t* word, int bytes) {
 
 void wait_for_phase(const Site& site, uint64_t* word, uint32_t parity) {
     if (parity > 1) fail(site, "parity " + number(parity));
-    if (is_planted(site, Mistake::kNoPhaseWait)) return;
-    if (is_planted(site, Mistake::kOtherPhase)) parity ^= 1;
     while (barrier_at(site, word).over % 2 == parity)
         wait_for(site, word, [](const void* what) {
             return account_of(barriers.at(static_cast<uint64_t*>(const_cast<void*>(what))));

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "groups.h"
-#include "mistakes.h"
 #include "verbs_hopper.h"
 
 namespace vivit::cuda {
@@ -12,16 +11,12 @@ inline void write_places(int32_t* to, const int32_t (&four)[4], VIVIT_SIM_CALLER
     std::memcpy(to, four, 16);
 }
 inline void read_places(int32_t (&four)[4], const int32_t* from, VIVIT_SIM_CALLER) {
-    const sim::Site site = {"read_places", file, line};
-    if (sim::is_planted(site, sim::Mistake::kOtherLane)) from += 8;
-    sim::read_shared(site, from, 1);
+    sim::read_shared({"read_places", file, line}, from, 1);
     std::memcpy(four, from, 16);
 }
 
 inline void read_offsets(int64_t (&two)[2], const int64_t* from, VIVIT_SIM_CALLER) {
-    const sim::Site site = {"read_offsets", file, line};
-    if (sim::is_planted(site, sim::Mistake::kOtherLane)) from += 2;
-    sim::read_shared(site, from, 1);
+    sim::read_shared({"read_offsets", file, line}, from, 1);
     std::memcpy(two, from, 16);
 }
 

@@ -5,7 +5,6 @@
 
 #include "cuda/tubelet.h"
 #include "cuda_sim/calls.h"
-#include "cuda_sim/mistakes.h"
 
 namespace {
 
@@ -139,7 +138,7 @@ void video_gradient(const TubeletCall& call, const View& d_out, const View& oper
 }  // namespace
 
 void define_tubelet(py::module_& m) {
-    py::class_<TubeletCall>(m, "TubeletCall")
+    py::class_<TubeletCall>(m, "TubeletCall", py::module_local())
         .def(py::init([](View video, View weight, bool per_frame, bool has_class,
                          std::pair<std::vector<double>, std::vector<double>> affine, std::pair<int, int> types,
                          uint64_t schedule_seed, int shared_bytes, int arch) {
@@ -154,8 +153,6 @@ void define_tubelet(py::module_& m) {
     m.def("tubelet_weight_gradient", weight_gradient);
     m.def("tubelet_finish", finish);
     m.def("tubelet_video_gradient", video_gradient);
-    m.def("plant",
-          [](int mistake, std::string file) { sim::planted = {static_cast<sim::Mistake>(mistake), std::move(file)}; });
     m.def("tubelet_needs_operand",
           [](const TubeletCall& call, bool backward) { return needs_operand(call.params(), backward); });
 }
