@@ -51,6 +51,7 @@ struct HopperQueries {
     // Products with keys first_key, ... become weights; as weigh().
     VIVIT_DEVICE bool weigh_products(TileScores<Variant>& x, const MayBeAttended<kKeys>& may, int32_t first_key,
                                      float (&shrink)[2]) {
+        // NOLINTNEXTLINE(misc-const-correctness): with options it is another
         float unit = p.options.scale * kLog2E;
         if constexpr (!kPlain) unit = score(x, Scores<false>(p.options));
         may.hide_others(x);

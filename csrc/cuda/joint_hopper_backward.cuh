@@ -197,6 +197,7 @@ struct KeysOfGroup {
         group_commit();
         start_across<T>(dp, v, group.passing(stage, 1));
         group_commit();
+        // NOLINTNEXTLINE(misc-const-correctness): with options it is another
         uint32_t kept = ~0u;
         if constexpr (!Variant::kPlain) {
             const JointParams& p = group.call.p;

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kTurnThreads) turned_rows(const TurnParams p) 
     const int64_t number = static_cast<int64_t>(blockIdx.x) * kTurnThreads + static_cast<int32_t>(threadIdx.x);
     if (number >= p.chunks) return;
     const int32_t per_row = p.options.D / 8;
-    int64_t rest = number / per_row;
+    const int64_t rest = number / per_row;
     const int32_t chunk = static_cast<int32_t>(number - rest * per_row);
     const int64_t token = rest / p.H, h = rest - token * p.H, b = token / p.N, n = token - b * p.N;
 #pragma unroll
