@@ -253,14 +253,22 @@ def cuobjdump() -> str:
     return found
 
 
-def _run(option: str, path: Path) -> str:
-    """cuobjdump's answer about one aspect. nvdisasm, which it calls, is looked for beside it and on PATH."""
+def _run(option: str, path: Path, folder: Path | None = None) -> str:
+    """cuobjdump's answer about one aspect. nvdisasm, which it calls, is looked for beside it and on PATH. What it
+    extracts it writes to `folder`."""
     tool = cuobjdump()
     environment = os.environ | {"PATH": os.pathsep.join([str(Path(tool).parent), os.environ.get("PATH", "")])}
-    result = subprocess.run([tool, option, str(path)], capture_output=True, text=True, env=environment)
+    command = [tool, *option.split(), str(path.absolute())]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
     if result.returncode:
         raise ValueError(f"bench static: cuobjdump {option} {path.name}: {result.stderr.strip() or result.returncode}")
     return result.stdout
+
+
+def extracted(path: Path, folder: Path) -> list[Path]:
+    """The cubins in an object file or a library, one of each source file and architecture, as files in `folder`."""
+    _run("-xelf all", path, folder)
+    return sorted(folder.glob("*.cubin"))
 
 
 def _by_kernel(text: str, header: str) -> dict[tuple[int, str], str]:

@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from native_tree import build
 
 from bench import cubin, cuda_gate
 from vivit_kernels import _library, _native
@@ -238,18 +239,44 @@ def test_next_to_nothing_lies_in_local_memory():
     assert taken and not found
 
 
+PARTS = 16  # of the library, of about the same size: a process that is done takes another
+
+
+@pytest.fixture
+def cubins(cuda_library, tmp_path_factory) -> list[Path]:
+    """The library's, the largest first. They are extracted once for all processes of this run."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cubins"
+    with build.alone(folder):
+        if not (folder / "all").exists():
+            cubin.extracted(_library.library_path(), folder)
+            (folder / "all").touch()
+    return sorted(folder.glob("*.cubin"), key=lambda path: (-path.stat().st_size, path.name))
+
+
 @pytest.mark.full
-@in_library
-def test_kernels_are_what_they_were_written_to_be():
-    kernels = cuda_gate.read(_library.library_path())
+@pytest.mark.parametrize("part", range(PARTS))
+def test_kernels_are_what_they_were_written_to_be(part, cubins):
+    kernels = [pair for path in cubins[part::PARTS] for pair in cuda_gate.read(path)]
     found = [f"sm_{x.arch} {name}: {why}" for name, x in kernels for why in cuda_gate.complaints(name, x)]
-    assert not found, "\n".join(found)
-    words = {name.partition("_")[0] for name, _ in kernels}
+    assert kernels and not found, "\n".join(found)
+
+
+@pytest.mark.full
+def test_every_kernel_is_in_one_of_the_parts_and_there_for_every_gpu(cubins):
+    library = {(arch, name) for arch, name in cubin.resources(_library.library_path()) if arch in cubin.ARCHS}
+    of_cubin = {path: int(path.suffixes[-2].removeprefix(".sm_")) for path in cubins}
+    assert library == {
+        (arch, name) for path, arch in of_cubin.items() if arch in cubin.ARCHS for _, name in cubin.resources(path)
+    }
+    names = cuda_gate.demangled(name for _, name in library)
+    words = {name.partition("_")[0] for name in names.values()}
     assert {"pipelined", "packed", "resident", "float32", "streaming", "tubelet", "parameter"} <= words
+    archs = {arch for arch, _ in library}
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        assert {80, 90} <= {x.arch for _, x in kernels}
-    for arch in {x.arch for _, x in kernels}:  # the same kernels for each
-        assert {name for name, x in kernels if x.arch == arch} == {name for name, _ in kernels}
+        assert {80, 90} <= archs
+    for arch in archs:  # the same kernels for each
+        assert {name for other, name in library if other == arch} == {name for _, name in library}
 
 
 def test_the_command_prints_a_table(capsys, monkeypatch, tmp_path):
