@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.exc import Unsupported
 from torch.autograd import forward_ad
 
 from vivit_kernels import factorized_attention, joint_attention, temporal_block, tubelet_embedding
@@ -57,6 +58,15 @@ def test_forward_mode_is_refused(case, needs_grad):
             with grad_mode, pytest.raises(NotImplementedError, match=said):
                 loss(forward_ad.make_dual(x, torch.ones_like(x)))
         assert torch.equal(gradient(loss, x.detach()), expected), "what has no tangent is run"
+
+
+def test_within_one_graph_forward_mode_is_refused_too(case):
+    name, loss, function, x = case
+    torch._dynamo.reset()
+    with pytest.raises(Unsupported, match=f"{name}: forward-mode derivatives"):
+        torch.compile(lambda y: torch.func.jvp(loss, (y,), (y,))[1], backend="eager", fullgraph=True)(x)
+    several, graph = torch.stack([x, 2 * x]), torch.compile(torch.func.vmap(function), backend="eager", fullgraph=True)
+    assert torch.equal(graph(several)[1], function(2 * x))
 
 
 def test_second_derivatives_are_refused(case):

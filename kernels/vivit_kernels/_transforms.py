@@ -30,6 +30,27 @@ def asks_for_rules() -> bool:
     return top is None or top.key() != functorch.TransformType.Functionalize
 
 
+def _levels() -> tuple[str, ...]:
+    """The transformations that this is run in."""
+    return tuple(level.key().name for level in functorch.get_interpreter_stack() or ())
+
+
+setattr(_levels, "_dynamo_marked_constant", True)  # noqa: B010  of a graph: those that it is traced in
+
+
+def check_graph(op: str) -> None:
+    """Refuses a jvp that torch.compile traces into one graph: by torch.library alone it is zero."""
+    if torch.compiler.is_compiling() and "Jvp" in _levels():
+        raise _forward_mode(op)
+
+
+def _forward_mode(op: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{op}: forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad) are not implemented; "
+        "use torch.func.vjp or grad, or plain PyTorch where they are needed"
+    )
+
+
 def transformed(op: str, step: Callable, setup_context: Callable, backward: Callable) -> Callable:
     """`step`, an op of torch.library or what calls one, with a rule for each transformation.
 
@@ -43,10 +64,7 @@ def transformed(op: str, step: Callable, setup_context: Callable, backward: Call
 
         @staticmethod
         def jvp(ctx, *_):
-            raise NotImplementedError(
-                f"{op}: forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad) are not implemented; "
-                "use torch.func.vjp or grad, or plain PyTorch where they are needed"
-            )
+            raise _forward_mode(op)
 
         @staticmethod
         def vmap(info, in_dims, *arguments):

@@ -67,6 +67,7 @@ def run(op: str, arguments: tuple, needs_grad: bool) -> Tensor:
     if not plain(*arguments[:3]):
         if _transforms.asks_for_rules():
             return _TRANSFORMED[op](*arguments)[0]
+        _transforms.check_graph(op)
         return getattr(torch.ops.vivit_kernels, f"{op}_fwd")(*arguments)[0]
     without_grad, with_grad = _EAGER[op]
     return with_grad(*arguments) if needs_grad else without_grad(*arguments)

@@ -84,7 +84,10 @@ _transformed_bwd = _transforms.transformed(
 
 def run(*arguments) -> Tensor:
     """Tokens of a checked call; arguments: of the registered op."""
-    return (_transformed_fwd if _transforms.asks_for_rules() else _OPS.tubelet_embedding_fwd)(*arguments)
+    if _transforms.asks_for_rules():
+        return _transformed_fwd(*arguments)
+    _transforms.check_graph("tubelet_embedding")
+    return _OPS.tubelet_embedding_fwd(*arguments)
 
 
 def _products(video: tuple, weight: tuple) -> int:
