@@ -26,6 +26,14 @@ Encode find_encode() {
     return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(found) : nullptr;
 }
 
+// Makes the current device's context the thread's own, as its first launch would.
+bool bind_context() {
+    int device = 0;
+    const bool bound = cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess;
+    if (!bound) cudaGetLastError();
+    return bound;
+}
+
 }  // namespace
 
 bool make_tensor_map(TensorMap& map, const TensorShape& given) {
@@ -47,9 +55,14 @@ bool make_tensor_map(TensorMap& map, const TensorShape& given) {
                                        : row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
                                                          : CU_TENSOR_MAP_SWIZZLE_32B;
     CUtensorMap made;
-    const CUresult error = encode(&made, type, static_cast<cuuint32_t>(x.rank), const_cast<void*>(x.data), sizes,
-                                  strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-                                  CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const auto make = [&] {
+        return encode(&made, type, static_cast<cuuint32_t>(x.rank), const_cast<void*>(x.data), sizes, strides, box,
+                      steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    };
+    CUresult error = make();
+    // A thread that has launched nothing yet, as autograd's when a backward begins here, has no context.
+    if (error == CUDA_ERROR_INVALID_CONTEXT && bind_context()) error = make();
     if (error != CUDA_SUCCESS) return false;
     std::memcpy(&map, &made, sizeof map);
     return true;
