@@ -284,12 +284,21 @@ VIVIT_DEVICE void group_along(float (&)[8][4], const uint32_t (&)[4], uint64_t) 
 
 // ---- launching ----
 
+// The most shared memory that a block of the current device may have.
+inline int most_shared_bytes() {
+    int device = 0, bytes = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return 0;
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return bytes;
+}
+
 // kernel<<<blocks, threads, shared_bytes, stream>>>(params); the error of the launch.
 template <class Params>
 int launch(void (*kernel)(Params), int64_t blocks, int threads, int shared_bytes, void* stream, const Params& params) {
     if (shared_bytes > 48 << 10) {
+        // All that there is, each time: another thread may be about to launch the same kernel with more than this call.
         const cudaError_t error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared_bytes());
         if (error != cudaSuccess) {
             cudaGetLastError();  // else the next launch would find it
             return error;
@@ -297,14 +306,6 @@ int launch(void (*kernel)(Params), int64_t blocks, int threads, int shared_bytes
     }
     kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
     return cudaGetLastError();
-}
-
-// The most shared memory that a block of the current device may have.
-inline int most_shared_bytes() {
-    int device = 0, bytes = 0;
-    if (cudaGetDevice(&device) != cudaSuccess) return 0;
-    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    return bytes;
 }
 
 // Of the current device, 90 for sm_90.
