@@ -56,6 +56,7 @@ def backward_options():
 
 STUCK = "nobody can go on"
 UNMET = "no barrier lies between"
+UNFENCED = "did not reach group_fence since"
 EARLY = "is still being copied to|whose phase the thread has not waited for"
 UNFINISHED = "was not waited for|before it was waited for"
 
@@ -137,6 +138,7 @@ BACKWARD = {
         r"expects \d+ more",
         "phase_expect(full, Memory::kStageBytes)",
     ),
+    "kept rows are read without a fence": Fault(MULTIPLY, "group_fence();", "", UNFENCED),
     "statistics of another stage": Fault(
         B, "stage.stage", "stage.stage ^ 1", UNMET, "statistics + stage.stage * kPassing"
     ),
@@ -148,6 +150,7 @@ BACKWARD = {
     "delta of another column": Fault(B, "i % 2", "i / 2 % 2", "parity", "delta[i / 4][i % 2];"),
 }
 OF_128_CHANNELS = {
+    "a kept tensor is read without a fence": Fault(MULTIPLY, "group_fence();", "", UNFENCED),
     "kept rows given back too early": Fault(MULTIPLY, "if (Variant::kHeld == 2) has_kept();", "has_kept();", UNMET),
     "wrong half of kept rows": Fault(
         MULTIPLY, "first / kHalfRows * kHalfRows", "0", "parity", "kept, first / kHalfRows * kHalfRows"

@@ -18,17 +18,30 @@ FAULTS += [
     "producer does not wait",
     "wrong count",
 ]
-FAULTS += ["no turn", "never empty", "too many registers", "swizzle", "misplaced", "overwritten"]
+FAULTS += ["no turn", "never empty", "too many registers", "swizzle", "misplaced", "no fence", "early fence"]
+FAULTS += ["overwritten"]
 
 
 # ---- a box ----
 
+BEFORE = ["nothing", "read", "written"]
 
-def one_box(x: torch.Tensor, first: list[int], rows: int, count: int, fault: str = "none", seed: int = 0):
+
+def one_box(
+    x: torch.Tensor,
+    first: list[int],
+    rows: int,
+    count: int,
+    fault: str = "none",
+    seed: int = 0,
+    before: str = "nothing",
+):
     """The box of `count` rows along dimension `rows` (0: the last one) of x from `first` on; coordinates from the last
-    dimension on. None where x cannot be copied so."""
+    dimension on. None where x cannot be copied so. before: what a thread did where the box comes."""
     out = torch.full((count, 128 // x.element_size()), 7, dtype=x.dtype)
-    found = cuda_simulator.made().one_box(FAULTS.index(fault), view(x), view(out), rows, first, seed)
+    found = cuda_simulator.made().one_box(
+        FAULTS.index(fault), view(x), view(out), rows, first, BEFORE.index(before), seed
+    )
     return out if found else None
 
 
@@ -93,6 +106,17 @@ def test_a_wrong_swizzle_shows():
     assert found is not None and not torch.equal(found, box_of(x, [0, 0], 1, 16))
     with expect("copy_box .*to a multiple of 128 bytes"):
         one_box(x, [0, 0], 1, 16, "misplaced")
+
+
+@pytest.mark.parametrize("before", BEFORE[1:])
+def test_a_box_comes_where_threads_were_before_once_they_have_fenced_that(before):
+    x = numbers(16, 64)
+    for seed in SEEDS:
+        found = one_box(x, [0, 0], 1, 16, seed=seed, before=before)
+        assert found is not None and torch.equal(found, box_of(x, [0, 0], 1, 16))
+        for fault in ("no fence", "early fence"):
+            with expect(f"copy_box .*byte 0 .* was {before} by thread 63 .*did not reach group_fence since"):
+                one_box(x, [0, 0], 1, 16, fault, seed, before)
 
 
 # ---- stages ----

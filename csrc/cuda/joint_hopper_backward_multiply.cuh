@@ -104,8 +104,10 @@ struct BackwardGroup {
           unit(of.p.scale * kLog2E),
           dropout(Variant::kPlain ? AttentionOptions() : static_cast<const AttentionOptions&>(of.p)) {}
 
-    // A kept tensor is not read any more where it lies: the next piece's may come.
+    // A kept tensor is not read any more where it lies: the next piece's may come. Lanes have read it themselves, and
+    // the copy engine knows of that only by a fence (PTX manual, proxies).
     VIVIT_DEVICE void has_kept() const {
+        group_fence();
         warp_barrier();
         release(memory.kept_empty);
     }

@@ -210,7 +210,8 @@ VIVIT_DEVICE void group_settle(uint32_t (&a)[kCount][4]) {
 #pragma unroll
     for (int i = 0; i < 4 * kCount; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
 }
-// In each thread that wrote shared memory which such products read, before the barrier between.
+// In each thread that wrote shared memory which such products read, before the barrier between; and in each that read
+// or wrote what a box (verbs_hopper.cuh) is then copied over.
 VIVIT_DEVICE void group_fence() {
 #if defined(VIVIT_HOPPER)
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -70,7 +70,8 @@ VIVIT_DEVICE void prefetch_map(const TensorMap& map) {
 // The box whose first element has these coordinates (the neighbours' first), to shared memory: rows of 128, 64 or 32
 // bytes, as the map says, one behind the other from a multiple of eight of them on, swizzled as products of a warpgroup
 // take them; zeros for what lies outside of the tensor. All of the box's bytes, zeros too, count in the current phase
-// of the barrier, which is to expect them. One thread asks; no fence is needed before products.
+// of the barrier, which is to expect them. One thread asks; no fence is needed before products. Before a box comes
+// where threads read or wrote by themselves, each of them has fenced that (group_fence).
 VIVIT_DEVICE void copy_box(void* to, const TensorMap& map, PhaseBarrier* barrier, int32_t c0, int32_t c1) {
 #if defined(VIVIT_HOPPER)
     asm volatile(

@@ -26,7 +26,8 @@ TensorShape shape_of(const View& view, int rows, int box) {
 
 // False where a tensor cannot be copied in boxes. rows: which dimension has them, counted from the neighbours, which
 // are 0.
-bool one_box(int fault, const View& x, const View& out, int rows, const std::vector<int>& first, uint64_t seed) {
+bool one_box(int fault, const View& x, const View& out, int rows, const std::vector<int>& first, int before,
+             uint64_t seed) {
     Run run(seed, 227 << 10);
     const int count = static_cast<int>(std::get<2>(out).at(0));
     examples::BoxParams p;
@@ -35,7 +36,7 @@ bool one_box(int fault, const View& x, const View& out, int rows, const std::vec
     p.out = static_cast<uint16_t*>(run.add("out", out, true));
     p.rank = static_cast<int32_t>(first.size()), p.rows = count;
     std::copy(first.begin(), first.end(), p.first);
-    p.fault = static_cast<examples::CopyFault>(fault);
+    p.before = before, p.fault = static_cast<examples::CopyFault>(fault);
     run([&] { return launch(examples::one_box, 1, 64, examples::kBoxShared, nullptr, p); });
     return true;
 }

@@ -27,15 +27,18 @@ enum class CopyFault : int32_t {
     kTooManyRegisters,  // more than were given back
     kSwizzle,           // rows are read as if they were the next ones
     kMisplaced,         // the box lies 64 bytes further
+    kNoFence,           // behind what threads did by hand where a box comes next
+    kEarlyFence,        // before it
     kOverwritten        // a barrier's word
 };
 
-// ---- a box, read by hand ----
+// ---- a box, read by hand, where threads were before ----
 
 struct BoxParams {
     TensorMap map;
     uint16_t* out;  // [rows of the box, 64]
     int32_t first[kMostDimensions], rank, rows;
+    int32_t before;  // what the last thread did there: 0 nothing, 1 read a box, 2 wrote
     CopyFault fault;
 };
 
@@ -49,6 +52,23 @@ VIVIT_DEVICE void copy_box_of(void* to, const BoxParams& p, PhaseBarrier* barrie
 
 constexpr int32_t kMostBoxRows = 256, kBoxRowBytes = 128, kBoxShared = kMostBoxRows * kBoxRowBytes + 1024;
 
+VIVIT_DEVICE void touch_before_box(const BoxParams& p, char* rows, PhaseBarrier* there) {
+    const int32_t thread = static_cast<int32_t>(threadIdx.x);
+    if (p.before == 1 && thread == 0) {
+        phase_expect(there, p.rows * kBoxRowBytes);
+        copy_box_of(rows, p, there);
+    }
+    block_barrier();
+    if (p.before == 1) phase_wait(there, 0);
+    if (p.fault == CopyFault::kEarlyFence) group_fence();
+    float x[4] = {};
+    if (thread == 63)
+        p.before == 1 ? read_four(x, reinterpret_cast<const float*>(rows))
+                      : write_four(reinterpret_cast<float*>(rows), x);
+    if (p.fault != CopyFault::kNoFence && p.fault != CopyFault::kEarlyFence) group_fence();
+    block_barrier();
+}
+
 __global__ void __launch_bounds__(64) one_box(const __grid_constant__ BoxParams p) {
     const int32_t thread = static_cast<int32_t>(threadIdx.x);
     char* rows = shared_memory();
@@ -56,11 +76,14 @@ __global__ void __launch_bounds__(64) one_box(const __grid_constant__ BoxParams 
     if (thread == 0) {
         phase_init(there, 1);
         phase_fence();
+    }
+    if (p.before != 0) touch_before_box(p, rows, there);
+    if (thread == 0) {
         phase_expect(there, p.rows * kBoxRowBytes);
         copy_box_of(rows + (p.fault == CopyFault::kMisplaced ? 64 : 0), p, there);
     }
     block_barrier();
-    phase_wait(there, 0);
+    phase_wait(there, p.before == 1 ? 1 : 0);
     for (int32_t i = thread; i < 8 * p.rows; i += 64) {
         const int32_t row = i / 8, chunk = i % 8, turned = p.fault == CopyFault::kSwizzle ? row + 1 : row;
         float x[4];

@@ -80,6 +80,8 @@ struct Cell {
     int copying = -1;  // thread
     Site copy;
     std::array<uint32_t, kMostGroups> products_read = {};  // waits of each warpgroup, at the last product that read it
+    std::vector<int> unfenced_readers;                     // threads that read it, and did not fence that since
+    Touch read_fenced;                                     // by the last of those that did
 };
 
 char* memory = nullptr;
@@ -99,7 +101,7 @@ struct Copies {
 };
 
 std::vector<Copies> copies;
-std::vector<std::vector<int>> unfenced;  // cells, by who wrote them
+std::vector<std::vector<int>> unfenced, unfenced_reads;  // cells, by who wrote them, and by who read them
 
 void poison(char* at, size_t bytes) {
     uint16_t* words = reinterpret_cast<uint16_t*>(at);
@@ -163,6 +165,33 @@ void set_written(const Site& site, Cell& cell) {
     cell.written = now(site);
     cell.fenced = Touch();
     unfenced[thread_index()].push_back(static_cast<int>(&cell - cells.data()));
+}
+
+// Kept where the block has barriers with phases, which copies of boxes need. Of a warp's read, which its lanes do
+// together, each is to fence: one of them is asked.
+void set_unfenced_read(Cell& cell, int lanes) {
+    if (!knowledge_counts()) return;
+    const int index = static_cast<int>(&cell - cells.data());
+    const int reader = lanes == 1 ? thread_index() : thread_index() / kLanes * kLanes + index % kLanes;
+    std::vector<int>& readers = cell.unfenced_readers;
+    if (std::find(readers.begin(), readers.end(), reader) != readers.end()) return;
+    readers.push_back(reader);
+    unfenced_reads[reader].push_back(index);
+}
+
+// Copies of boxes and products of warpgroups see memory on a way of their own (PTX manual, proxies): of what threads
+// did to it before a copy over it barriers alone say nothing. written, fenced: as the cell had them then.
+void expect_fenced(const Site& site, const Cell& cell, const Touch& written, const Touch& fenced) {
+    const size_t index = &cell - cells.data();
+    const auto missing = [&](const char* did, int thread, const Touch& touch) {
+        fail(site, "byte " + std::to_string(index * kCell) + " of shared memory was " + did + " by thread " +
+                       std::to_string(thread) + " at " + describe(touch.site) +
+                       ", which did not reach group_fence since");
+    };
+    if (!cell.unfenced_readers.empty()) missing("read", cell.unfenced_readers[0], cell.read);
+    if (written.thread >= 0 && fenced.thread < 0) missing("written", written.thread, written);
+    expect_ordered(site, cell.read_fenced, "fenced", index);
+    expect_ordered(site, fenced, "fenced", index);
 }
 
 void set_read(const Site& site, Cell& cell, int lanes) {
@@ -251,7 +280,7 @@ void start_shared_memory(int bytes) {
     std::memset(base + bytes, kGuard, kMargin);
     cells.assign((bytes + kCell - 1) / kCell, Cell());
     copies.assign(1024, Copies());
-    unfenced.assign(1024, {});
+    unfenced.assign(1024, {}), unfenced_reads.assign(1024, {});
 }
 
 void check_around_shared_memory() {
@@ -268,6 +297,7 @@ void read_shared(const Site& site, const void* at, int lanes) {
     expect_no_copy(site, cell, index);
     expect_ordered(site, cell.written, "written", index, lanes);
     set_read(site, cell, lanes);
+    set_unfenced_read(cell, lanes);
 }
 
 void write_shared(const Site& site, const void* at) {
@@ -305,18 +335,28 @@ void end_group_read(const Site& product, uint32_t address) {
     cell.products_read[thread_index() / kGroupLanes] = waits_of_group(thread_index() / kGroupLanes);
 }
 
-void fence_writes(const Site& site) {
+void fence_accesses(const Site& site) {
     for (const int i : unfenced[thread_index()]) {
         if (cells[i].written.thread == thread_index() && cells[i].copying < 0) cells[i].fenced = now(site);
     }
     unfenced[thread_index()].clear();
+    for (const int i : unfenced_reads[thread_index()]) {
+        std::vector<int>& readers = cells[i].unfenced_readers;
+        readers.erase(std::find(readers.begin(), readers.end(), thread_index()));
+        cells[i].read_fenced = now(site);
+    }
+    unfenced_reads[thread_index()].clear();
 }
 
 void start_box_chunk(const Site& site, void* to) {
     check_shared(site, to);
+    Cell& cell = cell_of(to);
+    const Touch written = cell.written, fenced = cell.fenced;
     write_cell(site, to);
-    cell_of(to).copying = thread_index();
-    cell_of(to).copy = site;
+    expect_fenced(site, cell, written, fenced);
+    cell.read_fenced = Touch();
+    cell.copying = thread_index();
+    cell.copy = site;
     poison(static_cast<char*>(to), kCell);
 }
 

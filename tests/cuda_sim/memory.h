@@ -7,7 +7,8 @@
 // is enough within a warp, a block barrier otherwise; mma, ldmatrix and shuffles order nothing). Shared memory starts
 // as NaN, and what an asynchronous copy will write is NaN, and may not be read, until its thread has waited for it.
 // What a product of a warpgroup reads was fenced by its writers before the barrier between, and is left alone until the
-// product was waited for. Where a block uses barriers of other kinds, knowledge.h says what they order.
+// product was waited for. Who read or wrote what a box is copied over has fenced that, too, before the barrier between.
+// Where a block uses barriers of other kinds, knowledge.h says what they order.
 #pragma once
 
 #include <cstdint>
@@ -54,7 +55,7 @@ int shared_offset(uint32_t address);  // from the start of what the launch named
 // wrote, and passed a block barrier since.
 void start_group_read(const Site& site, uint32_t address);
 void end_group_read(const Site& product, uint32_t address);
-void fence_writes(const Site& site);  // of the running thread
+void fence_accesses(const Site& site);  // of the running thread, its reads and its writes
 
 // ---- copies of boxes (phases.h) ----
 

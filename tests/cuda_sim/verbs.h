@@ -312,7 +312,7 @@ void group_wait(VIVIT_SIM_CALLER) {
 // What a compiler must not move; here everything stays where it is written.
 template <class T, int kCount>
 void group_settle(T (&)[kCount][4]) {}
-inline void group_fence(VIVIT_SIM_CALLER) { sim::fence_writes({"group_fence", file, line}); }
+inline void group_fence(VIVIT_SIM_CALLER) { sim::fence_accesses({"group_fence", file, line}); }
 
 inline uint64_t descriptor(const void* operand, VIVIT_SIM_CALLER) {
     return sim::describe_operand({"descriptor", file, line}, operand);
