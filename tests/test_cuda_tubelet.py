@@ -252,6 +252,16 @@ def test_one_gradient_alone(simulate):
         assert torch.equal(torch.autograd.grad(tokens, leaves[i], dout)[0], whole[i])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_video_of_another_dtype_beside_a_frozen_weight(dtype, simulate):
+    """The backward reads no pixel, and is launched all the same."""
+    simulate()
+    values = parameters(24, 2, (1, 4, 8), (1, 8, 24), torch.bfloat16)
+    video, weight, others = torch.rand(2, 2, 1, 8, 24).to(dtype), values[0].detach(), values[1:]
+    found = torch.autograd.grad(tubelet_embedding(video, weight, *others).sum(), others)
+    assert torch.equal(found[0], torch.full((24,), 12.0).bfloat16())
+
+
 def test_no_clips(simulate):
     simulate()
     values = parameters(24, 3, (1, 4, 8), (2, 8, 16), torch.bfloat16)

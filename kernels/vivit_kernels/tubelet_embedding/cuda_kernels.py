@@ -103,9 +103,8 @@ def launch_bwd(
     dout, video, weight, bias, position, class_token, per_frame: bool, scale, shift, needs: list[bool]
 ) -> list[Tensor]:
     """Gradients of (video, weight, bias, position, class_token); an empty tensor where `needs` says none is wanted."""
-    inputs, weight, readable = (video, weight, bias, position, class_token), weight.contiguous(), video
-    if needs[0] or needs[1]:
-        readable = _readable(video, weight.dtype)
+    inputs, weight = (video, weight, bias, position, class_token), weight.contiguous()
+    readable = _readable(video, weight.dtype)  # where it is not read, too: a launch of another dtype is an error
     if not dout.numel():
         return [torch.zeros_like(x, memory_format=torch.contiguous_format) if need else video.new_empty(0)
                 for x, need in zip(inputs, needs, strict=True)]  # fmt: skip
