@@ -39,7 +39,8 @@ def factorized_attention(
     scale, dropout_p, seed, softcap, backend: as for `joint_attention`.
 
     Returns `[B, T, S, H, D]`, contiguous, in q's dtype. Raises ValueError for shapes, dtypes or options that do not
-    fit, NotImplementedError, with every reason, when no backend can run the call or a second derivative is asked for.
+    fit, NotImplementedError, with every reason, when no backend can run the call, or a second or
+    forward-mode derivative is asked for.
     Source: ViViT (arXiv 2103.15691) section 3.3, models 2, 3 (equations 4 to 6) and 4 (equation 7; there the spatial
     heads come first, in the published code the temporal ones, as here).
 

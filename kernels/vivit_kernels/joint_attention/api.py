@@ -45,7 +45,8 @@ def joint_attention(
         Under autocast the inputs take autocast's dtype.
 
     Returns `[B, N_q, H, D]`, contiguous, in q's dtype. Raises ValueError for shapes, dtypes or options that do not fit,
-    NotImplementedError, with every reason, when no backend can run the call or a second derivative is asked for.
+    NotImplementedError, with every reason, when no backend can run the call, or a second or
+    forward-mode derivative is asked for.
     Source: Vaswani et al. 2017; ViViT (arXiv 2103.15691) section 3.3, model 1; RoFormer (2104.09864) for rotary.
 
         o = joint_attention(qkv.view(B, N, 3, H, D))

@@ -39,7 +39,8 @@ def temporal_block(
         which calls, `explain` why. That is computed: no GPU has run or timed the kernel.
 
     Returns `[B, T, S, E]`, contiguous, in x's dtype. Raises ValueError for shapes or dtypes that do not fit,
-    NotImplementedError, with every reason, when no backend can run the call or a second derivative is asked for.
+    NotImplementedError, with every reason, when no backend can run the call, or a second or
+    forward-mode derivative is asked for.
     Source: ViViT (arXiv 2103.15691) section 3.3, model 3, equation 5.
 
         o = temporal_block(x, norm.weight, norm.bias, qkv.weight, qkv.bias, heads=12, eps=norm.eps)

@@ -56,7 +56,8 @@ def tubelet_embedding(
 
     Returns tokens in the weight's dtype (autocast's under autocast), contiguous. Differentiable in everything but
     uint8 video; backward keeps the video as it came and nothing else. Raises ValueError for shapes, dtypes or options
-    that do not fit, NotImplementedError when no backend can run the call or a second derivative is asked for.
+    that do not fit, NotImplementedError when no backend can run the call, or a second or
+    forward-mode derivative is asked for.
     Source: ViViT (arXiv 2103.15691) section 3.2, tubelet embedding.
 
         tokens = tubelet_embedding(clip_uint8, weight, bias, position, class_token)
