@@ -44,6 +44,17 @@ class Refusal:
 Predicate = Callable[[Call], "list[Refusal]"]
 
 
+def traced() -> bool:
+    """Whether torch.jit.trace writes down what runs."""
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast asks for on a device; None where it is off, or where there is none, as for "meta"."""
+    on = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
+
+
 class Question(str):
     """In the place of a backend's name: the op checks what it was given and raises its `Answer`, having run nothing.
 

@@ -31,10 +31,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import _native
+from ._dispatch import autocast_dtype as autocast_dtype  # these two for integrations, too
+from ._dispatch import traced
+from ._transforms import active as transformed
 
 # Fewer rows do not pay for the weight's blocks: level from 200 to 800 rows, at one row bfloat16 takes 2.5 times as long
 _FEWEST_ROWS = 512
@@ -149,11 +152,11 @@ def is_faster() -> bool:
 
 
 def unwatched(*modules: nn.Module) -> bool:
-    """Whether no hook of these modules wants to see, or could change, what goes in and out of them.
+    """Whether no hook of these modules, or of all modules, wants to see, or could change, what goes in and out of them.
 
     Who computes what several modules would, as `mlp` does, asks before: `if unwatched(fc1, fc2): y = mlp(x, fc1, fc2)`.
     """
-    return not any(
+    return not _has_any_global_hook() and not any(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         for module in modules
     )
@@ -164,17 +167,19 @@ def unwatched(*modules: nn.Module) -> bool:
 
 def _dtype(x: Tensor) -> torch.dtype:
     """In which F.linear would compute: under autocast, not x's own."""
-    if x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
-        return torch.get_autocast_dtype("cpu")
-    return x.dtype
+    narrow = autocast_dtype("cpu") if x.device.type == "cpu" and x.dtype != torch.float64 else None
+    return narrow or x.dtype
 
 
 def _takes(x: Tensor, *layers: tuple[Tensor, Tensor | None]) -> bool:
     """Whether oneDNN can compute these layers, one (weight, bias) after the other, and is not slower.
 
-    Not of a model that is exported: it is to run anywhere, and with any number of clips.
+    Not of a model that is exported or traced: it is to run anywhere, and with any number of clips. Not of a weight of
+    another class, which has a product of its own, nor within a transformation, which looks into it.
     """
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or traced() or transformed():
+        return False
+    if any(type(t) not in (Tensor, nn.Parameter) for layer in ((x, None), *layers) for t in _given(*layer)):
         return False
     dtype, width = _dtype(x), x.shape[-1] if x.dim() else 0
     if not (_ONEDNN if dtype == torch.float32 else _BFLOAT16 and dtype == torch.bfloat16):
@@ -235,7 +240,7 @@ def _in_tiles(x: Tensor, *others: Tensor | None) -> bool:
     """Whether csrc/cpu/linear_in_tiles.h takes x, and is faster: of plain tensors, seen by nobody else."""
     if torch.compiler.is_compiling() or not _has_tiles() or _dtype(x) != torch.bfloat16 or x.dim() == 0:
         return False
-    plain = all(type(t) in (Tensor, nn.Parameter) and not is_functorch_wrapped_tensor(t) for t in _given(x, *others))
+    plain = all(type(t) in (Tensor, nn.Parameter) for t in _given(x, *others))
     return plain and x.shape[-1] <= _WIDEST_IN_TILES
 
 
@@ -292,8 +297,6 @@ def _weight_gradient(dy: Tensor, rows: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return _convolved(rows, weight, bias)
@@ -315,8 +318,6 @@ class _Linear(torch.autograd.Function):
 
 
 class _GeluLinear(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
         return _convolved(F.gelu(hidden, approximate=approximate), weight, bias)

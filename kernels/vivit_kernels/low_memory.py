@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ._attention.registration import plain
+from ._dispatch import autocast_dtype
 from ._philox import draw_seed
 from ._rows.passes import Norm, Normed, cast_like, gelu_backward, layer_norm, layer_norm_backward
 from ._rows.passes import add as add  # a residual sum, for who ends a block
@@ -123,8 +124,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """In which F.linear(x, weight) computes."""
-    is_autocast = torch.is_autocast_enabled(x.device.type)
-    return torch.get_autocast_dtype(x.device.type) if is_autocast else weight.dtype
+    return autocast_dtype(x.device.type) or weight.dtype
 
 
 def _handed_on(ctx: Any, x: Tensor, branch: Tensor | None, total: Tensor) -> Tensor:

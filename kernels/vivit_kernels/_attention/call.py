@@ -49,6 +49,7 @@ def call(
     needs_grad = torch.is_grad_enabled() and (
         any(x is not None and x.requires_grad for x in tensors) or _transforms.active()  # a batched tensor says no
     )
+    needs_grad |= _dispatch.traced()  # what is traced is later run with a gradient or without
     device = q.device.type
     arch = _arch(q.device.index) if device == "cuda" else 0
     isa = _native.call_isa(device)

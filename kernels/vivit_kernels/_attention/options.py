@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._dispatch import autocast_dtype
 from .._philox import draw_seed
 
 Rotary = tuple[Tensor, Tensor]
@@ -142,11 +143,6 @@ def check_qkv(op: str, letters: str, q: Tensor, k: Tensor | None, v: Tensor | No
             f"{op}: q {tuple(q.shape)} and k {tuple(k.shape)} must hold at least one token, head and channel"
         )
     return q, k, v
-
-
-def autocast_dtype(kind: str) -> torch.dtype | None:
-    """What autocast casts to on a kind of device, None where it is off; meta tensors have none."""
-    return None if kind == "meta" or not torch.is_autocast_enabled(kind) else torch.get_autocast_dtype(kind)
 
 
 def without_autocast(launch: Callable) -> Callable:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import _transforms
+from .. import _dispatch, _transforms
 from .options import Options
 
 _LIBRARY = torch.library.Library("vivit_kernels", "FRAGMENT")
@@ -52,7 +52,7 @@ _TRANSFORMED: dict[str, Callable] = {}  # and within torch.func's transformation
 
 def plain(*tensors: Tensor | None) -> bool:
     """Whether nothing but PyTorch's eager autograd looks on: no compiler or tracer, no mode, no subclass of Tensor."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if torch.compiler.is_compiling() or _dispatch.traced():
         return False
     if torch._C._len_torch_dispatch_stack() or _transforms.active():
         return False

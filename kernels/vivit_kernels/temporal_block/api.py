@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _dispatch, _transforms
-from .._attention.options import autocast, autocast_dtype
+from .._attention.options import autocast
 from .._attention.registration import plain
 from .._triton import arch_of
 from . import op
@@ -85,7 +85,7 @@ def temporal_block_pays(
     if norm_weight is None or norm_bias is None or bias is None:
         return False
     tensors = (x, norm_weight, norm_bias, weight, bias)
-    if autocast_dtype(x.device.type) not in (None, x.dtype) or any(
+    if _dispatch.autocast_dtype(x.device.type) not in (None, x.dtype) or any(
         t.dtype != x.dtype or t.device != x.device for t in tensors
     ):
         return False

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .. import _dispatch, _native, _transforms
 from .._attention.call import _arch
-from .._attention.options import autocast_dtype
 from . import op
 from .support import SUPPORT, decide, order  # noqa: F401  decide: for explain()
 
@@ -67,7 +66,7 @@ def tubelet_embedding(
     grid = tuple(video.shape[2 + i] // weight.shape[2 + i] for i in range(3))
     _check_rows(weight, grid, position, class_token, class_token_per)
     scale, shift = _normalisation(video, mean, std)
-    narrow = autocast_dtype(video.device.type)
+    narrow = _dispatch.autocast_dtype(video.device.type)
     if narrow is not None and weight.dtype != torch.float64:
         weight = weight.to(narrow)
     parameters = (weight, bias, position, class_token)
