@@ -8,10 +8,12 @@ import pickle
 import re
 import sys
 import types
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import vivit_kernels
@@ -288,6 +290,57 @@ def test_other_calls_are_as_before(call, training, kernels, taken):
     assert not taken
     assert torch.equal(found[0], plain[0])
     assert found[1] is plain[1] is None or torch.equal(found[1], plain[1])
+
+
+def test_clips_of_several_lengths_are_as_before(kernels, taken):
+    """As a nested tensor, which PyTorch takes in evaluation without gradients."""
+    module = nn.MultiheadAttention(E, H, batch_first=True).eval()
+    x = torch.nested.nested_tensor([torch.randn(length, E) for length in (N, 7)])
+    with torch.no_grad():
+        plain = module(x, x, x, need_weights=False)[0]
+        accelerate(module)
+        found = module(x, x, x, need_weights=False)[0]
+    assert torch.equal(found.to_padded_tensor(0.0), plain.to_padded_tensor(0.0)) and not taken
+
+
+def test_made_on_meta(kernels):
+    """Shapes are asked there before memory is there."""
+    with torch.device("meta"):
+        model = Model()
+    report = accelerate(model)
+    out = model(tokens().to("meta"))
+    assert report.replaced and out.is_meta and out.shape == (B, N, E)
+
+
+class Larger(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 1.5 * weight
+
+
+def test_a_parametrization_survives_restore(kernels):
+    """PyTorch makes a class of ours for it, which becomes one of the host's."""
+    module, x = nn.MultiheadAttention(E, H, batch_first=True), tokens()
+    report = accelerate(module)
+    parametrize.register_parametrization(module, "in_proj_weight", Larger())
+    report.restore()
+    assert (
+        type(module).__mro__[1] is nn.MultiheadAttention and type(module).__name__ == "ParametrizedMultiheadAttention"
+    )
+    larger = module.in_proj_weight.detach().clone()
+    found = module(x, x, x, need_weights=False)[0]
+    parametrize.remove_parametrizations(module, "in_proj_weight")
+    assert type(module) is nn.MultiheadAttention and torch.equal(module.in_proj_weight, larger)
+    assert torch.equal(module(x, x, x, need_weights=False)[0], found)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit:DeprecationWarning")
+def test_traced_by_torch_jit(kernels, taken):
+    """With PyTorch's own check, which traces again, without gradients."""
+    model, x = Model(), tokens()
+    accelerate(model)
+    expected = model(x)
+    traced: Any = torch.jit.trace(model, x)
+    assert torch.equal(traced(x), expected) and taken
 
 
 @pytest.mark.parametrize(

@@ -63,13 +63,25 @@ def swap_class(module: nn.Module, ours: type[nn.Module]) -> Callable[[], Undo]:
                 f"accelerate: {ours.__name__} is no subclass of {before.__name__}, whose place it would take"
             )
         module.__class__ = ours
-
-        def undo() -> None:
-            module.__class__ = before
-
-        return undo
+        return lambda: put_back(module, ours, before)
 
     return apply
+
+
+def put_back(module: object, ours: type, before: type) -> None:
+    """`before` in the place of ours, also where others have since made a class from ours for this one instance, as a
+    parametrization of PyTorch and its FSDP do: theirs is then made from `before`."""
+
+    def made(cls: type) -> type:
+        if cls is ours:
+            return before
+        if not issubclass(cls, ours):
+            return cls
+        names = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+        name = cls.__name__.replace(ours.__name__, before.__name__)
+        return type(cls)(name, tuple(made(base) for base in cls.__bases__), names)
+
+    module.__class__ = made(type(module))
 
 
 class Report:
@@ -103,7 +115,10 @@ def accelerate(model: nn.Module, *, only: str | None = None) -> Report:
 
     Equivalent to nothing: outputs and gradients stay, within the error budget of numerics.py. Parameters, buffers,
     names, hooks, the state dict, training or evaluation mode stay as they are; the model is saved, loaded, compiled,
-    copied and wrapped as before. Dropout of attention draws other random numbers than before.
+    copied and wrapped as before. Dropout of attention draws other random numbers than before. Second derivatives
+    (create_graph=True) raise NotImplementedError. torch.jit.script takes no replaced module (torch.jit.trace and
+    torch.export do), and tools that go by a module's exact class, as quantize_dynamic of torch.ao, pass them by: use
+    those before.
 
     model: any module. Known: torch.nn.MultiheadAttention, and the classes that `integrations` name for the libraries
         that the process has imported.

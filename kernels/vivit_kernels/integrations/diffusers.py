@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from .. import gains
-from ..accelerate import NO_RECORD, Left, Replacement, Undo
+from ..accelerate import NO_RECORD, Left, Replacement, Undo, put_back
 from . import diffusers_grid as grid
 from ._mixin import Mixin
 from .diffusers_attention import OurAttention, bound, has_matrix_unit, why_not
@@ -227,13 +227,13 @@ def _swap(objects: list[Any]) -> Callable[[], Undo]:
     """`apply` of a Replacement: the class of each becomes ours; the last one is undone first."""
 
     def apply() -> Undo:
-        before = [(one, type(one)) for one in objects]
-        for one, cls in before:
-            one.__class__ = _ours(cls)
+        before = [(one, _ours(type(one)), type(one)) for one in objects]
+        for one, ours, _ in before:
+            one.__class__ = ours
 
         def undo() -> None:
-            for one, cls in reversed(before):
-                one.__class__ = cls
+            for one, ours, cls in reversed(before):
+                put_back(one, ours, cls)
 
         return undo
 

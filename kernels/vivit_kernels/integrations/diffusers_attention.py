@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from ..factorized_attention.api import spatial_attention, temporal_attention
 from ..joint_attention.api import joint_attention
+from ..linear import autocast_dtype, transformed, unwatched
 from . import pytorch
 from ._mixin import Mixin
 from .transformers_attention import _SHORT as SHORT
@@ -137,14 +138,13 @@ def has_matrix_unit(device: torch.device, dtype: torch.dtype) -> bool:
 
 def _is_faster(attention: Any, x: Tensor, keys: int) -> bool:
     """Whether ours is worth a call for tokens x, in the dtype that autocast makes of them."""
-    narrowed = torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if narrowed else attention.to_q.weight.dtype
+    dtype = autocast_dtype(x.device.type) or attention.to_q.weight.dtype
     return pytorch._is_large(x, keys) and not has_matrix_unit(x.device, dtype)
 
 
 def is_bare(module: nn.Module) -> bool:
     """Nothing hangs on its forward that would see other shapes; offloading and caches replace the forward of one."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    return unwatched(module) and "forward" not in module.__dict__
 
 
 def knows_frames(attention: nn.Module | None) -> bool:
@@ -216,7 +216,7 @@ def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
         return False
     able = pytorch._has_kernels(q.dtype, q.shape[-1]) or q.dtype == torch.float64
     worth = pytorch._is_large(q, k.shape[1]) and not has_matrix_unit(q.device, q.dtype)
-    return able and worth and not pytorch._transformed()
+    return able and worth and not transformed()
 
 
 def key_mask(q: Tensor, k: Tensor, mask: Tensor | None) -> tuple[Tensor | None, bool]:

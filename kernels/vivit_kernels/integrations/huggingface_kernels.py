@@ -26,7 +26,7 @@ from ..joint_attention.api import joint_attention
 from ..tubelet_embedding.api import tubelet_embedding
 from .pytorch import FastMultiheadAttention
 from .transformers_attention import attention
-from .transformers_embeddings import _as_convolution, _fits, _hooked, why_not
+from .transformers_embeddings import _as_convolution, _fits, is_bare, why_not
 
 __all__ = [
     "FastGELU",
@@ -56,7 +56,7 @@ class TubeletEmbedding(nn.Module):
     def forward(self: Any, pixel_values: Tensor) -> Tensor:
         convolution = self.projection
         whole = pixel_values.dim() == 5 and tuple(pixel_values.shape[3:]) == tuple(self.image_size)
-        if not whole or _hooked(convolution) or not _takes(convolution, pixel_values.transpose(1, 2)):
+        if not whole or not is_bare(convolution) or not _takes(convolution, pixel_values.transpose(1, 2)):
             return type(self).forward(self, pixel_values)
         return tubelet_embedding(pixel_values, convolution.weight, convolution.bias, layout="BFCYX")
 

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
-from torch.autograd import forward_ad
 from torch.nn import attention as registry
 from torch.overrides import has_torch_function
 
 from ..accelerate import NO_RECORD, Left, Replacement, swap_class
 from ..explain import explain
 from ..joint_attention.api import joint_attention
+from ..linear import autocast_dtype, transformed
 from ..modules import VideoMultiheadAttention, attend
 
 HOST, SUPPORTED = "torch", ">=2.11"
@@ -97,26 +96,19 @@ def _why_not(module: nn.MultiheadAttention) -> str:
 
 def _takes(module: nn.MultiheadAttention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     """Whether attend() runs the call, with the same result. Calls that are an error go to PyTorch, which tells."""
-    weight, autocast = module.in_proj_weight, torch.is_autocast_enabled(q.device.type)
-    dtype = torch.get_autocast_dtype(q.device.type) if autocast and weight.dtype != torch.float64 else weight.dtype
-    if any(x.dim() != 3 or x.shape[-1] != module.embed_dim or x.is_nested or 0 in x.shape for x in (q, k, v)):
+    weight, narrow = module.in_proj_weight, autocast_dtype(q.device.type)
+    dtype = weight.dtype if narrow is None or weight.dtype == torch.float64 else narrow
+    if any(x.is_nested or x.dim() != 3 or x.shape[-1] != module.embed_dim or 0 in x.shape for x in (q, k, v)):
         return False
     if q.shape[0] != k.shape[0] or k.shape != v.shape or not _is_large(q, k.shape[1]):
         return False
     if not _has_kernels(dtype, module.head_dim):
         return False
-    if any(x.device != weight.device or (x.dtype != weight.dtype and not autocast) for x in (q, k, v)):
+    if any(x.device != weight.device or (x.dtype != weight.dtype and narrow is None) for x in (q, k, v)):
         return False
     if mask is not None and (mask.dtype != torch.bool or mask.shape != k.shape[:2] or mask.device != q.device):
         return False
-    return not has_torch_function((q, k, v, weight)) and not _transformed()
-
-
-def _transformed() -> bool:
-    """Within torch.func's transformations (vmap, jvp, ...) or forward-mode AD, for which the ops have few rules."""
-    if torch.compiler.is_compiling():
-        return False
-    return functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+    return not has_torch_function((q, k, v, weight)) and not transformed()
 
 
 def replacements(model: nn.Module) -> Iterator[Replacement | Left]:
@@ -196,7 +188,7 @@ def _activate() -> _Handle:
             and 0.0 <= dropout_p < 1.0
             and (scale is None or -_INFINITE < scale < _INFINITE)
             and torch.backends.cuda.flash_sdp_enabled()
-            and not _transformed()
+            and not transformed()
         ):
             mask = None if attn_mask is None else attn_mask[:, 0, 0].expand(key.shape[0], key.shape[2])
             return _ours(query, key, value, mask, dropout_p, scale)

@@ -90,8 +90,8 @@ FAMILIES: dict[str, dict[str, Known]] = {
         "TimesformerPatchEmbeddings": _PATCHES,
         "TimesformerLayer": Known(
             timesformer.OurTimesformerLayer,
-            "both attentions on the grid of tokens: no permutation, no copy of a slice; hooks of the attention modules "
-            "are not called",
+            "both attentions on the grid of tokens: no permutation, no copy of a slice; as before while its attention "
+            "modules have hooks",
             True,
             _not_divided,
         ),

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..linear import autocast_dtype, unwatched
 from ..tubelet_embedding.api import tubelet_embedding
 from ._mixin import Mixin
 
@@ -85,9 +85,9 @@ class OurVivitEmbeddings(Mixin):
         patches = self.patch_embeddings
         size = patches.image_size
         sides = (size, size) if isinstance(size, int) else tuple(size)
-        bare = type(patches.projection) is TubeletConv3d and not any(map(_hooked, (patches, patches.projection)))
+        bare = type(patches.projection) is TubeletConv3d and is_bare(patches, patches.projection)
         fits = pixel_values.dim() == 5 and tuple(pixel_values.shape[-2:]) == sides and pixel_values.is_floating_point()
-        narrowed = torch.is_autocast_enabled(pixel_values.device.type)
+        narrowed = autocast_dtype(pixel_values.device.type) is not None
         if interpolate_pos_encoding or narrowed or not (bare and fits and self._counts(pixel_values)):
             return super().forward(pixel_values, interpolate_pos_encoding)
         weight, bias = patches.projection.weight, patches.projection.bias
@@ -102,9 +102,9 @@ class OurVivitEmbeddings(Mixin):
         return channels == self.patch_embeddings.projection.in_channels and tokens == self.position_embeddings.shape[1]
 
 
-def _hooked(module: nn.Module) -> bool:
-    """Something hangs on its forward: it must be called. Offloading replaces the forward of an instance."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+def is_bare(*modules: nn.Module) -> bool:
+    """Nothing has to be called: no hook, and no forward of an instance, as offloading makes it."""
+    return unwatched(*modules) and not any("forward" in module.__dict__ for module in modules)
 
 
 class TanhGELU(Mixin):

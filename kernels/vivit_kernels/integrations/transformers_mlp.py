@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..linear import Linear, linear_gelu, mlp, unwatched
+from ..linear import Linear, linear_gelu, mlp
 from ._mixin import Mixin
+from .transformers_embeddings import is_bare
 
 # Classes of activations.py, ours of the same name included: which GELU they compute
 _TANH = ("FastGELUActivation", "NewGELUActivation", "GELUTanh", "PytorchGELUTanh")
@@ -26,7 +27,7 @@ class OurMLP(Mixin):
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         act, fc1, fc2 = activation(self), self.fc1, self.fc2
         kind = _gelu(act)
-        if kind is None or not _plain(fc1, fc2) or not _bare(act, fc1, fc2):
+        if kind is None or not _plain(fc1, fc2) or not is_bare(act, fc1, fc2):
             return super().forward(*args, **kwargs)
         (x,) = (*args, *kwargs.values())
         return mlp(x, fc1, fc2, kind)
@@ -38,7 +39,7 @@ class OurIntermediate(Mixin):
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         act, dense = activation(self), self.dense
         kind = _gelu(act)
-        if kind is None or not _plain(dense) or not _bare(act, dense):
+        if kind is None or not _plain(dense) or not is_bare(act, dense):
             return super().forward(*args, **kwargs)
         (x,) = (*args, *kwargs.values())
         hidden = linear_gelu(x, dense.weight, dense.bias, kind)
@@ -70,8 +71,3 @@ def _gelu(act: object) -> str | None:
 
 def _plain(*layers: object) -> bool:
     return all(type(layer) in (nn.Linear, Linear) for layer in layers)
-
-
-def _bare(*modules: nn.Module) -> bool:
-    """Nothing has to be called: no hook, and no forward of an instance, as offloading makes it."""
-    return unwatched(*modules) and not any("forward" in module.__dict__ for module in modules)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..factorized_attention.api import spatial_attention, temporal_attention
 from ..joint_attention.api import joint_attention
 from ._mixin import Mixin
+from .transformers_embeddings import is_bare
 
 
 class OurTimesformerLayer(Mixin):
@@ -25,12 +26,13 @@ class OurTimesformerLayer(Mixin):
     The class row takes part in every frame, with the keys and values that it has at the layer's input; it gets the mean
     of what the frames give it. Everything but attention is a call of the host's own modules. Attention dropout draws
     other numbers than the host's, stochastic depth the same. With output_attentions and for the other types of
-    attention all is as the host does it.
+    attention all is as the host does it, and while hooks hang on its attention modules.
     """
 
     def forward(self, hidden_states: Tensor, output_attentions: bool = False) -> Any:
         T, tokens = self.config.num_frames, hidden_states.shape[1] - 1
-        if output_attentions or self.attention_type != "divided_space_time" or tokens % T:
+        divided = self.attention_type == "divided_space_time" and tokens % T == 0
+        if output_attentions or not divided or not _is_bare(self):
             return super().forward(hidden_states, output_attentions)
         first = hidden_states[:, :1]
         grid = hidden_states[:, 1:].unflatten(1, (-1, T)).transpose(1, 2)  # [B, T, S, C], as it lies
@@ -74,6 +76,13 @@ class OurTimesformerSelfAttention(Mixin):
 def _heads(module: Any, x: Tensor) -> Tensor:
     """`[..., C]` -> queries, keys and values of its heads, `[..., 3, H, D]`."""
     return module.qkv(x).unflatten(-1, (3, module.num_heads, -1))
+
+
+def _is_bare(layer: Any) -> bool:
+    """Nothing hangs on the modules that are not called here, or less often."""
+    outer = layer.attention, layer.temporal_attention
+    inner = [module.attention for module in outer]
+    return is_bare(*outer, *inner, *(module.attn_drop for module in inner), layer.drop_path)
 
 
 def _options(module: Any) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..linear import linear, unwatched
+from ..linear import linear
 from ._mixin import Mixin
 from .transformers_attention import OurAttention, attention, wants_probabilities
-from .transformers_embeddings import why_not
+from .transformers_embeddings import is_bare, why_not
 
 
 class OurFlatPatches(Mixin):
@@ -25,7 +25,7 @@ class OurFlatPatches(Mixin):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         convolution = self.proj
-        if why_not(convolution) or not unwatched(convolution) or "forward" in convolution.__dict__:
+        if why_not(convolution) or not is_bare(convolution):
             return super().forward(hidden_states)
         weight = convolution.weight.flatten(1)  # [E, C * f * y * x]
         return linear(hidden_states.to(weight.dtype).view(-1, weight.shape[1]), weight, convolution.bias)
