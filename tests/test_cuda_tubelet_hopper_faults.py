@@ -39,21 +39,22 @@ SHOWS = "the result"  # where operands are mixed up
 
 # ---- the faults: what is replaced, by what, and where that stands several times in what ----
 
-OF_EACH = {
-    "no phase wait": ("phase_wait(memory.full + ring.stage, ring.parity);", ""),
-    "other phase": ("ring.parity ^ 1", "ring.parity"),
-    "no arrival": ("if (tile_lane() == 0) phase_arrive(memory.empty + last);", ""),
+OF_RING = {  # which all kernels share
+    "no phase wait": ("phase_wait(memory.full + at.stage, at.parity);", ""),
+    "other phase": ("at.parity ^ 1", "at.parity"),
+    "no arrival": ("if (tile_lane() == 0) phase_arrive(memory.empty + at.last());", ""),
     "fewer bytes": ("Memory::kStageBytes", "Memory::kStageBytes / 2", "phase_expect(full, Memory::kStageBytes)"),
+}
+OF_EACH = OF_RING | {
     "no product wait": ("group_wait<1>();", ""),
     "waits too little": ("group_wait<1>();", "group_wait<2>();"),
 }
-_FULL, _NUMBER = "memory.full + ring.stage", "numbers[i / 4][i % 4]"
+_NUMBER = "numbers[i / 4][i % 4]"
 _PAIR_UP = "pair_up({}, {}, tokens[two][i % 2], tokens[two + 1][i % 2]);"
 _TWO = _PAIR_UP.format("to[two]", "to[two + 1]")
 OF_KERNEL = {
     "forward": OF_EACH
     | {
-        "fewer bytes": (*OF_EACH["fewer bytes"][:2], f"phase_expect({_FULL}, Memory::kStageBytes)"),
         "other lane": ("table + step * kPairsOfStep + c", "table + step * kPairsOfStep + c + 8"),
         "other column": ("i % 4", "i % 4 ^ 2", _NUMBER),
         "other row": ("i % 4", "i % 4 ^ 1", _NUMBER),
@@ -64,16 +65,16 @@ OF_KERNEL = {
         "other lane": ("from + 8 * i + 2 * (tile_lane() % 4)", "from + 8 * i + 2 * (tile_lane() % 4) + 2"),
         "other column": (_TWO, _PAIR_UP.format("to[two ^ 2]", "to[(two ^ 2) + 1]")),
         "other row": (_TWO, _PAIR_UP.format("to[two + 1]", "to[two]")),
-        "other slab": ("Memory::kSlabBytes", "Memory::kSlabBytes / 2", "slabs_descriptor(stage, Memory::kSlabBytes)"),
+        "other slab": ("kWeightSlabBytes", "kWeightSlabBytes / 2", "slabs_descriptor(ring.stage(), kWeightSlabBytes)"),
     },
-    "video": OF_EACH
-    | {"other slab": ("Memory::kSlabBytes", "Memory::kSlabBytes / 2", "Memory::kTokenBytes, Memory::kSlabBytes)")},
+    "video": OF_EACH | {"other slab": ("kVideoSlabBytes", "kVideoSlabBytes / 2", "kVideoTokenBytes, kVideoSlabBytes)")},
 }
 
 
 def fault(kernel: str, name: str) -> Fault:
     before, after, *within = OF_KERNEL[kernel][name]
-    return Fault(FILES[kernel], before, after, FOUND.get(name, SHOWS), *within)
+    file = "tubelet_hopper_ring.cuh" if name in OF_RING else FILES[kernel]
+    return Fault(file, before, after, FOUND.get(name, SHOWS), *within)
 
 
 FAULTS = {(kernel, name): fault(kernel, name) for kernel, faults in OF_KERNEL.items() for name in faults}

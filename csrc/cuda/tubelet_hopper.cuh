@@ -19,10 +19,6 @@
 // as four lanes of a row read eight bytes of 16 that eight rows have side by side. The other half comes from the
 // first-level cache an instruction later. Runs of 14 bytes cost no more than others.
 //
-// Why one warpgroup goes ahead: it stores its tokens while the other still multiplies, and the other way round. The one
-// behind asks for the weight: of a stage that it has done with, the other has, too. A warp of its own for that would
-// cost registers: nvcc 13.0 gives a thread of 288 no more than one of 384, 168.
-//
 // No GPU has timed it. `python -m bench cuda_model` counts, for 8 clips of ViViT-B/16x2 in uint8 on 132 multiprocessors
 // at 1.7 GHz, 768 cycles a step of products, 720 of shared memory, 480 of instructions: at least 65 us. The
 // second-level cache has 0.62 GB to give meanwhile, of which 0.46 are the weight: 71 us at 8.7 TB/s, what Triton's
@@ -35,13 +31,11 @@
 #pragma once
 
 #include "tubelet_forward.cuh"
-#include "tubelet_hopper_verbs.cuh"
+#include "tubelet_hopper_ring.cuh"
 
 namespace vivit::cuda {
 
-constexpr int32_t kGatherGroups = 2, kGatherThreads = 128 * kGatherGroups;
 constexpr int32_t kGatherTile = 64 * kGatherGroups;  // tubelets
-constexpr int32_t kAhead = 2;                        // steps that the first warpgroup goes ahead
 constexpr int32_t kPairsOfStep = kStep / 2;
 
 struct HopperForwardParams {
@@ -49,7 +43,7 @@ struct HopperForwardParams {
     TensorMap weight;  // [E, pitch]; boxes of kColumns rows by 64 taps, zeros beyond both
     int32_t steps;     // an even number of them
     Divisor tiles_e;
-    int32_t tiles;
+    int32_t units;  // tiles
 };
 
 // Blocks that run at the same time share tubelets, as in tubelet_forward.
@@ -61,35 +55,24 @@ struct GatherTile {
         const int32_t row = p.tiles_e.quotient(number);
         first_m = row * kGatherTile, first_e = (number - row * p.tiles_e.by) * kColumns;
     }
+    VIVIT_DEVICE int32_t stages(const HopperForwardParams& p) const { return p.steps; }
+    VIVIT_DEVICE void copy(const HopperForwardParams& p, char* to, PhaseBarrier* full, int32_t step) const {
+        copy_box(to, p.weight, full, step * kStep, first_e);
+    }
 };
 
-// Shared memory: stages of the weight, barriers, and where every two taps lie in a tubelet.
-// `full`: the copy engine has brought it. `empty`: each warp that computes has multiplied with it.
+// Shared memory: a ring of the weight, and where every two taps lie in a tubelet.
 template <int kColumns>
-struct GatherMemory {
-    static constexpr int32_t kStageBytes = kColumns * kStep * 2;
-    static constexpr int32_t kStages = kColumns == 256 ? 5 : 6;
-    static constexpr int32_t kBarrierBytes = 16 * kStages;
+struct GatherMemory : RingMemory<kColumns == 256 ? 5 : 6, kColumns * kStep * 2> {
     static constexpr int32_t kBeyond = 2;  // steps that are looked up and of which no pixel is read
     static VIVIT_BOTH int64_t bytes(int64_t steps) {
-        return kStages * kStageBytes + kBarrierBytes + (steps + kBeyond) * kPairsOfStep * 4;
+        return GatherMemory::kRingBytes + (steps + kBeyond) * kPairsOfStep * 4;
     }
 
-    char* weight;
-    PhaseBarrier *full, *empty;
-    int32_t* places;  // [steps, 4 lanes, 8 pairs of taps]
+    int32_t* const places;  // [steps, 4 lanes, 8 pairs of taps]
 
-    VIVIT_DEVICE GatherMemory()
-        : weight(shared_memory()),
-          full(reinterpret_cast<PhaseBarrier*>(weight + kStages * kStageBytes)),
-          empty(full + kStages),
-          places(reinterpret_cast<int32_t*>(empty + kStages)) {}
+    VIVIT_DEVICE GatherMemory() : places(reinterpret_cast<int32_t*>(this->behind())) {}
 
-    // By one thread.
-    VIVIT_DEVICE void make_barriers() const {
-        for (int32_t i = 0; i < kStages; ++i) phase_init(full + i, 1), phase_init(empty + i, 4 * kGatherGroups);
-        phase_fence();
-    }
     // By all threads.
     VIVIT_DEVICE void write_table(const PixelPlaces& of, int32_t steps) const {
         const int32_t count = (steps + kBeyond) * kPairsOfStep;
@@ -101,44 +84,6 @@ struct GatherMemory {
             }
             write_places(places + i, four);
         }
-    }
-};
-
-// A stage, and the parity of the phase in which it is used this time round. Who fills it waits for the phase before,
-// which of a new barrier counts as over.
-template <int kStages>
-struct GatherRing {
-    int32_t stage = 0;
-    uint32_t parity = 0;
-
-    VIVIT_DEVICE void advance() {
-        if (++stage < kStages) return;
-        stage = 0, parity ^= 1;
-    }
-};
-
-// What one thread asks the copy engine for, in the order in which it is multiplied with.
-template <int kColumns>
-struct WeightCopies {
-    using Memory = GatherMemory<kColumns>;
-    const HopperForwardParams& p;
-    const Memory& memory;
-    int32_t number;
-    int32_t step = 0;
-    GatherRing<Memory::kStages> ring;
-
-    VIVIT_DEVICE WeightCopies(const HopperForwardParams& params, const Memory& shared)
-        : p(params), memory(shared), number(static_cast<int32_t>(blockIdx.x)) {}
-
-    VIVIT_DEVICE void next() {
-        if (number >= p.tiles) return;
-        phase_wait(memory.empty + ring.stage, ring.parity ^ 1);
-        phase_expect(memory.full + ring.stage, Memory::kStageBytes);
-        copy_box(memory.weight + ring.stage * Memory::kStageBytes, p.weight, memory.full + ring.stage, step * kStep,
-                 GatherTile<kColumns>(p, number).first_e);
-        ring.advance();
-        if (++step < p.steps) return;
-        step = 0, number += static_cast<int32_t>(gridDim.x);
     }
 };
 
@@ -237,38 +182,23 @@ template <class T, class Pixel, int kColumns>
 struct GatheredProducts {
     using Memory = GatherMemory<kColumns>;
     const HopperForwardParams& p;
-    const Memory& memory;
-    int32_t group, ahead;  // steps left before the other warpgroup may begin
-    bool copies;           // whether this thread asks for the weight
-    WeightCopies<kColumns> weights;
+    int32_t group;
+    GroupRing<GatherTile<kColumns>, HopperForwardParams, Memory> ring;
     GatheredPixels<T, Pixel> pixels;
-    GatherRing<Memory::kStages> ring;
     float sums[kColumns / 8][4];
 
     VIVIT_DEVICE GatheredProducts(const HopperForwardParams& params, const Memory& shared, int32_t of_group)
-        : p(params),
-          memory(shared),
-          group(of_group),
-          ahead(of_group == 0 ? kAhead : 0),
-          copies(threadIdx.x == 128),
-          weights(params, shared),
-          pixels(params.of, shared.places) {
-        if (copies) {
-            prefetch_map(p.weight);
-            for (int32_t i = 0; i < Memory::kStages; ++i) weights.next();
-        }
-        if (group > 0) named_wait(1, kGatherThreads);
-    }
+        : p(params), group(of_group), ring(params, shared, of_group), pixels(params.of, shared.places) {}
 
     VIVIT_DEVICE void begin(int32_t number) {
-        if (number >= p.tiles) return;
+        if (number >= p.units) return;
         pixels.begin(GatherTile<kColumns>(p, number).first_m + 64 * group);
         pixels.load(0);
     }
     // Products of `now`; meanwhile `next` becomes the numbers of the next step.
     VIVIT_DEVICE void multiply(StepNumbers& now, StepNumbers& next, int32_t step) {
-        phase_wait(memory.full + ring.stage, ring.parity);
-        const uint64_t weight = descriptor(memory.weight + ring.stage * Memory::kStageBytes);
+        ring.wait();
+        const uint64_t weight = descriptor(ring.stage());
         group_settle(now);
         group_begin();
 #pragma unroll
@@ -276,22 +206,13 @@ struct GatheredProducts {
             group_across_registers<T, kColumns>(sums, now[s], weight + 2 * s, step > 0 || s > 0);
         }
         group_commit();
-        if (ahead > 0) {
-            --ahead;
-            if (ahead == 0) named_arrive(1, kGatherThreads);
-        }
+        ring.let_other_begin();
         group_wait<1>();
         group_settle(next);
-        if (step > 0) release();
+        if (step > 0) ring.release_last();
         ring.advance();
         pixels.convert(next, step + 1);
         pixels.load(step + 2);
-    }
-    // Says, for a warp, that it is done with the last step's weight, and asks for more.
-    VIVIT_DEVICE void release() {
-        const int32_t last = ring.stage == 0 ? Memory::kStages - 1 : ring.stage - 1;
-        if (tile_lane() == 0) phase_arrive(memory.empty + last);
-        if (copies) weights.next();
     }
     // Of a tile whose first pixels are on their way.
     VIVIT_DEVICE void sum() {
@@ -306,7 +227,7 @@ struct GatheredProducts {
         }
         group_wait<0>();
         group_settle(sums), group_settle(odd);
-        release();
+        ring.release_last();
     }
     VIVIT_DEVICE void store(int32_t number) const {
         const GatherTile<kColumns> at(p, number);
@@ -327,7 +248,7 @@ __global__ void __launch_bounds__(kGatherThreads, 1)
     gathering_tubelet_forward(const __grid_constant__ HopperForwardParams p) {
 #if defined(VIVIT_HOPPER) || defined(VIVIT_SIM)
     const GatherMemory<kColumns> memory;
-    if (threadIdx.x == 0) memory.make_barriers();
+    if (threadIdx.x == 0) memory.make_barriers(), prefetch_map(p.weight);
     memory.write_table(p.of.places, p.steps);
     block_barrier();
     const int32_t group = same_in_warp(static_cast<int32_t>(threadIdx.x) / 128);
@@ -335,7 +256,7 @@ __global__ void __launch_bounds__(kGatherThreads, 1)
     const int32_t blocks = static_cast<int32_t>(gridDim.x);
     int32_t number = static_cast<int32_t>(blockIdx.x);
     products.begin(number);
-    for (; number < p.tiles; number += blocks) {
+    for (; number < p.units; number += blocks) {
         products.sum();
         products.begin(number + blocks);
         products.store(number);

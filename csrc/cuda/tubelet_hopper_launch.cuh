@@ -49,8 +49,8 @@ inline bool plan_hopper_forward(HopperForward& plan, const ForwardParams& p) {
     weight.box[0] = kStep, weight.box[1] = plan.columns;
     if (tiles > INT32_MAX / 2 || !make_tensor_map(plan.params.weight, weight)) return false;
     plan.params.of = p, plan.params.steps = static_cast<int32_t>(steps);
-    plan.params.tiles_e = Divisor(tiles_e), plan.params.tiles = static_cast<int32_t>(tiles);
-    plan.blocks = tiles < multiprocessors ? plan.params.tiles : multiprocessors;
+    plan.params.tiles_e = Divisor(tiles_e), plan.params.units = static_cast<int32_t>(tiles);
+    plan.blocks = tiles < multiprocessors ? plan.params.units : multiprocessors;
     return true;
 }
 

@@ -6,7 +6,7 @@
 //
 // Nothing is gathered on the way in, so that both operands come by copies and lie in shared memory, the weight the
 // other way round, which products of 16 bits take as it is. Pixels are written where they belong, as widely as they lie
-// side by side, by one warpgroup while the other multiplies: one goes ahead, as in tubelet_hopper.cuh.
+// side by side, by one warpgroup while the other multiplies: one goes ahead (tubelet_hopper_ring.cuh).
 //
 // No GPU has timed it. `python -m bench cuda_model` counts for a step 1024 cycles of products, and of shared memory as
 // many: 80 for each product of 64 tokens and 16 channels, 384 for what arrives. That is at least 65 us for 8 clips of
@@ -27,8 +27,14 @@ struct HopperVideoParams {
     TensorMap weight;  // [E, pitch]; boxes of 64 channels by 64 taps, zeros beyond
     int32_t steps;     // of 64 channels
     Divisor tiles_k;
-    int32_t tiles;
+    int32_t units;  // tiles
 };
+
+// Shared memory: a ring of both operands.
+constexpr int32_t kVideoTokenBytes = kVideoTokens * kSlabRowBytes;  // dout, [128 tokens, 64 channels]
+constexpr int32_t kVideoSlabBytes = kStep * kSlabRowBytes;          // of the weight, [64 channels, 64 taps]
+constexpr int32_t kVideoSlabs = kVideoTaps / kSlab;
+using VideoMemory = RingMemory<4, kVideoTokenBytes + kVideoSlabs * kVideoSlabBytes>;
 
 // Blocks that run at the same time share tokens.
 struct VideoTile {
@@ -38,113 +44,42 @@ struct VideoTile {
         const int32_t row = p.tiles_k.quotient(number);
         first = row * kVideoTokens, first_k = (number - row * p.tiles_k.by) * kVideoTaps;
     }
-};
-
-// Shared memory: stages of both operands, and barriers.
-struct VideoMemory {
-    static constexpr int32_t kTokenBytes = kVideoTokens * kSlabRowBytes;  // dout, [128 tokens, 64 channels]
-    static constexpr int32_t kSlabBytes = kStep * kSlabRowBytes;          // of the weight, [64 channels, 64 taps]
-    static constexpr int32_t kSlabs = kVideoTaps / kSlab, kStageBytes = kTokenBytes + kSlabs * kSlabBytes;
-    static constexpr int32_t kStages = 4;
-    static constexpr int32_t kBytes = kStages * (kStageBytes + 16);
-
-    char* stages;
-    PhaseBarrier *full, *empty;
-
-    VIVIT_DEVICE VideoMemory()
-        : stages(shared_memory()),
-          full(reinterpret_cast<PhaseBarrier*>(stages + kStages * kStageBytes)),
-          empty(full + kStages) {}
-
-    // By one thread.
-    VIVIT_DEVICE void make_barriers() const {
-        for (int32_t i = 0; i < kStages; ++i) phase_init(full + i, 1), phase_init(empty + i, 4 * kGatherGroups);
-        phase_fence();
-    }
-};
-
-// What one thread asks the copy engine for, in the order in which it is multiplied.
-struct VideoCopies {
-    using Memory = VideoMemory;
-    const HopperVideoParams& p;
-    const Memory& memory;
-    int32_t number;
-    int32_t step = 0;
-    GatherRing<Memory::kStages> ring;
-
-    VIVIT_DEVICE VideoCopies(const HopperVideoParams& params, const Memory& shared)
-        : p(params), memory(shared), number(static_cast<int32_t>(blockIdx.x)) {}
-
-    VIVIT_DEVICE void next() {
-        if (number >= p.tiles) return;
-        const VideoTile tile(p, number);
-        PhaseBarrier* const full = memory.full + ring.stage;
-        char* const stage = memory.stages + ring.stage * Memory::kStageBytes;
-        phase_wait(memory.empty + ring.stage, ring.parity ^ 1);
-        phase_expect(full, Memory::kStageBytes);
-        p.d_out.copy(stage, full, tile.first, kVideoTokens, step * kStep);
-        for (int32_t slab = 0; slab < Memory::kSlabs; ++slab) {
-            copy_box(stage + Memory::kTokenBytes + slab * Memory::kSlabBytes, p.weight, full,
-                     tile.first_k + slab * kSlab, step * kStep);
+    VIVIT_DEVICE int32_t stages(const HopperVideoParams& p) const { return p.steps; }
+    VIVIT_DEVICE void copy(const HopperVideoParams& p, char* to, PhaseBarrier* full, int32_t step) const {
+        p.d_out.copy(to, full, first, kVideoTokens, step * kStep);
+        for (int32_t slab = 0; slab < kVideoSlabs; ++slab) {
+            copy_box(to + kVideoTokenBytes + slab * kVideoSlabBytes, p.weight, full, first_k + slab * kSlab,
+                     step * kStep);
         }
-        ring.advance();
-        if (++step < p.steps) return;
-        step = 0, number += static_cast<int32_t>(gridDim.x);
     }
 };
 
 // 64 tokens of a tile on their way over the channels.
 template <class T>
 struct VideoProducts {
-    using Memory = VideoMemory;
     const HopperVideoParams& p;
-    const Memory& memory;
-    int32_t group, ahead;  // steps left before the other warpgroup may begin
-    bool copies;           // whether this thread asks for operands
-    VideoCopies operands;
-    GatherRing<Memory::kStages> ring;
+    int32_t group;
+    GroupRing<VideoTile, HopperVideoParams, VideoMemory> ring;
     float sums[kVideoTaps / 8][4];
 
-    VIVIT_DEVICE VideoProducts(const HopperVideoParams& params, const Memory& shared, int32_t of_group)
-        : p(params),
-          memory(shared),
-          group(of_group),
-          ahead(of_group == 0 ? kAhead : 0),
-          copies(threadIdx.x == 128),
-          operands(params, shared) {
-        if (copies) {
-            prefetch_map(p.d_out.map), prefetch_map(p.weight);
-            for (int32_t i = 0; i < Memory::kStages; ++i) operands.next();
-        }
-        if (group > 0) named_wait(1, kGatherThreads);
-    }
+    VIVIT_DEVICE VideoProducts(const HopperVideoParams& params, const VideoMemory& shared, int32_t of_group)
+        : p(params), group(of_group), ring(params, shared, of_group) {}
 
     VIVIT_DEVICE void multiply(int32_t step) {
-        phase_wait(memory.full + ring.stage, ring.parity);
-        const char* const stage = memory.stages + ring.stage * Memory::kStageBytes;
-        const uint64_t tokens = descriptor(stage + group * (64 * kSlabRowBytes));
-        const uint64_t weight = slabs_descriptor(stage + Memory::kTokenBytes, Memory::kSlabBytes);
+        ring.wait();
+        const uint64_t tokens = descriptor(ring.stage() + group * (64 * kSlabRowBytes));
+        const uint64_t weight = slabs_descriptor(ring.stage() + kVideoTokenBytes, kVideoSlabBytes);
         group_begin();
 #pragma unroll
-        for (int s = 0; s < kStep / 16;
-             ++s) {  // 16 channels further, 32 bytes in rows of tokens, 16 rows of the weight
+        for (int s = 0; s < kStep / 16; ++s) {  // 16 channels, 32 bytes in rows of tokens, 16 rows of the weight
             group_along_shared<T, kVideoTaps>(sums, tokens + 2 * s, weight + s * (16 * kSlabRowBytes >> 4),
                                               step > 0 || s > 0);
         }
         group_commit();
-        if (ahead > 0) {
-            --ahead;
-            if (ahead == 0) named_arrive(1, kGatherThreads);
-        }
+        ring.let_other_begin();
         group_wait<1>();
-        if (step > 0) release();
+        if (step > 0) ring.release_last();
         ring.advance();
-    }
-    // Says, for a warp, that it is done with the last stage, and asks for more.
-    VIVIT_DEVICE void release() {
-        const int32_t last = ring.stage == 0 ? Memory::kStages - 1 : ring.stage - 1;
-        if (tile_lane() == 0) phase_arrive(memory.empty + last);
-        if (copies) operands.next();
     }
     VIVIT_DEVICE void sum() {
         group_settle(sums);
@@ -152,7 +87,7 @@ struct VideoProducts {
         for (int32_t step = 0; step < p.steps; ++step) multiply(step);
         group_wait<0>();
         group_settle(sums);
-        release();
+        ring.release_last();
     }
     VIVIT_DEVICE void store(int32_t number) const {
         const VideoTile tile(p, number);
@@ -183,11 +118,11 @@ __global__ void __launch_bounds__(kGatherThreads, 1)
     scattering_video_gradient(const __grid_constant__ HopperVideoParams p) {
 #if defined(VIVIT_HOPPER) || defined(VIVIT_SIM)
     const VideoMemory memory;
-    if (threadIdx.x == 0) memory.make_barriers();
+    if (threadIdx.x == 0) memory.make_barriers(), prefetch_map(p.d_out.map), prefetch_map(p.weight);
     block_barrier();
     const int32_t group = same_in_warp(static_cast<int32_t>(threadIdx.x) / 128);
     VideoProducts<T> products(p, memory, group);
-    for (int32_t number = static_cast<int32_t>(blockIdx.x); number < p.tiles;
+    for (int32_t number = static_cast<int32_t>(blockIdx.x); number < p.units;
          number += static_cast<int32_t>(gridDim.x)) {
         products.sum();
         products.store(number);
@@ -204,7 +139,8 @@ struct HopperVideo {
 
 // False where the kernel of sm_80 runs the call: GPUs other than sm_90, fewer channels than two steps.
 inline bool plan_hopper_video(HopperVideo& plan, const VideoGradientParams& p) {
-    if (!has_hopper_kernels() || p.d_out.width < 2 * kStep || VideoMemory::kBytes > most_shared_bytes()) return false;
+    if (!has_hopper_kernels() || p.d_out.width < 2 * kStep || VideoMemory::kRingBytes > most_shared_bytes())
+        return false;
     const int64_t tokens = plan_boxes(plan.params.d_out, p.d_out, p.places.tubelets, kVideoTokens);
     const int64_t tiles_k = (int64_t{p.places.taps} + kVideoTaps - 1) / kVideoTaps;
     const int64_t tiles = (tokens + kVideoTokens - 1) / kVideoTokens * tiles_k;
@@ -214,15 +150,16 @@ inline bool plan_hopper_video(HopperVideo& plan, const VideoGradientParams& p) {
     weight.box[0] = kSlab, weight.box[1] = kStep;
     if (tokens == 0 || tiles > INT32_MAX / 2 || !make_tensor_map(plan.params.weight, weight)) return false;
     plan.params.of = p, plan.params.steps = (p.d_out.width + kStep - 1) / kStep;
-    plan.params.tiles_k = Divisor(static_cast<int32_t>(tiles_k)), plan.params.tiles = static_cast<int32_t>(tiles);
+    plan.params.tiles_k = Divisor(static_cast<int32_t>(tiles_k)), plan.params.units = static_cast<int32_t>(tiles);
     const int32_t multiprocessors = current_multiprocessors();
-    plan.blocks = tiles < multiprocessors ? plan.params.tiles : multiprocessors;
+    plan.blocks = tiles < multiprocessors ? plan.params.units : multiprocessors;
     return true;
 }
 
 template <class T>
 int launch_hopper_video(const HopperVideo& plan, void* stream) {
-    return launch(scattering_video_gradient<T>, plan.blocks, kGatherThreads, VideoMemory::kBytes, stream, plan.params);
+    return launch(scattering_video_gradient<T>, plan.blocks, kGatherThreads, VideoMemory::kRingBytes, stream,
+                  plan.params);
 }
 
 }  // namespace vivit::cuda

@@ -38,6 +38,7 @@ namespace vivit::cuda {
 
 constexpr int32_t kWeightChannels = 128, kWeightTaps = 128 * kGatherGroups;  // of a tile
 constexpr int32_t kWeightStep = 32, kStepPair = 2 * kWeightStep;             // tokens
+constexpr int32_t kWeightSlabBytes = kStepPair * kSlabRowBytes;              // of dout, [64 tokens, 64 channels]
 
 struct HopperWeightsParams {
     WeightGradientParams of;
@@ -57,64 +58,28 @@ struct WeightUnit {
         first_k = (tile - row * p.tiles_k.by) * kWeightTaps, first_e = row * kWeightChannels;
         first_pair = part * p.pairs + min(part, p.more), pairs = p.pairs + (part < p.more ? 1 : 0);
     }
+    VIVIT_DEVICE int32_t stages(const HopperWeightsParams&) const { return pairs; }
+    VIVIT_DEVICE void copy(const HopperWeightsParams& p, char* to, PhaseBarrier* full, int32_t pair) const {
+        for (int32_t slab = 0; slab < 2; ++slab) {
+            p.d_out.copy(to + slab * kWeightSlabBytes, full, (first_pair + pair) * kStepPair, kStepPair,
+                         first_e + slab * kSlab);
+        }
+    }
     // Of four.
     VIVIT_DEVICE int32_t first_tap_of_lane() const {
         return first_k + static_cast<int32_t>(threadIdx.x) / 32 * 32 + tile_lane() / 4 * 4;
     }
 };
 
-// Shared memory: stages of dout, barriers, where tubelets begin.
-struct WeightMemory {
-    static constexpr int32_t kSlabBytes = kStepPair * kSlabRowBytes, kStageBytes = 2 * kSlabBytes;
-    static constexpr int32_t kStages = 8;
+// Shared memory: a ring of dout, [2 slabs, 64 tokens, 64 channels], and where tubelets begin.
+struct WeightMemory : RingMemory<8, 2 * kWeightSlabBytes> {
     static constexpr int32_t kBeginsOfWarp = 2 * kStepPair;
-    static constexpr int32_t kBytes = kStages * (kStageBytes + 16) + kGatherThreads / 32 * kBeginsOfWarp * 8;
+    static constexpr int32_t kBytes = kRingBytes + kGatherThreads / 32 * kBeginsOfWarp * 8;
 
-    char* d_out;  // [kStages, 2 slabs, 64 tokens, 64 channels]
-    PhaseBarrier *full, *empty;
-    int64_t* begins;  // of the warp
+    int64_t* const begins;  // of the warp
 
     VIVIT_DEVICE WeightMemory()
-        : d_out(shared_memory()),
-          full(reinterpret_cast<PhaseBarrier*>(d_out + kStages * kStageBytes)),
-          empty(full + kStages),
-          begins(reinterpret_cast<int64_t*>(empty + kStages) + static_cast<int32_t>(threadIdx.x) / 32 * kBeginsOfWarp) {
-    }
-
-    // By one thread.
-    VIVIT_DEVICE void make_barriers() const {
-        for (int32_t i = 0; i < kStages; ++i) phase_init(full + i, 1), phase_init(empty + i, 4 * kGatherGroups);
-        phase_fence();
-    }
-};
-
-// What one thread asks the copy engine for, in the order in which it is multiplied with.
-struct GradientCopies {
-    using Memory = WeightMemory;
-    const HopperWeightsParams& p;
-    const Memory& memory;
-    int32_t number;
-    int32_t pair = 0;
-    GatherRing<Memory::kStages> ring;
-
-    VIVIT_DEVICE GradientCopies(const HopperWeightsParams& params, const Memory& shared)
-        : p(params), memory(shared), number(static_cast<int32_t>(blockIdx.x)) {}
-
-    VIVIT_DEVICE void next() {
-        if (number >= p.units) return;
-        const WeightUnit unit(p, number);
-        PhaseBarrier* const full = memory.full + ring.stage;
-        char* const stage = memory.d_out + ring.stage * Memory::kStageBytes;
-        phase_wait(memory.empty + ring.stage, ring.parity ^ 1);
-        phase_expect(full, Memory::kStageBytes);
-        for (int32_t slab = 0; slab < 2; ++slab) {
-            p.d_out.copy(stage + slab * Memory::kSlabBytes, full, (unit.first_pair + pair) * kStepPair, kStepPair,
-                         unit.first_e + slab * kSlab);
-        }
-        ring.advance();
-        if (++pair < unit.pairs) return;
-        pair = 0, number += static_cast<int32_t>(gridDim.x);
-    }
+        : begins(reinterpret_cast<int64_t*>(behind()) + static_cast<int32_t>(threadIdx.x) / 32 * kBeginsOfWarp) {}
 };
 
 // A lane 4 g + t of warp w of the block has of 16 tokens 2 t, 2 t + 1, 2 t + 8 and 2 t + 9, of a tile's taps
@@ -227,31 +192,14 @@ struct PixelsOfTaps {
 // 128 taps of a tile on their way over the tokens.
 template <class T, class Pixel>
 struct WeightProducts {
-    using Memory = WeightMemory;
     static constexpr uint64_t kNextTokens = 16 * kSlabRowBytes >> 4;  // of a product, in a descriptor
     const HopperWeightsParams& p;
-    const Memory& memory;
-    int32_t group, ahead;  // steps left before the other warpgroup may begin
-    bool copies;           // whether this thread asks for dout
-    GradientCopies gradients;
+    GroupRing<WeightUnit, HopperWeightsParams, WeightMemory> ring;
     PixelsOfTaps<T, Pixel> pixels;
-    GatherRing<Memory::kStages> ring;
     float sums[2][kWeightChannels / 8][4];  // of a pair of every four taps each
 
-    VIVIT_DEVICE WeightProducts(const HopperWeightsParams& params, const Memory& shared, int32_t of_group)
-        : p(params),
-          memory(shared),
-          group(of_group),
-          ahead(of_group == 0 ? kAhead : 0),
-          copies(threadIdx.x == 128),
-          gradients(params, shared),
-          pixels(params, shared) {
-        if (copies) {
-            prefetch_map(p.d_out.map);
-            for (int32_t i = 0; i < Memory::kStages; ++i) gradients.next();
-        }
-        if (group > 0) named_wait(1, kGatherThreads);
-    }
+    VIVIT_DEVICE WeightProducts(const HopperWeightsParams& params, const WeightMemory& shared, int32_t group)
+        : p(params), ring(params, shared, group), pixels(params, shared) {}
 
     VIVIT_DEVICE void begin(int32_t number) {
         if (number < p.units) pixels.begin(WeightUnit(p, number));
@@ -260,9 +208,8 @@ struct WeightProducts {
     template <bool kOdd>
     VIVIT_DEVICE void multiply(StepNumbers& now, StepNumbers& next, int32_t step) {
         constexpr int kSets = PixelsOfTaps<T, Pixel>::kSets;
-        if constexpr (!kOdd) phase_wait(memory.full + ring.stage, ring.parity);
-        const char* const stage = memory.d_out + ring.stage * Memory::kStageBytes;
-        const uint64_t d_out = slabs_descriptor(stage, Memory::kSlabBytes) + (kOdd ? 2 * kNextTokens : 0);
+        if constexpr (!kOdd) ring.wait();
+        const uint64_t d_out = slabs_descriptor(ring.stage(), kWeightSlabBytes) + (kOdd ? 2 * kNextTokens : 0);
         group_settle(now);
         group_begin();
 #pragma unroll
@@ -271,25 +218,16 @@ struct WeightProducts {
                                                       step > 0 || i / 2 > 0);
         }
         group_commit();
-        if (ahead > 0) {
-            --ahead;
-            if (ahead == 0) named_arrive(1, kGatherThreads);
-        }
+        ring.let_other_begin();
         group_wait<1>();
         group_settle(next);
         if constexpr (kOdd) {
             ring.advance();
         } else if (step > 0) {
-            release();
+            ring.release_last();
         }
         pixels.template convert<!kOdd>(next);
         pixels.template load<(kOdd + 1 + kSets) % 2 == 1>(step + 1 + kSets);
-    }
-    // Says, for a warp, that it is done with the last stage of dout, and asks for more.
-    VIVIT_DEVICE void release() {
-        const int32_t last = ring.stage == 0 ? Memory::kStages - 1 : ring.stage - 1;
-        if (tile_lane() == 0) phase_arrive(memory.empty + last);
-        if (copies) gradients.next();
     }
     // Of a unit whose first pixels are on their way.
     VIVIT_DEVICE void sum(int32_t steps) {
@@ -305,7 +243,7 @@ struct WeightProducts {
         }
         group_wait<0>();
         group_settle(sums[0]), group_settle(sums[1]), group_settle(odd);
-        release();
+        ring.release_last();
     }
     VIVIT_DEVICE void store(const WeightUnit& unit) const {
         const int32_t k = unit.first_tap_of_lane(), E = p.of.d_out.width;
@@ -329,7 +267,7 @@ __global__ void __launch_bounds__(kGatherThreads, 1)
     gathering_weight_gradient(const __grid_constant__ HopperWeightsParams p) {
 #if defined(VIVIT_HOPPER) || defined(VIVIT_SIM)
     const WeightMemory memory;
-    if (threadIdx.x == 0) memory.make_barriers();
+    if (threadIdx.x == 0) memory.make_barriers(), prefetch_map(p.d_out.map);
     block_barrier();
     const int32_t group = same_in_warp(static_cast<int32_t>(threadIdx.x) / 128);
     WeightProducts<T, Pixel> products(p, memory, group);

@@ -19,7 +19,7 @@ inline bool plan_hopper_weights(HopperWeights& plan, const WeightGradientParams&
     const int64_t tiles_e = (int64_t{p.d_out.width} + kWeightChannels - 1) / kWeightChannels;
     const int64_t units = tiles_k * tiles_e * splits;
     if (units > INT32_MAX / 2 || WeightMemory::kBytes > most_shared_bytes()) return false;
-    // two pairs of steps are looked up beyond the last
+    // three pairs of steps are looked up beyond the last
     const int64_t tokens = plan_boxes(plan.params.d_out, p.d_out, places.tubelets, 3 * kStepPair);
     if (tokens == 0) return false;
     const int64_t pairs = (tokens + kStepPair - 1) / kStepPair;
