@@ -129,17 +129,35 @@ def test_without_gradients(family):
         assert judge(output(model, given), exact, eager).ok
 
 
-def test_a_context_of_one_token_costs_a_row_for_each_clip():
+def test_a_context_of_one_token_costs_a_row_for_each_clip(monkeypatch):
     model, given, rows = make("svd"), inputs("svd"), []
     accelerate(model)
     attention = model.mid_block.attentions[0].temporal_transformer_blocks[0].attn2
-    attention.to_q.register_forward_hook(lambda *_: rows.append("queries"))
-    attention.to_out[0].register_forward_hook(lambda *args: rows.append(args[1][0].shape[:2].numel()))
+    weights, real = {id(attention.to_q.weight): "queries", id(attention.to_out[0].weight): "out"}, nn.functional.linear
+
+    def spy(x, weight, bias=None):
+        if id(weight) in weights:
+            rows.append((weights[id(weight)], x.shape[:-1].numel()))
+        return real(x, weight, bias)
+
+    monkeypatch.setattr(nn.functional, "linear", spy)
     with torch.no_grad():
         output(model, given)
-    assert rows == [2]
+    assert rows == [("out", 2)]
     output(model, given)
-    assert rows[1] == "queries" and rows[2] > 2
+    assert [name for name, _ in rows[1:]] == ["queries", "out"] and rows[2][1] > 2
+
+
+@pytest.mark.parametrize("name", ["to_q", "to_k", "to_out.0"])
+def test_a_hook_of_a_projection_for_one_token_is_called(name):
+    model, given, shapes = make("svd"), inputs("svd"), []
+    accelerate(model)
+    attention = model.mid_block.attentions[0].temporal_transformer_blocks[0].attn2
+    attention.get_submodule(name).register_forward_hook(lambda *args: shapes.append(args[2].shape))
+    with torch.no_grad():
+        output(model, given)
+    output(model, given)
+    assert len(shapes) == 2 and shapes[0] == shapes[1]
 
 
 @full_grid("latte", "animatediff")

@@ -63,7 +63,7 @@ class OurAttention(Mixin):
             or not (is_single or _is_faster(self, hidden_states, keys))
         ):
             return super().forward(hidden_states, context, attention_mask, **cross_attention_kwargs)
-        if is_single and context is not None:
+        if is_single and context is not None and all(map(is_bare, list(self.modules())[1:])):
             return self._of_one_key(hidden_states, context)
         o = _attend(frames, *self._heads(hidden_states, context))
         return self.to_out[1](self.to_out[0](o.flatten(-2)))
