@@ -130,7 +130,7 @@ def test_the_function_asks_for_the_call_as_it_is(monkeypatch):
         assert not pays(x, *parameters)
         assert pays(*(t.bfloat16() for t in (x, *parameters)))
     assert not torch.func.vmap(lambda one: torch.tensor(pays(one, *parameters)))(x[None]).any()
-    with pytest.raises(ValueError, match=r"x \(2, 12, 32\) must be \[B, T, S, E\]"):
+    with pytest.raises(ValueError, match=r"x \(2, 12, 32\) torch.float32 must be \[B, T, S, E\]"):
         pays(x.flatten(1, 2), *parameters)
 
 

@@ -25,6 +25,7 @@ class Call:
     keys: int | None = None  # tokens of k and v, of an op where they may be others than those of q
     isa: str = ""  # of a CPU: of its kernels (_native.call_isa); "" without kernels, or on another device
     channels: int | None = None  # of a token, of an op whose shape does not say it
+    beyond_kernels: bool = False  # within forward-mode AD, or of a second derivative (_transforms.py)
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -42,6 +43,10 @@ class Refusal:
 
 
 Predicate = Callable[[Call], "list[Refusal]"]
+_NO_RULES = Refusal(
+    "kernels have no forward-mode and no second derivatives",
+    "leave backend out, or use backend='torch': plain PyTorch within torch.func and forward-mode AD",
+)
 
 
 def traced() -> bool:
@@ -88,7 +93,7 @@ def choose(
         raise unknown(call.op, backend)
     candidates = (backend,) if backend is not None else _environment.allowed_backends(order)
     for name in candidates:
-        if name in support and not support[name](call):
+        if name in support and not _reasons(call, support, name):
             return name
     raise NotImplementedError(complaint(call, refusals(call, support, candidates), backend))
 
@@ -99,7 +104,12 @@ def unknown(op: str, backend: str) -> ValueError:
 
 def refusals(call: Call, support: Mapping[str, Predicate], candidates: tuple[str, ...]) -> dict[str, list[Refusal]]:
     """Every candidate's refusals of the call, in order; an empty list means that it runs."""
-    return {name: support[name](call) if name in support else [_absent(call.op, name)] for name in candidates}
+    return {name: _reasons(call, support, name) if name in support else [_absent(call.op, name)] for name in candidates}
+
+
+def _reasons(call: Call, support: Mapping[str, Predicate], name: str) -> list[Refusal]:
+    found = support[name](call)
+    return [*found, _NO_RULES] if call.beyond_kernels and name != "torch" else found
 
 
 def _absent(op: str, backend: str) -> Refusal:

@@ -1,7 +1,8 @@
 """The ops within torch.func's transformations and forward-mode AD, for which torch.library has no rules: left to it, a
 jvp is zero without a word, and grad is an error that names no op.
 
-Here grad, vjp and jacrev work, vmap runs one call after another, and a forward-mode derivative is refused.
+Here grad, vjp and jacrev run the kernels, vmap one call after another. Forward-mode and second derivatives are those
+of the op's definition in plain PyTorch, which has its N x N matrix.
 """
 
 from __future__ import annotations
@@ -20,6 +21,13 @@ def active() -> bool:
     if torch.compiler.is_compiling():
         return False
     return functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+def beyond_kernels() -> bool:
+    """Within forward-mode AD, or two of torch.func's gradients: whose derivatives only plain PyTorch has."""
+    if not active():
+        return False
+    return forward_ad._current_level >= 0 or _levels().count("Grad") > 1
 
 
 def asks_for_rules() -> bool:
@@ -46,8 +54,8 @@ def check_graph(op: str) -> None:
 
 def _forward_mode(op: str) -> NotImplementedError:
     return NotImplementedError(
-        f"{op}: forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad) are not implemented; "
-        "use torch.func.vjp or grad, or plain PyTorch where they are needed"
+        f"{op}: forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad) are not traced into a graph; "
+        "use torch.func.vjp or grad, or leave them out of torch.compile"
     )
 
 

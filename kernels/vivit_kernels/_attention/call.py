@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _dispatch, _native, _transforms
 from .._triton import arch_of
 from .options import Options
-from .registration import run
+from .registration import run, unpack
 
 Order = Callable[[_dispatch.Call], "tuple[str, ...]"]
 
@@ -38,12 +38,14 @@ def call(
     shape: tuple,
     tensors: tuple[Tensor, Tensor | None, Tensor | None],
     options: Options,
+    definition: Callable[[Tensor, Tensor, Tensor], Tensor],
     temporal_heads: int | None = None,
     keys: int | None = None,
 ) -> Tensor:
     """Chooses a backend for q of `shape`, runs `vivit_kernels::<op>_fwd`; tensors: q, k, v, or packed q, None, None.
 
-    order: in which backends are tried, from the facts of the call. temporal_heads, keys: as in _dispatch.Call.
+    order: in which backends are tried, from the facts of the call. definition: of q, k, v, in plain PyTorch, where no
+    kernel has the derivative that is asked for. temporal_heads, keys: as in _dispatch.Call.
     """
     q = tensors[0]
     needs_grad = torch.is_grad_enabled() and (
@@ -54,8 +56,13 @@ def call(
     arch = _arch(q.device.index) if device == "cuda" else 0
     isa = _native.call_isa(device)
     uses = _uses(options)
-    facts = _dispatch.Call(op, shape, q.dtype, device, needs_grad, uses, arch, temporal_heads, keys, isa)
+    facts = _dispatch.Call(
+        op, shape, q.dtype, device, needs_grad, uses, arch, temporal_heads, keys, isa,
+        beyond_kernels=_transforms.beyond_kernels(),
+    )  # fmt: skip
     chosen = _dispatch.choose(facts, support, backend, order(facts))
+    if facts.beyond_kernels:
+        return definition(*unpack(*tensors))
     scale, softcap, dropout_p, mask, seed, cos, sin = options
     arguments = *tensors, mask, seed, cos, sin, temporal_heads or 0, scale, softcap, dropout_p, chosen, needs_grad
     return run(op, arguments, needs_grad)

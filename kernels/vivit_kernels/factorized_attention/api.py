@@ -7,6 +7,7 @@ from torch import Tensor
 from .._attention.call import call
 from .._attention.options import Rotary, autocast, check_options, check_qkv
 from . import op  # noqa: F401  registers torch.ops.vivit_kernels.factorized_attention_fwd
+from .reference import factorized_attention as defined
 from .support import SUPPORT, decide, order  # noqa: F401  decide: for explain()
 
 
@@ -39,8 +40,8 @@ def factorized_attention(
     scale, dropout_p, seed, softcap, backend: as for `joint_attention`.
 
     Returns `[B, T, S, H, D]`, contiguous, in q's dtype. Raises ValueError for shapes, dtypes or options that do not
-    fit, NotImplementedError, with every reason, when no backend can run the call, or a second or
-    forward-mode derivative is asked for.
+    fit, NotImplementedError, with every reason, when no backend can run the call, or a second derivative is
+    asked for outside of torch.func.
     Source: ViViT (arXiv 2103.15691) section 3.3, models 2, 3 (equations 4 to 6) and 4 (equation 7; there the spatial
     heads come first, in the published code the temporal ones, as here).
 
@@ -63,8 +64,12 @@ def factorized_attention(
         "factorized_attention", q_view, T * S, (T, S),
         scale=scale, key_mask=key_mask, dropout_p=dropout_p, seed=seed, rotary=rotary, softcap=softcap,
     )  # fmt: skip
+
+    def definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return defined(q, k, v, temporal_heads, options).contiguous()
+
     shape = tuple(q_view.shape)
-    return call("factorized_attention", SUPPORT, order, backend, shape, (q, k, v), options, temporal_heads)
+    return call("factorized_attention", SUPPORT, order, backend, shape, (q, k, v), options, definition, temporal_heads)
 
 
 def spatial_attention(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, **options) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 from .._attention.call import call
 from .._attention.options import Rotary, autocast, check_options, check_qkv
 from . import op  # noqa: F401  registers torch.ops.vivit_kernels.joint_attention_fwd
+from .reference import joint_attention as defined
 from .support import SUPPORT, decide, order  # noqa: F401  decide: for explain()
 
 
@@ -45,8 +46,8 @@ def joint_attention(
         Under autocast the inputs take autocast's dtype.
 
     Returns `[B, N_q, H, D]`, contiguous, in q's dtype. Raises ValueError for shapes, dtypes or options that do not fit,
-    NotImplementedError, with every reason, when no backend can run the call, or a second or
-    forward-mode derivative is asked for.
+    NotImplementedError, with every reason, when no backend can run the call, or a second derivative is
+    asked for outside of torch.func.
     Source: Vaswani et al. 2017; ViViT (arXiv 2103.15691) section 3.3, model 1; RoFormer (2104.09864) for rotary.
 
         o = joint_attention(qkv.view(B, N, 3, H, D))
@@ -58,4 +59,9 @@ def joint_attention(
         "joint_attention", q_view, N, (N,), key_grid=(N_k,),
         scale=scale, key_mask=key_mask, dropout_p=dropout_p, seed=seed, rotary=rotary, softcap=softcap,
     )  # fmt: skip
-    return call("joint_attention", SUPPORT, order, backend, tuple(q_view.shape), (q, k, v), options, keys=N_k)
+
+    def definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return defined(q, k, v, options)
+
+    shape = tuple(q_view.shape)
+    return call("joint_attention", SUPPORT, order, backend, shape, (q, k, v), options, definition, keys=N_k)

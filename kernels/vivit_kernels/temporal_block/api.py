@@ -10,6 +10,7 @@ from .._attention.options import autocast
 from .._attention.registration import plain
 from .._triton import arch_of
 from . import op
+from .reference import temporal_block as defined
 from .support import SUPPORT, decide, obstacle, order  # noqa: F401  decide: for explain()
 
 
@@ -39,8 +40,8 @@ def temporal_block(
         which calls, `explain` why. That is computed: no GPU has run or timed the kernel.
 
     Returns `[B, T, S, E]`, contiguous, in x's dtype. Raises ValueError for shapes or dtypes that do not fit,
-    NotImplementedError, with every reason, when no backend can run the call, or a second or
-    forward-mode derivative is asked for.
+    NotImplementedError, with every reason, when no backend can run the call, or a second derivative is
+    asked for outside of torch.func.
     Source: ViViT (arXiv 2103.15691) section 3.3, model 3, equation 5.
 
         o = temporal_block(x, norm.weight, norm.bias, qkv.weight, qkv.bias, heads=12, eps=norm.eps)
@@ -52,7 +53,8 @@ def temporal_block(
         raise ValueError(f"temporal_block: eps={eps} must be finite, and not negative")
     call = _call((x, norm_weight, norm_bias, weight, bias), heads)
     chosen = _dispatch.choose(call, SUPPORT, backend, order(call))
-    return op.run(x, norm_weight, norm_bias, weight, bias, heads, eps, chosen)
+    arguments = x, norm_weight, norm_bias, weight, bias, heads, eps
+    return defined(*arguments) if call.beyond_kernels else op.run(*arguments, chosen)
 
 
 def temporal_block_pays(
@@ -101,7 +103,10 @@ def _call(tensors: tuple[Tensor, ...], heads: int) -> _dispatch.Call:
     needs_grad = torch.is_grad_enabled() and (any(t.requires_grad for t in tensors) or _transforms.active())
     device, (B, T, S, E) = x.device.type, x.shape
     arch = arch_of(x.device) if device == "cuda" else 0
-    return _dispatch.Call("temporal_block", (B, T, S, heads, E // heads), x.dtype, device, needs_grad, arch=arch)
+    return _dispatch.Call(
+        "temporal_block", (B, T, S, heads, E // heads), x.dtype, device, needs_grad, arch=arch,
+        beyond_kernels=_transforms.beyond_kernels(),
+    )  # fmt: skip
 
 
 def _three(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:

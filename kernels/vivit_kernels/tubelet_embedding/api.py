@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _dispatch, _native, _transforms
 from .._attention.call import _arch
 from . import op
+from .reference import tubelet_embedding as defined
 from .support import SUPPORT, decide, order  # noqa: F401  decide: for explain()
 
 Normalisation = float | Sequence[float] | None
@@ -55,8 +56,8 @@ def tubelet_embedding(
 
     Returns tokens in the weight's dtype (autocast's under autocast), contiguous. Differentiable in everything but
     uint8 video; backward keeps the video as it came and nothing else. Raises ValueError for shapes, dtypes or options
-    that do not fit, NotImplementedError when no backend can run the call, or a second or
-    forward-mode derivative is asked for.
+    that do not fit, NotImplementedError when no backend can run the call, or a second derivative is
+    asked for outside of torch.func.
     Source: ViViT (arXiv 2103.15691) section 3.2, tubelet embedding.
 
         tokens = tubelet_embedding(clip_uint8, weight, bias, position, class_token)
@@ -77,10 +78,11 @@ def tubelet_embedding(
     arch = _arch(video.device.index) if device == "cuda" else 0
     call = _dispatch.Call(
         "tubelet_embedding", tuple(video.shape), weight.dtype, device, needs_grad, arch=arch, isa=isa,
-        channels=weight.shape[0],
+        channels=weight.shape[0], beyond_kernels=_transforms.beyond_kernels(),
     )  # fmt: skip
     chosen = _dispatch.choose(call, SUPPORT, backend, order(call))
-    return op.run(video, *parameters, class_token_per == "frame", scale, shift, chosen)
+    arguments = video, *parameters, class_token_per == "frame", scale, shift
+    return defined(*arguments) if call.beyond_kernels else op.run(*arguments, chosen)
 
 
 def _check_video(video: Tensor, layout: str) -> Tensor:
