@@ -147,36 +147,30 @@ def test_every_byte_is_exact(dtype, x, pitch, simulate):
     assert torch.equal(gradient.view(E, taps).long(), expected.expand(E, taps))
 
 
-def check_numbers_picked(dtype, x, device, backend=None):
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("x", [16, 14])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_numbers_are_picked_exactly(device, x, dtype, simulate, request):
     """Weights, or gradients of tokens, are ones and zeros: every number of a result is one of the other factor's, or a
-    sum of two, exactly. What a layout mixes up shows by which one came instead."""
+    sum of two, exactly. What a layout mixes up shows by which one came instead: the first to run on a new GPU."""
+    simulate(2) if device == "cpu" else request.getfixturevalue("cuda_library")
     E, M, taps = 264, 144, x * x  # more than a tile of tubelets, of channels
     video = torch.randint(0, 256, (2, 1, 1, 9 * x, 8 * x), dtype=torch.uint8, device=device)
     pixels = video.view(2, 9, x, 8, x).transpose(2, 3).reshape(M, taps).long() - 128
     e = torch.arange(E, device=device)
     tap, token = e * 37 % taps, e * 5 % M
-    weight = torch.zeros(E, taps, dtype=dtype, device=device)
-    weight[e, tap] = 1
+    weight, dout = (torch.zeros(n, m, dtype=dtype, device=device) for n, m in ((E, taps), (M, E)))
+    weight[e, tap], dout[token, e] = 1, 1
     kernel = weight.view(E, 1, 1, x, x).requires_grad_()
-    tokens = tubelet_embedding(video, kernel, mean=128 / 255, std=1 / 255, backend=backend)
+    tokens = tubelet_embedding(video, kernel, mean=128 / 255, std=1 / 255, backend="cuda")
     assert torch.equal(tokens.view(M, E).long(), pixels[:, tap])
-    dout = torch.zeros(M, E, dtype=dtype, device=device)
-    dout[token, e] = 1
     (dweight,) = torch.autograd.grad(tokens, kernel, dout.view_as(tokens))
     assert torch.equal(dweight.view(E, taps).long(), pixels[token])
-    clip = video.to(dtype).requires_grad_()
-    dout = torch.randint(-9, 10, (M, E), device=device)
-    tokens = tubelet_embedding(clip, kernel, backend=backend)
+    clip, dout = video.to(dtype).requires_grad_(), torch.randint(-9, 10, (M, E), device=device)
+    tokens = tubelet_embedding(clip, kernel, backend="cuda")
     (dvideo,) = torch.autograd.grad(tokens, clip, dout.view_as(tokens).to(dtype))
     dvideo = dvideo.view(2, 9, x, 8, x).transpose(2, 3).reshape(M, taps)
     assert torch.equal(dvideo.double(), dout.double() @ weight.double())
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("x", [16, 14])
-def test_numbers_are_picked_exactly(dtype, x, simulate):
-    simulate(2)
-    check_numbers_picked(dtype, x, torch.device("cpu"))
 
 
 def parameters(E, C, tubelet, size, dtype, per="clip"):
@@ -360,15 +354,6 @@ def test_the_library_asks_for_tensors_on_a_gpu():
     ops, affine = torch.ops.vivit_kernels_native, torch.ones(2, 3, dtype=torch.float64)
     with pytest.raises(RuntimeError, match=r"cuda_tubelet: video must be \[B, C, F, Y, X\] on a CUDA device"):
         ops.cuda_tubelet_fwd(video, weight, None, None, None, None, None, weight, affine, False)
-
-
-@pytest.mark.gpu
-@in_library
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("x", [16, 14])
-def test_numbers_are_picked_exactly_on_a_gpu(dtype, x):
-    """The first to run on a new GPU: what is wrong with a layout of operands, registers or pixels shows as it is."""
-    check_numbers_picked(dtype, x, torch.device("cuda"), "cuda")
 
 
 GPU_SIZES = [((8, 3, 32, 224, 224), (2, 16, 16), 768), ((2, 3, 16, 224, 224), (2, 14, 14), 1280)]

@@ -43,7 +43,8 @@ def joint_attention(
         or None for the first that can run the call, in an order that comes from measurements (order.py). One asked for
         by name never falls back. Those of others take no key_mask, dropout or rotary, no softcap (FlashAttention 2 and
         3 do), and 16-bit dtypes on GPUs; "sdpa" runs on a CPU too, in float32 without gradients.
-        Under autocast the inputs take autocast's dtype.
+        Under autocast the inputs take autocast's dtype. Within forward-mode AD and torch.func's second derivatives it
+        is the lines above in plain PyTorch, which keeps an N x N matrix.
 
     Returns `[B, N_q, H, D]`, contiguous, in q's dtype. Raises ValueError for shapes, dtypes or options that do not fit,
     NotImplementedError, with every reason, when no backend can run the call, or a second derivative is

@@ -53,6 +53,7 @@ def tubelet_embedding(
     mean, std: one number or one per channel, in units of [0, 1]. uint8 is always normalised (default 0.5 and 0.5:
         x/127.5 - 1); floating-point video only if they are given: (x - mean) / std.
     backend: "cuda", "cpu", "torch", "triton" or None for the first that can run the call; never a silent fallback.
+        Within forward-mode AD and torch.func's second derivatives it is plain PyTorch.
 
     Returns tokens in the weight's dtype (autocast's under autocast), contiguous. Differentiable in everything but
     uint8 video; backward keeps the video as it came and nothing else. Raises ValueError for shapes, dtypes or options
