@@ -62,7 +62,7 @@ def kind_of(x: Tensor, tokens: int, width: int, hidden: int) -> str:
     if "AccumulateGrad" in maker:
         return "bf16 weights"
     if abs(wide / hidden - 1) < 0.01:
-        return "MLP hidden" if maker.startswith(("Addmm", "Mm", "Linear", "Mkldnn")) or not maker else "GELU"
+        return "MLP hidden" if maker.startswith(("Addmm", "Mm", "Linear", "_Linear", "Mkldnn")) or not maker else "GELU"
     if abs(wide / (3 * width) - 1) < 0.01:
         return "q, k, v"
     if abs(wide / width - 1) < 0.01:

@@ -160,12 +160,16 @@ def test_the_curve_is_that_of_float32_but_for_bfloat16(tmp_path):
         values = steps(tmp_path / name, 5, optimizer__name="sgd", optimizer__lr=0.05, **changes)[1]
         return torch.tensor(values, dtype=torch.float64)
 
-    wide = told("wide")
+    wide, usual = told("wide"), told("usual", autocast=True)
     narrow = told("narrow", optimizer__parameters="bfloat16")
     parts = told("parts", optimizer__parameters="bfloat16", accumulate=2)
+
+    def off(found: torch.Tensor) -> torch.Tensor:
+        """Of each of the three, the most in all steps, whose errors add up."""
+        return ((found - wide).abs() / wide.abs().clamp(min=0.1)).amax(0)
+
     for found in (narrow, parts):
-        off = (found - wide).abs() / wide.abs().clamp(min=0.1)
-        assert 0 < off[:, 0].max() < 4 * BF16 and off[:, 2].max() < 8 * BF16, off
+        assert off(found)[0] > 0 and (off(found) <= 3 * off(usual) + BF16).all(), (off(found), off(usual))
     assert torch.equal(told("autocast", optimizer__parameters="bfloat16", autocast=True), narrow)
 
 
