@@ -46,7 +46,7 @@ def _levels() -> tuple[str, ...]:
 setattr(_levels, "_dynamo_marked_constant", True)  # noqa: B010  of a graph: those that it is traced in
 
 
-def check_graph(op: str) -> None:
+def _check_graph(op: str) -> None:
     """Refuses a jvp that torch.compile traces into one graph: by torch.library alone it is zero."""
     if torch.compiler.is_compiling() and "Jvp" in _levels():
         raise _forward_mode(op)
@@ -59,7 +59,7 @@ def _forward_mode(op: str) -> NotImplementedError:
     )
 
 
-def transformed(op: str, step: Callable, setup_context: Callable, backward: Callable) -> Callable:
+def _transformed(op: str, step: Callable, setup_context: Callable, backward: Callable) -> Callable:
     """`step`, an op of torch.library or what calls one, with a rule for each transformation.
 
     setup_context, backward: as for torch.library.register_autograd."""
@@ -81,6 +81,26 @@ def transformed(op: str, step: Callable, setup_context: Callable, backward: Call
     Transformed.setup_context = staticmethod(setup_context)
     Transformed.backward = staticmethod(backward)
     return Transformed.apply
+
+
+def registered(op: str, setup_context: Callable, backward: Callable, refuse: Callable) -> tuple[Callable, Callable]:
+    """What runs `vivit_kernels::<op>_fwd` and `<op>_bwd`, within a transformation by their rules for it.
+
+    setup_context, backward: of the first, as for torch.library.register_autograd. refuse: the second's backward."""
+    fwd, bwd = (getattr(torch.ops.vivit_kernels, f"{op}_{direction}") for direction in ("fwd", "bwd"))
+    ruled_fwd = _transformed(op, fwd, setup_context, backward)
+    ruled_bwd = _transformed(op, bwd, lambda *_: None, refuse)
+
+    def run(*arguments):
+        if asks_for_rules():
+            return ruled_fwd(*arguments)
+        _check_graph(op)
+        return fwd(*arguments)
+
+    def run_bwd(*arguments):
+        return (ruled_bwd if asks_for_rules() else bwd)(*arguments)
+
+    return run, run_bwd
 
 
 def _one_by_one(function: Callable, calls: int, in_dims: tuple, arguments: tuple) -> tuple[Any, Any]:

@@ -47,7 +47,7 @@ def _shapes(q, k) -> tuple[tuple, tuple]:
 
 
 _EAGER: dict[str, tuple[Callable, Callable]] = {}  # per op, what `run` calls without and with a gradient
-_TRANSFORMED: dict[str, Callable] = {}  # and within torch.func's transformations
+_REGISTERED: dict[str, Callable] = {}  # and where anybody looks on
 
 
 def plain(*tensors: Tensor | None) -> bool:
@@ -65,10 +65,7 @@ def run(op: str, arguments: tuple, needs_grad: bool) -> Tensor:
     A call of temporal attention and its backward took 554 us of a host through ops registered from Python, 325 this way
     (one core, launches left out): at one clip both are more than the kernels take."""
     if not plain(*arguments[:3]):
-        if _transforms.asks_for_rules():
-            return _TRANSFORMED[op](*arguments)[0]
-        _transforms.check_graph(op)
-        return getattr(torch.ops.vivit_kernels, f"{op}_fwd")(*arguments)[0]
+        return _REGISTERED[op](*arguments)[0]
     without_grad, with_grad = _EAGER[op]
     return with_grad(*arguments) if needs_grad else without_grad(*arguments)
 
@@ -141,11 +138,7 @@ def register(op: str, package: str, flops: Callable[..., int], saved: SavedShape
         if do is None:
             return nothing
         q, k, v, mask, seed, cos, sin, o, lse = ctx.saved_tensors
-        step = getattr(torch.ops.vivit_kernels, f"{op}_bwd")
-        if _transforms.asks_for_rules():
-            step = transformed_bwd
-        elif not torch.is_grad_enabled() and plain(do, q, k, v):
-            step = bwd
+        step = bwd if not torch.is_grad_enabled() and plain(do, q, k, v) else registered_bwd
         gradients = step(do, q, k, v, o, lse, mask, seed, cos, sin, *ctx.options)
         return (*gradients, *nothing[len(gradients) :])
 
@@ -165,9 +158,7 @@ def register(op: str, package: str, flops: Callable[..., int], saved: SavedShape
     torch.library.register_fake(f"{name}_bwd", bwd_fake, lib=lib)
     torch.library.register_autograd(f"{name}_fwd", backward, setup_context=setup_context, lib=lib)
     torch.library.register_autograd(f"{name}_bwd", no_double_backward, lib=lib)
-    steps = (getattr(torch.ops.vivit_kernels, f"{op}_{direction}") for direction in ("fwd", "bwd"))
-    _TRANSFORMED[op] = _transforms.transformed(op, next(steps), setup_context, backward)
-    transformed_bwd = _transforms.transformed(op, next(steps), lambda *_: None, no_double_backward)
+    _REGISTERED[op], registered_bwd = _transforms.registered(op, setup_context, backward, no_double_backward)
     _register_flops(op, flops)
 
 

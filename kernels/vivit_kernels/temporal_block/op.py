@@ -43,8 +43,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, do: Tensor):
-    step = _transformed_bwd if _transforms.asks_for_rules() else torch.ops.vivit_kernels.temporal_block_bwd
-    gradients = step(do, *ctx.saved_tensors, *ctx.options)
+    gradients = _run_bwd(do, *ctx.saved_tensors, *ctx.options)
     needs = ctx.needs_input_grad[:5]
     return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None, None)
 
@@ -65,19 +64,8 @@ torch.library.register_fake(f"{_NAME}_bwd", _bwd_fake, lib=_LIBRARY)
 torch.library.register_autograd(f"{_NAME}_fwd", _backward, setup_context=_setup_context, lib=_LIBRARY)
 torch.library.register_autograd(f"{_NAME}_bwd", _no_double_backward, lib=_LIBRARY)
 
-_OPS = torch.ops.vivit_kernels
-_transformed_fwd = _transforms.transformed("temporal_block", _OPS.temporal_block_fwd, _setup_context, _backward)
-_transformed_bwd = _transforms.transformed(
-    "temporal_block", _OPS.temporal_block_bwd, lambda *_: None, _no_double_backward
-)
-
-
-def run(*arguments) -> Tensor:
-    """o of a checked call; arguments: of the registered op."""
-    if _transforms.asks_for_rules():
-        return _transformed_fwd(*arguments)
-    _transforms.check_graph("temporal_block")
-    return _OPS.temporal_block_fwd(*arguments)
+# Of a checked call; arguments: of the registered ops.
+run, _run_bwd = _transforms.registered("temporal_block", _setup_context, _backward, _no_double_backward)
 
 
 def _flops(x: tuple, weight: tuple) -> tuple[int, int]:

@@ -54,8 +54,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dout: Tensor):
     needs = list(ctx.needs_input_grad[:5])
-    step = _transformed_bwd if _transforms.asks_for_rules() else torch.ops.vivit_kernels.tubelet_embedding_bwd
-    gradients = step(dout, *ctx.saved_tensors, *ctx.options, needs, ctx.backend)
+    gradients = _run_bwd(dout, *ctx.saved_tensors, *ctx.options, needs, ctx.backend)
     return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None, None, None)
 
 
@@ -75,19 +74,8 @@ torch.library.register_fake(f"{_NAME}_bwd", _bwd_fake, lib=_LIBRARY)
 torch.library.register_autograd(f"{_NAME}_fwd", _backward, setup_context=_setup_context, lib=_LIBRARY)
 torch.library.register_autograd(f"{_NAME}_bwd", _no_double_backward, lib=_LIBRARY)
 
-_OPS = torch.ops.vivit_kernels
-_transformed_fwd = _transforms.transformed("tubelet_embedding", _OPS.tubelet_embedding_fwd, _setup_context, _backward)
-_transformed_bwd = _transforms.transformed(
-    "tubelet_embedding", _OPS.tubelet_embedding_bwd, lambda *_: None, _no_double_backward
-)
-
-
-def run(*arguments) -> Tensor:
-    """Tokens of a checked call; arguments: of the registered op."""
-    if _transforms.asks_for_rules():
-        return _transformed_fwd(*arguments)
-    _transforms.check_graph("tubelet_embedding")
-    return _OPS.tubelet_embedding_fwd(*arguments)
+# Of a checked call; arguments: of the registered ops.
+run, _run_bwd = _transforms.registered("tubelet_embedding", _setup_context, _backward, _no_double_backward)
 
 
 def _products(video: tuple, weight: tuple) -> int:
