@@ -163,6 +163,30 @@ def test_masks_reach_the_op():
     )
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_mask_of_an_encoder_layer(compiled):
+    """nn.TransformerEncoderLayer hands its attention 0 and -inf for what its caller said with False and True."""
+    theirs = nn.TransformerEncoderLayer(E, H, 2 * E, dropout=0.0, batch_first=True).eval()
+    ours = copy.deepcopy(theirs)
+    ours.self_attn = VideoMultiheadAttention(E, H)
+    ours.load_state_dict(theirs.state_dict())
+    exact, x, mask = copy.deepcopy(theirs).double(), tokens(torch.float32, B, 9, E), torch.rand(B, 9) < 0.4
+    mask[:, 0] = False
+    layer = torch.compile(ours, fullgraph=True) if compiled else ours
+    with torch.enable_grad():  # without gradients the layer computes all by itself, and gives 0 for what is ignored
+        plain = theirs(x, src_key_padding_mask=mask)
+        verdict = judge(layer(x, src_key_padding_mask=mask), exact(x.double(), src_key_padding_mask=mask), plain)
+    assert verdict.ok, verdict
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_mask_that_adds_is_refused(compiled):
+    ours = VideoMultiheadAttention(E, H)
+    module, mask = torch.compile(ours) if compiled else ours, torch.linspace(0, 1, 9).expand(B, 9)
+    with pytest.raises(RuntimeError if compiled else ValueError, match="key_padding_mask adds to the scores"):
+        module(tokens(torch.float32, B, 9, E), key_padding_mask=mask)
+
+
 def TemporalAttentionFrom(multihead: VideoMultiheadAttention) -> TemporalAttention:
     module = TemporalAttention(E, H)
     module.load_state_dict(multihead.state_dict())

@@ -173,7 +173,7 @@ def test_report_of_this_install(capsys):
     [
         (lambda x: JointAttention(16, 2)(x, key_mask=torch.ones(6, dtype=torch.bool)), "joint_attention: key_mask must be bool (2, 6)"),
         (lambda x: JointAttention(16, 2)(x, rotary=(torch.ones(4), torch.ones(4))), "joint_attention: rotary cos must be float32 [(6, 4)]"),
-        (lambda x: VideoMultiheadAttention(16, 2)(x, key_padding_mask=torch.zeros(2, 6)), "VideoMultiheadAttention: key_padding_mask must be bool, True is ignored; got torch.float32"),
+        (lambda x: VideoMultiheadAttention(16, 2)(x, key_padding_mask=torch.zeros(2, 6, dtype=torch.uint8)), "VideoMultiheadAttention: key_padding_mask must be bool, True is ignored, or floating-point, -inf is ignored and 0 is not; got torch.uint8"),
         (lambda x: VideoMultiheadAttention(16, 0), "VideoMultiheadAttention: embed_dim=16 must be a multiple of num_heads=0"),
     ],
 )  # fmt: skip

@@ -195,9 +195,10 @@ class VideoMultiheadAttention(nn.MultiheadAttention):
 
     Its forward takes query, key and value `[B, N, E]` or `[B, T, S, E]`; "joint" takes others of key and value than of
     query (cross-attention), all else one tensor on the grid, `[B, T, S, E]`, or `[B, N, E]` and grid=(T, S).
-    key_padding_mask: bool, one per key, True is ignored. A query whose keys are all ignored gives what `out_proj` makes
-    of 0, not NaN. Returns (output like query, None). There are no weights to return and no pairs to mask: need_weights
-    (not the default here), attn_mask and is_causal raise NotImplementedError; wrong sizes ValueError.
+    key_padding_mask: one per key: bool, True is ignored; or, as nn.TransformerEncoderLayer makes of that,
+    floating-point, -inf is ignored and 0 is not. A query whose keys are all ignored gives what `out_proj` makes of 0,
+    not NaN. Returns (output like query, None). There are no weights to return and no pairs to mask: need_weights (not
+    the default here), attn_mask and is_causal raise NotImplementedError; wrong sizes and masks ValueError.
     State dict: in_proj_weight, in_proj_bias, out_proj.weight, out_proj.bias; it loads timm's, transformers' and
     diffusers' layouts, too, as `JointAttention` does. Source: Vaswani et al. 2017; ViViT section 3.3.
 
@@ -258,11 +259,7 @@ class VideoMultiheadAttention(nn.MultiheadAttention):
                     f"VideoMultiheadAttention: {name} must be [B, N, E] or [B, T, S, E], E={self.embed_dim}; "
                     f"got {tuple(x.shape)}"
                 )
-        if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
-            raise ValueError(
-                f"VideoMultiheadAttention: key_padding_mask must be bool, True is ignored; got {key_padding_mask.dtype}"
-            )
-        mask = None if key_padding_mask is None else ~key_padding_mask
+        mask = None if key_padding_mask is None else _kept(key_padding_mask)
         if self.temporal_heads is None:
             return attend(self, query, key, value, None if mask is None else mask.flatten(1), None), None
         x = self._on_grid(query, key, value, grid)
@@ -285,6 +282,28 @@ class VideoMultiheadAttention(nn.MultiheadAttention):
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         _layouts.adopt_multihead(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _kept(key_padding_mask: Tensor) -> Tensor:
+    """The ops' mask, True is attended to, of nn.MultiheadAttention's."""
+    if key_padding_mask.dtype == torch.bool:
+        return ~key_padding_mask
+    if not key_padding_mask.is_floating_point():
+        raise ValueError(
+            "VideoMultiheadAttention: key_padding_mask must be bool, True is ignored, or floating-point, -inf is "
+            f"ignored and 0 is not; got {key_padding_mask.dtype}"
+        )
+    kept = key_padding_mask == 0
+    known = (kept | (key_padding_mask == -torch.inf)).all()
+    rule = (
+        "VideoMultiheadAttention: key_padding_mask adds to the scores; floating-point, it is 0 (kept) or -inf "
+        "(ignored); use torch.nn.MultiheadAttention"
+    )
+    if torch.compiler.is_compiling() or (known.is_cuda and torch.cuda.is_current_stream_capturing()):
+        torch._assert_async(known, rule)  # the host cannot wait
+    elif not known:
+        raise ValueError(rule)
+    return kept
 
 
 class TubeletEmbedding(nn.Module):
