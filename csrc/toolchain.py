@@ -132,8 +132,9 @@ def find_cxx(environ: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def find_ninja() -> str:
-    places = [sysconfig.get_path("scripts"), str(Path(sys.executable).parent)]
-    found = next((found for place in [None, *places] if (found := shutil.which("ninja", path=place))), None)
+    """This environment's before any other: one of another version takes no log of its, and compiles all again."""
+    places = [sysconfig.get_path("scripts"), str(Path(sys.executable).parent), None]  # None: PATH
+    found = next((found for place in places if (found := shutil.which("ninja", path=place))), None)
     if found is None:
         raise BuildError("ninja is not here", "pip install ninja")
     return found

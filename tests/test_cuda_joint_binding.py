@@ -250,23 +250,6 @@ def test_nothing_is_waited_for_and_a_graph_repeats_it():
 
 @gpu
 @in_library
-def test_the_current_stream_is_used():
-    """Two streams, the second waits long before it fills the input that the kernel then reads."""
-    source, do = on_gpu()
-    expected = step(source, do)
-    qkv, stream = torch.zeros_like(source).requires_grad_(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        with torch.no_grad():
-            qkv.copy_(source)
-        found = step(qkv, do)
-    torch.cuda.current_stream().wait_stream(stream)
-    assert all(map(torch.equal, found, expected))
-
-
-@gpu
-@in_library
 @pytest.mark.parametrize("wrong", ["device", "dtype", "shape", "rows"])
 def test_the_library_checks_what_it_is_given(wrong):
     q = torch.randn(1, 60, 2, 32, device="cuda").bfloat16()

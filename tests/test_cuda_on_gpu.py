@@ -55,22 +55,6 @@ def test_nothing_is_waited_for_and_a_graph_repeats_it():
 
 
 @in_library
-def test_the_current_stream_is_used():
-    """Two streams, the second waits long before it fills the input that the kernel then reads."""
-    source, do = on_gpu(T=16, S=40)
-    expected = step(source, do, 1)
-    qkv, stream = torch.zeros_like(source).requires_grad_(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        with torch.no_grad():
-            qkv.copy_(source)
-        found = step(qkv, do, 1)
-    torch.cuda.current_stream().wait_stream(stream)
-    assert all(map(torch.equal, found, expected))
-
-
-@in_library
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="another GPU than the current one: there are not two")
 def test_another_device_than_the_current_one():
     qkv, do = on_gpu()
