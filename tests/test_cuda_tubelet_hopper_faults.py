@@ -42,7 +42,7 @@ SHOWS = "the result"  # where operands are mixed up
 OF_RING = {  # which all kernels share
     "no phase wait": ("phase_wait(memory.full + at.stage, at.parity);", ""),
     "other phase": ("at.parity ^ 1", "at.parity"),
-    "no arrival": ("if (tile_lane() == 0) phase_arrive(memory.empty + at.last());", ""),
+    "no arrival": ("release(memory.empty + at.last());", ""),
     "fewer bytes": ("Memory::kStageBytes", "Memory::kStageBytes / 2", "phase_expect(full, Memory::kStageBytes)"),
 }
 OF_EACH = OF_RING | {

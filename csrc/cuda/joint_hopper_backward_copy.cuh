@@ -13,7 +13,7 @@ VIVIT_DEVICE void backward_copy(const JointHopperBackward& call, const BackwardM
     constexpr int kSteps = Variant::kSteps;
     const int32_t tiles = passing_tiles<Variant>(call);
     for (int i = 0; i < 2; ++i) prefetch_maps<kSteps>(call.kept[i]), prefetch_maps<kSteps>(call.passing[i]);
-    StageRing<Memory::kStages> ring;
+    RingPlace<Memory::kStages> ring;
     uint32_t before = 1;  // parity of the phase in which the last piece's rows were read
     for (uint32_t number = blockIdx.x; number < call.pieces; number += gridDim.x) {
         const JointPlace at(call.p, number, call.N_kept, kKeptRows);
@@ -50,7 +50,7 @@ VIVIT_DEVICE void load_two_statistics(float (&two)[4], const JointHopperBackward
 template <class Variant>
 VIVIT_DEVICE void backward_statistics(const JointHopperBackward& call, const BackwardMemory<Variant>& memory) {
     const int32_t tiles = passing_tiles<Variant>(call), mine = 2 * lane_number();
-    StageRing<BackwardMemory<Variant>::kStages> ring;
+    RingPlace<BackwardMemory<Variant>::kStages> ring;
     for (uint32_t number = blockIdx.x; number < call.pieces; number += gridDim.x) {
         const JointPlace at(call.p, number, call.N_kept, kKeptRows);
         for (int32_t tile = 0; tile < tiles; ++tile, ring.advance()) {

@@ -95,7 +95,7 @@ struct BackwardGroup {
     float unit;
     Dropout dropout;
 
-    using Ring = StageRing<BackwardMemory<Variant>::kStages>;
+    using Ring = RingPlace<BackwardMemory<Variant>::kStages>;
 
     VIVIT_DEVICE BackwardGroup(const JointHopperBackward& of, const BackwardMemory<Variant>& shared)
         : call(of),

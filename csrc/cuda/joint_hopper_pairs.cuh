@@ -1,7 +1,8 @@
 // Pairs of a query and a key of which nothing is to come, for the pipelined kernels: a bit for each.
 #pragma once
 
-#include "joint_hopper_ring.cuh"
+#include "hopper_ring.cuh"
+#include "joint.h"
 #include "scores.cuh"
 
 namespace vivit::cuda {

@@ -99,7 +99,7 @@ struct HopperMemory {
     }
 };
 
-using Ring = StageRing<kKeyStages>;
+using Ring = RingPlace<kKeyStages>;
 
 // The warpgroups that compute take turns to hand products to the tensor cores: while one's products run, the others
 // turn scores into weights, instead of all doing the same at a time. Each waits at the barrier of its own number, where

@@ -1,7 +1,8 @@
 // Rows of a head as the copy engine brings them and products of a warpgroup take them, in either direction.
 #pragma once
 
-#include "joint_hopper_ring.cuh"
+#include "hopper_ring.cuh"
+#include "joint.h"
 
 namespace vivit::cuda {
 

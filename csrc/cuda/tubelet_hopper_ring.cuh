@@ -13,6 +13,7 @@
 //   unit.copy(params, to, full, i)    asks for the i-th of them, for all bytes of a stage
 #pragma once
 
+#include "hopper_ring.cuh"
 #include "tubelet_hopper_verbs.cuh"
 #include "tubelet_product.cuh"
 
@@ -43,20 +44,6 @@ struct RingMemory {
     VIVIT_DEVICE void make_barriers() const {
         for (int32_t i = 0; i < kStages; ++i) phase_init(full + i, 1), phase_init(empty + i, 4 * kGatherGroups);
         phase_fence();
-    }
-};
-
-// A stage, and the parity of the phase in which it is used this time round. Who fills it waits for the phase before,
-// which of a new barrier counts as over.
-template <int kStages>
-struct RingPlace {
-    int32_t stage = 0;
-    uint32_t parity = 0;
-
-    VIVIT_DEVICE int32_t last() const { return stage == 0 ? kStages - 1 : stage - 1; }
-    VIVIT_DEVICE void advance() {
-        if (++stage < kStages) return;
-        stage = 0, parity ^= 1;
     }
 };
 
@@ -114,7 +101,7 @@ struct GroupRing {
     }
     // Says, for a warp, that it is done with the stage before this one, and asks for more.
     VIVIT_DEVICE void release_last() {
-        if (tile_lane() == 0) phase_arrive(memory.empty + at.last());
+        release(memory.empty + at.last());
         if (copies) copied.next();
     }
 };

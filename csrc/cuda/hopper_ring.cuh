@@ -1,7 +1,6 @@
-// What the pipelined kernels of joint attention share, in either direction: stages of shared memory that come round.
+// What Hopper's pipelined kernels share, of either op and in either direction: stages of shared memory that come round.
 #pragma once
 
-#include "joint.h"
 #include "verbs_hopper.cuh"
 
 namespace vivit::cuda {
@@ -9,10 +8,11 @@ namespace vivit::cuda {
 // A stage, and the parity of the phase in which it is used this time round. Who fills it waits for the phase before,
 // which of a new barrier counts as over.
 template <int kStages>
-struct StageRing {
+struct RingPlace {
     int32_t stage = 0;
     uint32_t parity = 0;
 
+    VIVIT_DEVICE int32_t last() const { return stage == 0 ? kStages - 1 : stage - 1; }
     VIVIT_DEVICE void advance() {
         if (++stage < kStages) return;
         stage = 0, parity ^= 1;
