@@ -92,44 +92,12 @@ def register(op: str, package: str, flops: Callable[..., int], saved: SavedShape
     flops: of the two products of one forward, from the shapes of q and k (unpacked) and temporal_heads; backward, which
     recomputes the scores, has five products. PyTorch's FlopCounterMode uses it.
     """
-
-    def saved_shape(q, k, v, temporal_heads: int, backend: str) -> tuple[int, ...] | None:
-        rule = (saved or {}).get(backend)
-        return None if rule is None else rule(*_shapes(q, k), q.dtype, temporal_heads)
-
-    module = functools.cache(lambda name: importlib.import_module(f"{package}.{name}"))
-
-    def launcher(backend: str, name: str):
-        return getattr(module(_MODULES.get(backend, f"{backend}_kernels")), name)
-
-    def fwd(q, k, v, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, backend, keep=True):
-        options = Options(scale, softcap, dropout_p, mask, seed, cos, sin)
-        saves = keep and saved_shape(q, k, v, temporal_heads, backend) is not None
-        o, lse = launcher(backend, "launch_fwd")(
-            *unpack(q, k, v), temporal_heads, options, **({"keep": True} if saves else {})
-        )
-        return o, q.new_empty(0, dtype=torch.float32) if lse is None else lse
-
-    def fwd_fake(q, k, v, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, backend, keep=True):
-        shape = saved_shape(q, k, v, temporal_heads, backend) if keep else None
-        q = unpack(q, k, v)[0]
-        return q.new_empty(q.shape), q.new_empty((0,) if shape is None else shape, dtype=torch.float32)
-
-    def bwd(do, q, k, v, o, lse, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, backend):
-        options = Options(scale, softcap, dropout_p, mask, seed, cos, sin)
-        gradients = _empty_gradients(q, k, v)
-        views = gradients if k is not None else list(gradients[0].unbind(-3))
-        launcher(backend, "launch_bwd")(do, *unpack(q, k, v), o, lse, *views, temporal_heads, options)
-        return gradients
-
-    def bwd_fake(do, q, k, v, *_):
-        return _empty_gradients(q, k, v)
+    steps = _Steps(package, saved or {})
 
     def setup_context(ctx, inputs, output):
         q, k, v, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, backend, keep = inputs
         ctx.options = temporal_heads, scale, softcap, dropout_p, backend
-        saves = keep and saved_shape(q, k, v, temporal_heads, backend) is not None
-        o, lse = output if saves else (None, None)
+        o, lse = output if keep and steps.saved_shape(q, k, v, temporal_heads, backend) is not None else (None, None)
         ctx.save_for_backward(q, k, v, mask, seed, cos, sin, o, lse)
         ctx.set_materialize_grads(False)
 
@@ -138,7 +106,7 @@ def register(op: str, package: str, flops: Callable[..., int], saved: SavedShape
         if do is None:
             return nothing
         q, k, v, mask, seed, cos, sin, o, lse = ctx.saved_tensors
-        step = bwd if not torch.is_grad_enabled() and plain(do, q, k, v) else registered_bwd
+        step = steps.bwd if not torch.is_grad_enabled() and plain(do, q, k, v) else registered_bwd
         gradients = step(do, q, k, v, o, lse, mask, seed, cos, sin, *ctx.options)
         return (*gradients, *nothing[len(gradients) :])
 
@@ -148,18 +116,58 @@ def register(op: str, package: str, flops: Callable[..., int], saved: SavedShape
             "Use plain PyTorch attention where second derivatives are needed"
         )
 
-    _EAGER[op] = _eager(fwd, setup_context, backward)
+    _EAGER[op] = _eager(steps.fwd, setup_context, backward)
     lib, name = _LIBRARY, f"vivit_kernels::{op}"
     lib.define(f"{op}_fwd({_QKV}, {_AUXILIARY}, {_OPTIONS}, {_KEEP}) -> (Tensor, Tensor)")
     lib.define(f"{op}_bwd(Tensor do, {_QKV}, Tensor? o, Tensor? lse, {_AUXILIARY}, {_OPTIONS}) -> Tensor[]")
-    lib.impl(f"{op}_fwd", fwd, "CompositeExplicitAutograd")
-    lib.impl(f"{op}_bwd", bwd, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{name}_fwd", fwd_fake, lib=lib)
-    torch.library.register_fake(f"{name}_bwd", bwd_fake, lib=lib)
+    lib.impl(f"{op}_fwd", steps.fwd, "CompositeExplicitAutograd")
+    lib.impl(f"{op}_bwd", steps.bwd, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{name}_fwd", steps.fwd_fake, lib=lib)
+    torch.library.register_fake(f"{name}_bwd", steps.bwd_fake, lib=lib)
     torch.library.register_autograd(f"{name}_fwd", backward, setup_context=setup_context, lib=lib)
     torch.library.register_autograd(f"{name}_bwd", no_double_backward, lib=lib)
     _REGISTERED[op], registered_bwd = _transforms.registered(op, setup_context, backward, no_double_backward)
     _register_flops(op, flops)
+
+
+class _Steps:
+    """Forward and backward of an op below autograd, by the launchers of whichever backend a call names."""
+
+    def __init__(self, package: str, saved: SavedShape):
+        self._saved = saved
+        self._module = functools.cache(lambda backend: importlib.import_module(f"{package}.{_module_name(backend)}"))
+
+    def saved_shape(self, q, k, v, temporal_heads: int, backend: str) -> tuple[int, ...] | None:
+        rule = self._saved.get(backend)
+        return None if rule is None else rule(*_shapes(q, k), q.dtype, temporal_heads)
+
+    def fwd(self, q, k, v, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, backend, keep=True):
+        options = Options(scale, softcap, dropout_p, mask, seed, cos, sin)
+        saves = keep and self.saved_shape(q, k, v, temporal_heads, backend) is not None
+        launch = self._module(backend).launch_fwd
+        o, lse = launch(*unpack(q, k, v), temporal_heads, options, **({"keep": True} if saves else {}))
+        return o, q.new_empty(0, dtype=torch.float32) if lse is None else lse
+
+    def fwd_fake(self, q, k, v, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, backend, keep=True):
+        shape = self.saved_shape(q, k, v, temporal_heads, backend) if keep else None
+        q = unpack(q, k, v)[0]
+        return q.new_empty(q.shape), q.new_empty((0,) if shape is None else shape, dtype=torch.float32)
+
+    def bwd(
+        self, do, q, k, v, o, lse, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, backend
+    ) -> list[Tensor]:
+        options = Options(scale, softcap, dropout_p, mask, seed, cos, sin)
+        gradients = _empty_gradients(q, k, v)
+        views = gradients if k is not None else list(gradients[0].unbind(-3))
+        self._module(backend).launch_bwd(do, *unpack(q, k, v), o, lse, *views, temporal_heads, options)
+        return gradients
+
+    def bwd_fake(self, do, q, k, v, *_) -> list[Tensor]:
+        return _empty_gradients(q, k, v)
+
+
+def _module_name(backend: str) -> str:
+    return _MODULES.get(backend, f"{backend}_kernels")
 
 
 def _register_flops(op: str, flops: Callable[..., int]) -> None:
