@@ -72,21 +72,34 @@ auto with_kernel(DType dtype, Work work) {
 
 // Rows of A and columns of vectors of B whose sums fit into the registers beside their operands: 32 of AVX-512, 16
 // else. Enough sums in flight to hide the latency of an addition.
+//
+// Where a sum is one of short chains, both can stay in registers, of a smaller tile: with the sums in memory between
+// two chains, scores took a third more time. GFLOP/s of 256 keys, 64 queries, D = 64 on a core of a Zen 4 (peak 118),
+// sums in memory -> in registers: AVX-512, 6 rows by 4 vectors -> 4 by 2, q k^T 87..99 -> 113, P v 99 -> 114 (8 by 1
+// reaches 118, but loads more than it multiplies, for which an Intel has no ports); AVX2, 6 by 2 -> 3 by 2, q k^T
+// 86 -> 111, but P v, whose rows come from the second-level cache, 100 -> 80.
 #if defined(__AVX512F__)
-constexpr int kColumnVectors = 4;
-constexpr int rows_at_once(int vectors) { return vectors >= 4 ? 6 : 8; }
+constexpr bool keeps_sums(int64_t chain) { return chain <= 16; }
+constexpr int column_vectors(bool keeps) { return keeps ? 2 : 4; }
+constexpr int rows_at_once(int vectors, bool keeps) {
+    if (keeps) return vectors >= 2 ? 4 : 8;
+    return vectors >= 4 ? 6 : 8;
+}
 #else
-constexpr int kColumnVectors = 2;
-constexpr int rows_at_once(int vectors) { return vectors >= 2 ? 6 : 8; }
+constexpr bool keeps_sums(int64_t chain) { return chain <= 8; }
+constexpr int column_vectors(bool /*keeps*/) { return 2; }
+constexpr int rows_at_once(int vectors, bool keeps) {
+    if (keeps) return vectors >= 2 ? 3 : 6;
+    return vectors >= 2 ? 6 : 8;
+}
 #endif
 
 enum class Walk { kRows, kColumns };  // word (row, k) of A lies at row * lda + k, or at k * lda + row
 
-// c[row][column] = or += sum over k of A(row, k) * b[k][column], for R rows and V vectors of columns.
-template <class Arithmetic, Walk kWalk, bool kAdd, int R, int V>
-VIVIT_INLINE void product_part(float* c, int64_t ldc, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
+// sum[r][v] += A(r, k) * b[k][v] over k, in one chain each.
+template <class Arithmetic, Walk kWalk, int R, int V>
+VIVIT_INLINE void add_products(Floats (&sum)[R][V], const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
                                int64_t K) {
-    Floats sum[R][V] = {};
     for (int64_t k = 0; k < K; ++k) {
         Words column[V];
 #pragma GCC unroll 4
@@ -98,6 +111,14 @@ VIVIT_INLINE void product_part(float* c, int64_t ldc, const uint32_t* a, int64_t
             for (int64_t v = 0; v < V; ++v) sum[r][v] = Arithmetic::add_product(sum[r][v], word, column[v]);
         }
     }
+}
+
+// c[row][column] = or += sum over k of A(row, k) * b[k][column], for R rows and V vectors of columns.
+template <class Arithmetic, Walk kWalk, bool kAdd, int R, int V>
+VIVIT_INLINE void product_part(float* c, int64_t ldc, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
+                               int64_t K) {
+    Floats sum[R][V] = {};
+    add_products<Arithmetic, kWalk>(sum, a, lda, b, ldb, K);
 #pragma GCC unroll 8
     for (int64_t r = 0; r < R; ++r) {
 #pragma GCC unroll 4
@@ -108,10 +129,41 @@ VIVIT_INLINE void product_part(float* c, int64_t ldc, const uint32_t* a, int64_t
     }
 }
 
+// The same, of sums of kChain products each.
+template <class Arithmetic, int64_t kChain, Walk kWalk, bool kAdd, int R, int V>
+VIVIT_INLINE void product_of_chains(float* c, int64_t ldc, const uint32_t* a, int64_t lda, const uint32_t* b,
+                                    int64_t ldb, int64_t K) {
+    Floats total[R][V];
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < V; ++v) total[r][v] = kAdd ? load<Floats>(c + r * ldc + v * kLanes) : Floats{};
+    }
+    const int64_t step = kWalk == Walk::kRows ? 1 : lda;
+    for (int64_t k = 0; k < K; k += kChain) {
+        Floats sum[R][V] = {};
+        add_products<Arithmetic, kWalk>(sum, a + k * step, lda, b + k * ldb, ldb, smallest(K - k, kChain));
+#pragma GCC unroll 8
+        for (int64_t r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+            for (int64_t v = 0; v < V; ++v) total[r][v] += sum[r][v];
+        }
+    }
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < V; ++v) store(c + r * ldc + v * kLanes, total[r][v]);
+    }
+}
+
 // In parts of the contraction: in one chain a float32 sum of 160 terms errs 2.5 times as much as in chains of 16.
 template <class Arithmetic, int64_t kChain, Walk kWalk, bool kAdd, int R, int V>
 VIVIT_INLINE void product_tile(float* c, int64_t ldc, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
                                int64_t K) {
+    if constexpr (keeps_sums(kChain)) {
+        product_of_chains<Arithmetic, kChain, kWalk, kAdd, R, V>(c, ldc, a, lda, b, ldb, K);
+        return;
+    }
     const int64_t step = kWalk == Walk::kRows ? 1 : lda;
     product_part<Arithmetic, kWalk, kAdd, R, V>(c, ldc, a, lda, b, ldb, smallest(K, kChain));
     for (int64_t k = kChain; k < K; k += kChain) {
@@ -123,7 +175,7 @@ VIVIT_INLINE void product_tile(float* c, int64_t ldc, const uint32_t* a, int64_t
 template <class Arithmetic, int64_t kChain, Walk kWalk, bool kAdd, int V>
 VIVIT_INLINE void product_columns(float* c, int64_t ldc, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
                                   int64_t rows, int64_t K) {
-    constexpr int R = rows_at_once(V);
+    constexpr int R = rows_at_once(V, keeps_sums(kChain));
     const int64_t step = kWalk == Walk::kRows ? lda : 1;
     int64_t row = 0;
     for (; row + R <= rows; row += R) {
@@ -146,11 +198,12 @@ VIVIT_INLINE void product_columns(float* c, int64_t ldc, const uint32_t* a, int6
 template <class Arithmetic, Walk kWalk, bool kAdd, int64_t kChain = Arithmetic::kChain>
 __attribute__((noinline)) void product(float* c, int64_t ldc, const uint32_t* a, int64_t lda, const uint32_t* b,
                                        int64_t ldb, int64_t rows, int64_t vectors, int64_t K) {
+    constexpr int kMost = column_vectors(keeps_sums(kChain));
     while (vectors > 0) {
         // five vectors are three and two, not four and one: a narrow tile loads more than it multiplies
-        const bool split = kColumnVectors == 4 && vectors == kColumnVectors + 1;
-        const int64_t now = split ? 3 : smallest<int64_t>(vectors, kColumnVectors);
-        if constexpr (kColumnVectors == 4) {
+        const bool split = kMost == 4 && vectors == kMost + 1;
+        const int64_t now = split ? 3 : smallest<int64_t>(vectors, kMost);
+        if constexpr (kMost == 4) {
             if (now == 4) product_columns<Arithmetic, kChain, kWalk, kAdd, 4>(c, ldc, a, lda, b, ldb, rows, K);
             if (now == 3) product_columns<Arithmetic, kChain, kWalk, kAdd, 3>(c, ldc, a, lda, b, ldb, rows, K);
         }
