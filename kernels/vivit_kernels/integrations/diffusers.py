@@ -3,8 +3,9 @@
 A model of a pipeline is given by itself: accelerate(pipe.unet) or accelerate(pipe.transformer).
 
 Temporal transformers change their class, with the attentions in them; other `Attention` modules change theirs, and the
-processors of models with joint attention theirs. Processors of the user stay what they are. Our classes are made where
-they are first asked for, bear the host's names, and are attributes of this file, where pickle finds them.
+processors of models with joint attention theirs; linear layers do where a CPU has a faster product. Processors of the
+user stay what they are. Our classes are made where they are first asked for, bear the host's names, and are attributes
+of this file, where pickle finds them.
 Source: diffusers 0.42.1 and 0.35.2, models/{attention,attention_processor,attention_dispatch}.py, transformers, unets.
 """
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from .. import gains
 from ..accelerate import NO_RECORD, Left, Replacement, Undo, put_back
+from . import _linear
 from . import diffusers_grid as grid
 from ._mixin import Mixin
 from .diffusers_attention import OurAttention, bound, has_matrix_unit, why_not
@@ -114,6 +116,9 @@ def replacements(model: nn.Module) -> Iterator[Replacement | Left]:
             known_models[prefix] = type(module).__name__
         within = path.startswith(tuple(replaced))
         family = next((name for start, name in known_models.items() if path.startswith(start)), "")
+        if family and (layer := _layer(path, module, family)):
+            yield layer
+            continue
         entry = None if within else _transformer(path, module, family)
         is_ours = isinstance(module, Mixin)
         if isinstance(entry, Replacement) or (entry is not None and is_ours):
@@ -185,6 +190,10 @@ def _why_not_attention(attention: Any) -> str:
         return f"a {type(attention).__name__}, which is not known"
     why = _why_of_class(attention, host) or why_not(attention)
     return why or _no_kernels(attention.to_q.weight, attention.inner_dim // attention.heads)
+
+
+def _layer(path: str, module: nn.Module, family: str) -> Replacement | None:
+    return _linear.replacement(path, module, lambda: gains.expected(HOST, family, module) or NO_RECORD)
 
 
 def _attention(path: str, module: nn.Module, family: str) -> Replacement | Left | None:

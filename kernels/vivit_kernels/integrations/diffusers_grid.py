@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..linear import transformed
 from ._mixin import Mixin
 from .diffusers_attention import is_bare, knows_frames
 
@@ -98,7 +99,7 @@ class OurTransformer(Mixin):
     """Of `AnimateDiffTransformer3D` and `TransformerTemporalModel`: what both do on `[B*T, E, Y, X]`."""
 
     def _fits(self, x: Tensor, T: int, *conditions: Any) -> bool:
-        if any(condition is not None for condition in conditions) or x.dim() != 4 or x.shape[0] % T:
+        if any(condition is not None for condition in conditions) or x.dim() != 4 or x.shape[0] % T or transformed():
             return False
         places = [block.pos_embed.pe.shape[1] for block in self.transformer_blocks if block.pos_embed is not None]
         return all(count >= T for count in places) and _are_ready(self.transformer_blocks, "BasicTransformerBlock")

@@ -17,7 +17,7 @@ from torch import nn
 
 from .. import gains
 from ..accelerate import NO_RECORD, Left, Replacement, Undo, swap_class
-from ..linear import Linear, is_faster
+from . import _linear as _linears
 from . import transformers_embeddings as embeddings
 from . import transformers_mlp as mlps
 from . import transformers_timesformer as timesformer
@@ -58,7 +58,6 @@ _ATTENTION = (
 _TUBELETS = "its convolution as tubelet_embedding, in place: no permutation of the clip"
 _FAST_GELU = "five passes over memory in one"
 _GELU_OF_PRODUCT = "without gradients on a CPU: the GELU as part of the product before it"
-_PRODUCT = "on this CPU: the product by a faster route than PyTorch's"
 
 
 def _not_divided(module: nn.Module) -> str:
@@ -185,13 +184,11 @@ def _gain(family: str, module: nn.Module) -> str:
 
 
 def _linear(model: nn.Module, path: str, module: nn.Module) -> Replacement | None:
-    """A linear layer right within a module of a known model, where this CPU has a faster product for it."""
-    if type(module) is not nn.Linear or not path or not is_faster() or module.weight.device.type == "cuda":
-        return None
+    """A linear layer right within a module of a known model."""
     family = _family_around(model, path)
     if family is None or family in _WITH_TEXT:
         return None
-    return Replacement(path, "Linear", _PRODUCT, _gain(family, module), swap_class(module, Linear))
+    return _linears.replacement(path, module, lambda: _gain(family, module))
 
 
 def _known(model: nn.Module, path: str, module: nn.Module) -> tuple[Known, type] | None:
