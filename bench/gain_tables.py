@@ -13,12 +13,12 @@ REPLACED = {
     "timesformer": "layers as blocks on the grid, patches, MLPs",
     "videoprism": "tubelets, attention with its soft-cap, MLPs",
     "vjepa2": "tubelets, attention, rotary embedding, MLPs",
-    "LatteTransformer3DModel": "temporal layers on the grid, spatial attention",
-    "UNetMotionModel": "motion modules on the grid, spatial attention",
-    "UNetSpatioTemporalConditionModel": "temporal transformers on the grid, spatial attention",
-    "UNet3DConditionModel": "temporal transformers on the grid, spatial attention",
-    "WanTransformer3DModel": "joint attention and that to the text",
-    "CogVideoXTransformer3DModel": "joint attention",
+    "LatteTransformer3DModel": "temporal layers on the grid, spatial attention, linear layers",
+    "UNetMotionModel": "motion modules on the grid, spatial attention, linear layers",
+    "UNetSpatioTemporalConditionModel": "temporal transformers on the grid, spatial attention, linear layers",
+    "UNet3DConditionModel": "temporal transformers on the grid, spatial attention, linear layers",
+    "WanTransformer3DModel": "joint attention and that to the text, linear layers",
+    "CogVideoXTransformer3DModel": "joint attention, linear layers",
 }
 HEADER = "model | replaced | step | ratio (of the rounds) | error"
 
