@@ -300,7 +300,7 @@ def _kept(key_padding_mask: Tensor) -> Tensor:
         "(ignored); use torch.nn.MultiheadAttention"
     )
     if torch.compiler.is_compiling() or (known.is_cuda and torch.cuda.is_current_stream_capturing()):
-        torch._assert_async(known, rule)  # the host cannot wait
+        torch.ops.aten._assert_async.msg(known, rule)  # the host cannot wait
     elif not known:
         raise ValueError(rule)
     return kept
