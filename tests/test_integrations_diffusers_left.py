@@ -24,6 +24,11 @@ pytestmark = [
 ]
 
 
+def replaced(report):
+    """Paths of what is replaced beside linear layers, which are where a CPU has a faster product."""
+    return [entry.path for entry in report.replaced if entry.what != "Linear"]
+
+
 def left(report):
     return {entry.path: entry.why for entry in report.left}
 
@@ -112,7 +117,7 @@ def test_a_processor_of_the_user_in_the_spatial_attention_of_latte():
     model.transformer_blocks[0].attn1.set_processor(Own())
     exact, eager = exactly(model, given), output(model, given)
     report = accelerate(model)
-    assert len(report.replaced) == 1 and "Own" in left(report)["transformer_blocks.0.attn1"]
+    assert replaced(report) == [""] and "Own" in left(report)["transformer_blocks.0.attn1"]
     assert judge(output(model, given), exact, eager).ok
 
 
@@ -158,7 +163,7 @@ def test_a_processor_made_from_a_known_one():
     processor.__class__ = own(type(processor))
     report = accelerate(model)
     assert left(report) == {"blocks.0.attn1": "its processor is made from WanAttnProcessor"}
-    assert len(report.replaced) == 3
+    assert replaced(report) == ["blocks.0.attn2", "blocks.1.attn1", "blocks.1.attn2"]
 
 
 # ---- what changes after accelerate() ----

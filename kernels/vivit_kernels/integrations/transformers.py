@@ -224,7 +224,10 @@ def _family(cls: type) -> str | None:
 
 def _family_around(model: nn.Module, path: str) -> str | None:
     """Of the module that holds the one at `path`."""
-    return _family(type(model.get_submodule(path.rpartition(".")[0]))) if path else None
+    holder: nn.Module | None = model
+    for name in path.split(".")[:-1]:  # not by get_submodule: a child named as a method of nn.Module is not found by it
+        holder = holder._modules[name] if holder is not None else None
+    return _family(type(holder)) if path else None
 
 
 def _projection(module: nn.Module) -> tuple[str, nn.Module] | None:
