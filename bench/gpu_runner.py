@@ -176,7 +176,7 @@ def _group(command: list[str], file, env: Mapping[str, str]) -> Iterator[subproc
     mark = f"{os.getpid()}.{time.monotonic_ns()}"
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT,
-        env=environment({**env, MARK: mark}), start_new_session=True,
+        env=environment({**env, MARK: mark}), start_new_session=True, preexec_fn=_hear_interrupts,
     )  # fmt: skip
     try:
         yield process
@@ -186,6 +186,11 @@ def _group(command: list[str], file, env: Mapping[str, str]) -> Iterator[subproc
     finally:
         _signal(process, signal.SIGKILL)
         _end_marked(mark)
+
+
+def _hear_interrupts() -> None:
+    """A shell has SIGINT ignored in what it starts in the background, and that would be inherited."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _end_marked(mark: str) -> None:

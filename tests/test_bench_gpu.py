@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -214,7 +215,10 @@ def test_the_group_is_killed_also_where_processes_cannot_be_listed(tmp_path, has
     assert outcome.verdict == "ok" and all_end([int(outcome.output)])
 
 
-def test_a_command_at_its_limit_may_finish_its_report(tmp_path):
+@pytest.mark.parametrize("heard", [signal.SIG_DFL, signal.SIG_IGN], ids=["in front", "in the background"])
+def test_a_command_at_its_limit_may_finish_its_report(tmp_path, request, heard):
+    before = signal.signal(signal.SIGINT, heard)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     code = "import time\ntry:\n print('begun'); time.sleep(60)\nexcept KeyboardInterrupt:\n print('report written')"
     outcome = run([step("polite", code)], tmp_path, gpu_runner.RESERVE + 2)["polite"]
     assert outcome.verdict == "TIMED OUT" and outcome.output.splitlines() == ["begun", "report written"]
