@@ -187,6 +187,12 @@ def test_a_mask_that_adds_is_refused(compiled):
         module(tokens(torch.float32, B, 9, E), key_padding_mask=mask)
 
 
+def test_a_mask_without_numbers():
+    ours = VideoMultiheadAttention(E, H, device="meta")
+    x, mask = torch.empty(B, 9, E, device="meta"), torch.empty(B, 9, device="meta")
+    assert ours(x, key_padding_mask=mask)[0].shape == x.shape
+
+
 def TemporalAttentionFrom(multihead: VideoMultiheadAttention) -> TemporalAttention:
     module = TemporalAttention(E, H)
     module.load_state_dict(multihead.state_dict())

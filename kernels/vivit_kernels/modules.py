@@ -198,7 +198,8 @@ class VideoMultiheadAttention(nn.MultiheadAttention):
     key_padding_mask: one per key: bool, True is ignored; or, as nn.TransformerEncoderLayer makes of that,
     floating-point, -inf is ignored and 0 is not. A query whose keys are all ignored gives what `out_proj` makes of 0,
     not NaN. Returns (output like query, None). There are no weights to return and no pairs to mask: need_weights (not
-    the default here), attn_mask and is_causal raise NotImplementedError; wrong sizes and masks ValueError.
+    the default here), attn_mask and is_causal raise NotImplementedError; wrong sizes and masks ValueError (other
+    numbers in a mask, compiled or in a CUDA graph, an assertion of PyTorch's on the device).
     State dict: in_proj_weight, in_proj_bias, out_proj.weight, out_proj.bias; it loads timm's, transformers' and
     diffusers' layouts, too, as `JointAttention` does. Source: Vaswani et al. 2017; ViViT section 3.3.
 
@@ -301,7 +302,7 @@ def _kept(key_padding_mask: Tensor) -> Tensor:
     )
     if torch.compiler.is_compiling() or (known.is_cuda and torch.cuda.is_current_stream_capturing()):
         torch.ops.aten._assert_async.msg(known, rule)  # the host cannot wait
-    elif not known:
+    elif not known.is_meta and not known:
         raise ValueError(rule)
     return kept
 
