@@ -72,16 +72,18 @@ def in_turns(turns: list[Callable[[], Tensor]], rounds: int, clock: Callable[[],
     return times
 
 
-def prepared(family: str, dtype: str, layers: int | None, clips: int) -> tuple[Subject, nn.Module, Report]:
+def prepared(
+    family: str, dtype: str, layers: int | None, clips: int, small: bool = False
+) -> tuple[Subject, nn.Module, Report]:
     """The model as it comes, the same one accelerated, and what accelerate() says of that."""
-    subject = build(family, layers, clips).to(torch.float32 if dtype == "autocast" else getattr(torch, dtype))
+    subject = build(family, layers, clips, small).to(torch.float32 if dtype == "autocast" else getattr(torch, dtype))
     ours = copy.deepcopy(subject.model)
     return subject, ours, accelerate(ours, only=subject.host)
 
 
 def ratios(family: str, dtype: str, step: str, rounds: int) -> list[float]:
-    """Of one layer of a model, by the time of the process: for a test that nothing became slower."""
-    subject, ours, _ = prepared(family, dtype, 1, 1)
+    """Of one layer of a model, on few latents, by the time of the process: for a test that nothing became slower."""
+    subject, ours, _ = prepared(family, dtype, 1, 1, small=True)
     turns = [step_of(subject, one, step, dtype) for one in (subject.model, ours)]
     for turn in turns:
         turn()

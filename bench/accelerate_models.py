@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .peers import Missing, require
 
 Inputs = dict[str, Any]
+Size = tuple[int, int, int]
 
 
 class Subject(NamedTuple):
@@ -41,12 +42,15 @@ def _cast(name: str, x: Any, dtype: torch.dtype) -> Any:
     return x.to(dtype) if floating and not name.endswith("mask") else x
 
 
-def build(family: str, layers: int | None, clips: int) -> Subject:
-    """In float32. layers: fewer than the model has (of diffusers: than the two, or two resolutions, that are taken).
+def build(family: str, layers: int | None, clips: int, small: bool = False) -> Subject:
+    """In float32. layers: fewer than the model has (of diffusers: than the two, or two resolutions, that are taken);
+    small: latents of half the rows and columns, since a step of a UNet's first resolution takes 14 GB.
 
     Raises Missing where the host is not installed, or has no such model.
     """
-    return _of_transformers(family, layers, clips) if family in _TRANSFORMERS else _of_diffusers(family, layers, clips)
+    if family in _TRANSFORMERS:
+        return _of_transformers(family, layers, clips)
+    return _of_diffusers(family, layers, clips, small)
 
 
 # -- transformers -----------------------------------------------------------------------------------------------------
@@ -148,62 +152,65 @@ def _with_text(clips: int, latents: Tensor, text: Tensor) -> Inputs:
     return dict(hidden_states=latents, encoder_hidden_states=text, timestep=torch.full((clips,), 500))
 
 
-# Its model, its arguments for a number of layers, its inputs for a number of clips, and the clip of latents in words
-_DIFFUSERS: dict[str, tuple[str, Callable[[int], dict[str, Any]], Callable[[int], Inputs], str]] = {
+# Its model, its arguments for a number of layers, frames, rows and columns of a clip's latents, and its inputs for a
+# number of clips of any such size
+_DIFFUSERS: dict[str, tuple[str, Callable[[int], dict[str, Any]], Size, Callable[[int, int, int, int], Inputs]]] = {
     "latte": (
         "LatteTransformer3DModel",
         _latte,
-        lambda B: _with_text(B, _noise(B, 4, 16, 32, 32), _noise(B, 120, 4096)),
-        "16x32x32",
+        (16, 32, 32),
+        lambda B, F, Y, X: _with_text(B, _noise(B, 4, F, Y, X), _noise(B, 120, 4096)),
     ),
     "animatediff": (
         "UNetMotionModel",
         _motion,
-        lambda B: dict(
-            sample=_noise(B, 4, 16, 32, 32), timestep=torch.tensor(500), encoder_hidden_states=_noise(B * 16, 77, 768)
+        (16, 32, 32),
+        lambda B, F, Y, X: dict(
+            sample=_noise(B, 4, F, Y, X), timestep=torch.tensor(500), encoder_hidden_states=_noise(B * F, 77, 768)
         ),
-        "16x32x32",
     ),
     "svd": (
         "UNetSpatioTemporalConditionModel",
         _svd,
-        lambda B: dict(
-            sample=_noise(B, 14, 8, 32, 32),
+        (14, 32, 32),
+        lambda B, F, Y, X: dict(
+            sample=_noise(B, F, 8, Y, X),
             timestep=torch.tensor(1.5),
             encoder_hidden_states=_noise(B, 1, 1024),
             added_time_ids=torch.tensor([[6.0, 127.0, 0.02]]).expand(B, 3),
         ),
-        "14x32x32",
     ),
     "unet3d": (
         "UNet3DConditionModel",
         _unet3d,
-        lambda B: dict(
-            sample=_noise(B, 4, 16, 32, 32), timestep=torch.tensor(500), encoder_hidden_states=_noise(B, 77, 1024)
+        (16, 32, 32),
+        lambda B, F, Y, X: dict(
+            sample=_noise(B, 4, F, Y, X), timestep=torch.tensor(500), encoder_hidden_states=_noise(B, 77, 1024)
         ),
-        "16x32x32",
     ),
     "wan": (
         "WanTransformer3DModel",
         _wan,
-        lambda B: _with_text(B, _noise(B, 16, 5, 30, 52), _noise(B, 512, 4096)),
-        "5x30x52",
+        (5, 30, 52),
+        lambda B, F, Y, X: _with_text(B, _noise(B, 16, F, Y, X), _noise(B, 512, 4096)),
     ),
     "cogvideox": (
         "CogVideoXTransformer3DModel",
         _cogvideox,
-        lambda B: _with_text(B, _noise(B, 5, 16, 30, 44), _noise(B, 226, 4096)),
-        "5x30x44",
+        (5, 30, 44),
+        lambda B, F, Y, X: _with_text(B, _noise(B, F, 16, Y, X), _noise(B, 226, 4096)),
     ),
 }
 
 
-def _of_diffusers(family: str, layers: int | None, clips: int) -> Subject:
+def _of_diffusers(family: str, layers: int | None, clips: int, small: bool) -> Subject:
     package = require("diffusers", "pip install diffusers")
-    name, arguments, inputs, clip = _DIFFUSERS[family]
+    name, arguments, (frames, rows, columns), inputs = _DIFFUSERS[family]
     _known(package, name)
     package.utils.logging.set_verbosity_error()  # it warns of every .to() that some layers are better kept in float32
     layers = min(layers or 2, 2)
+    if small:
+        rows, columns = (n // 4 * 2 for n in (rows, columns))  # whole patches
     torch.manual_seed(0)
     model = getattr(package, name)(**arguments(layers))
     with torch.no_grad():  # what training starts at zero would hide what comes before it
@@ -211,8 +218,9 @@ def _of_diffusers(family: str, layers: int | None, clips: int) -> Subject:
             if not parameter.any():
                 parameter.normal_(std=0.02)
     part = "resolution" if hasattr(model.config, "block_out_channels") else "layer"
-    size = f"{name}, {clips} clip of {clip} latents, {layers} {part}{'s' * (layers > 1)}"
-    return Subject("diffusers", name, model, inputs(clips), size, "sample")
+    clip = f"{clips} clip of {frames}x{rows}x{columns} latents"
+    size = f"{name}, {clip}, {layers} {part}{'s' * (layers > 1)}"
+    return Subject("diffusers", name, model, inputs(clips, frames, rows, columns), size, "sample")
 
 
 def _known(package: Any, name: str) -> None:

@@ -296,20 +296,29 @@ def test_modules_of_others_are_reached(has_kernels, taken):
 @pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd:UserWarning")
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_what_is_compiled_within_keeps_it(mode, has_kernels):
+    """Also after a compilation outside of it, and one after it is PyTorch's again."""
+
     def by(attention):
         return lambda q, k, v: attention(q * 2, k, v)
 
-    called: list[str] = []
+    def compiled() -> tuple[Tensor, list[str]]:
+        called: list[str] = []
 
-    def compiler(graph, _):
-        called.extend(str(node.target) for node in graph.graph.nodes)
-        return graph
+        def compiler(graph, _):
+            called.extend(str(node.target) for node in graph.graph.nodes)
+            return graph
 
-    backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler, inference_compiler=compiler)
+        backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler, inference_compiler=compiler)
+        torch._dynamo.reset()
+        return torch.compile(by(F.scaled_dot_product_attention), fullgraph=True, backend=backend)(*tensors), called
+
     tensors = qkv(has_kernels, requires_grad=mode is torch.enable_grad)
-    torch._dynamo.reset()
-    with mode(), sdpa_override():
-        out = torch.compile(by(F.scaled_dot_product_attention), fullgraph=True, backend=backend)(*tensors)
+    with mode():
+        before = compiled()[1]
+        with sdpa_override():
+            out, called = compiled()
+        after = compiled()[1]
+    assert before and after and not any("joint_attention" in target for target in before + after)
     exact, eager = (by(textbook)(*(x.detach().to(t) for x in tensors)) for t in (torch.float64, torch.float32))
     assert judge(out.detach().cpu(), exact.cpu(), eager.cpu(), row=D).ok
     if out.requires_grad:

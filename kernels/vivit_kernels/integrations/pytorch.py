@@ -159,6 +159,12 @@ class _Handle:
 
     def remove(self) -> None:
         self.library._destroy()
+        _forget_dispatch()
+
+
+def _forget_dispatch() -> None:
+    """PyTorch keeps which kernel an earlier trace of the op ran, and asks nobody whether there is another by now."""
+    torch.ops.aten.scaled_dot_product_attention.default._dispatch_cache.clear()
 
 
 def _activate() -> _Handle:
@@ -199,6 +205,7 @@ def _activate() -> _Handle:
     for device in devices:
         for dispatch_key in _AUTOGRAD_KEYS[device]:
             library.impl("scaled_dot_product_attention", attention, dispatch_key)
+    _forget_dispatch()
     return _Handle(library)
 
 
