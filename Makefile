@@ -130,12 +130,12 @@ test-kernels: for-test
 		echo "LEFT OUT: the tests of Triton kernels with the newest Triton, which is not here"; \
 	fi
 
-# What `make test` runs of Triton kernels, interpreted and compiled.
+# Of Triton kernels what `make test` interprets, and all that `make test-full` compiles.
 test-newest-triton: export PYTHONPATH := $(NEWEST)$(if $(PYTHONPATH),:$(PYTHONPATH))
 test-newest-triton:
 	@$(PY) -c "import triton; print('Triton', triton.__version__, 'from', triton.__file__)"
 	$(INTERPRETING) $(NONE_IS_FINE)
-	$(PYTEST) tests/test_triton_gate.py $(NONE_IS_FINE)
+	$(PYTEST) -m "not gpu" tests/test_triton_gate.py $(NONE_IS_FINE)
 
 bench: for-test
 	@$(BUILD)

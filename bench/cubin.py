@@ -93,6 +93,7 @@ class Kernel:
 
 # An address, a predicate if any, an opcode with its modifiers: `/*01a0*/   @!P0 LDG.E.128 R4, ...`
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)((?:\.\w+)*)", re.MULTILINE)
+TENSOR_OPCODES = ("HMMA", "HGMMA", "UTCHMMA")
 _MEMORY = ("LDG", "STG", "LDS", "STS", "LDGSTS")
 _WIDTHS = {"128": "128", "256": "128", "64": "64", "U16": "16", "S16": "16", "U8": "8", "S8": "8"}  # not 32 bits
 # The instructions worth a look; `MUFU` and those with a width stand beside the sum they are part of.
@@ -142,6 +143,26 @@ def loops(sass: str) -> list[Loop]:
         last, first = int(branch[1], 16), int(branch[2], 16)
         if first < last and first in starts:  # a kernel's last instruction goes to itself, and is never reached
             found.append(Loop(first, last, instructions(sass[starts[first] : branch.end()])))
+    return found
+
+
+def loops_with_products(kernel: Kernel) -> list[Loop]:
+    """The inner ones, those that hold no other such loop; of a kernel without tensor cores those with multiply-adds."""
+    opcodes = TENSOR_OPCODES if any(kernel.mix[opcode] for opcode in TENSOR_OPCODES) else ("FFMA",)
+    found = [loop for loop in loops(kernel.sass) if any(loop.mix[opcode] for opcode in opcodes)]
+    return [loop for loop in found if not any(loop.holds(other) for other in found)]
+
+
+def local_memory(kernel: Kernel, most: int) -> list[str]:
+    """What is wrong with its use of it, if `most` bytes a thread may lie there outside of loops that multiply."""
+    taken, found = kernel.stack + kernel.local, []
+    if not most and kernel.spills:
+        found.append(f"spills: {kernel.spills} loads and stores of local memory")
+    if taken > most:
+        found.append(f"local memory: {taken} bytes a thread" + (f", {most} at most" if most else ""))
+    for loop in loops_with_products(kernel) if most and kernel.spills else []:
+        if count := loop.mix["LDL"] + loop.mix["STL"]:
+            found.append(f"spills: {count} loads and stores of local memory in the loop at {loop.first:#06x}")
     return found
 
 

@@ -64,7 +64,6 @@ NARROW = ("LDG.16", "STG.16", "STG.8", "LDGSTS.16", "LDGSTS.8")  # LDG.8 reads a
 # And where a lane's share of a product are two neighbours.
 NARROW_ALLOWED = ("tubelet_*false>", "tubelet_video_gradient<*", "parameter_*", "gathering_*, unsigned char[,>]*")
 NARROW_ALLOWED += ("scattering_*",)
-PRODUCTS = ("HMMA", "HGMMA")  # by tensor cores
 # Where every register is taken, a few kernels keep one or two values in local memory for a while, outside of the
 # loops that multiply. That stays in the first-level cache and costs some cycles of a tile's thousands; in such a loop
 # it would cost them at each step. More bytes would be an array that is indexed or a loop's sums, which must not be
@@ -93,23 +92,6 @@ def short(name: str) -> str:
     return name[: name.rindex(">(") + 1] if ">(" in name else name.partition("(")[0]
 
 
-def loops_with_products(kernel: cubin.Kernel) -> list[cubin.Loop]:
-    """The inner ones, those that hold no other such loop; of a kernel without tensor cores those with multiply-adds."""
-    opcodes = PRODUCTS if any(kernel.mix[opcode] for opcode in PRODUCTS) else ("FFMA",)
-    found = [loop for loop in cubin.loops(kernel.sass) if any(loop.mix[opcode] for opcode in opcodes)]
-    return [loop for loop in found if not any(loop.holds(other) for other in found)]
-
-
-def local_memory(kernel: cubin.Kernel) -> list[str]:
-    """What is wrong with its use of it."""
-    taken = kernel.stack + kernel.local
-    found = [f"local memory: {taken} bytes a thread, {MOST_STACK} at most"] if taken > MOST_STACK else []
-    for loop in loops_with_products(kernel) if kernel.spills else []:
-        if count := loop.mix["LDL"] + loop.mix["STL"]:
-            found.append(f"spills: {count} loads and stores of local memory in the loop at {loop.first:#06x}")
-    return found
-
-
 _ORDER = re.compile(r"(MUFU\.EX2)|WARPGROUP\.DEPBAR\.LE gsb0, (0x[0-9a-f]+)")
 
 
@@ -117,7 +99,7 @@ def not_overlapped(kernel: cubin.Kernel) -> list[str]:
     """Loops whose exponentials do not lie between the wait for their own scores, which leaves another product running,
     and the wait for that: the compiler moves waits, and what was to run beside a product then runs after it."""
     found = []
-    for loop in loops_with_products(kernel):
+    for loop in cubin.loops_with_products(kernel):
         text = kernel.sass[kernel.sass.index(f"/*{loop.first:04x}*/") : kernel.sass.index(f"/*{loop.last:04x}*/")]
         running, beside = 0, 0
         for exponential, wait in _ORDER.findall(text):
@@ -160,7 +142,7 @@ def too_little_asked(name: str, kernel: cubin.Kernel) -> list[str]:
 def waited_for(kernel: cubin.Kernel) -> list[str]:
     """Whether the loop's products run on while operands of the next ones are made: every wait in it is to leave some
     running. A compiler that gives up on their registers waits for each."""
-    loop = min(loops_with_products(kernel), key=lambda x: x.last - x.first, default=None)
+    loop = min(cubin.loops_with_products(kernel), key=lambda x: x.last - x.first, default=None)
     if loop is None:
         return []
     text = kernel.sass[kernel.sass.index(f"/*{loop.first:04x}*/") : kernel.sass.index(f"/*{loop.last:04x}*/")]
@@ -174,9 +156,7 @@ def complaints(name: str, kernel: cubin.Kernel) -> list[str]:
     mix, found = kernel.mix, []
     if kernel.threads is None:
         found.append("launch bounds: none, so nobody knows how many blocks fit")
-    found += local_memory(kernel)
-    judged = Compiled(kernel, (), kernel.threads or cubin.MOST_THREADS, kernel.shared).complaints
-    found += [x for x in judged if not x.startswith(("spills: ", "local memory: "))]  # stricter there than here
+    found += Compiled(kernel, (), kernel.threads or cubin.MOST_THREADS, kernel.shared).complaints_but_for(MOST_STACK)
     word = name.partition("_")[0]
     wanted = WANTED.get(name.partition("<")[0], WANTED.get(word))
     if ONLY_ON.get(word, kernel.arch) != kernel.arch:
@@ -193,7 +173,9 @@ def complaints(name: str, kernel: cubin.Kernel) -> list[str]:
         found += [f"a product under way: {line}" for line in cubin.overwritten(kernel.sass)]
     found += [f"opcode: no {opcode}" for opcode in wanted or () if not mix[opcode]]
     if word == "float32":
-        found += [f"opcode: {mix[opcode]} {opcode}, which is not float32" for opcode in PRODUCTS if mix[opcode]]
+        found += [
+            f"opcode: {mix[opcode]} {opcode}, which is not float32" for opcode in cubin.TENSOR_OPCODES if mix[opcode]
+        ]
     found += too_little_asked(name, kernel)
     if any(fnmatch.fnmatch(name, pattern) for pattern in NARROW_ALLOWED):
         return found

@@ -112,7 +112,7 @@ class Tile:
 
 def inner_loop(kernel: cubin.Kernel) -> cubin.Loop:
     """The one with both products and exponentials, every tile but the last."""
-    found = [x for x in cuda_gate.loops_with_products(kernel) if x.mix["HGMMA"] and x.mix["MUFU.EX2"]]
+    found = [x for x in cubin.loops_with_products(kernel) if x.mix["HGMMA"] and x.mix["MUFU.EX2"]]
     if not found:
         raise ValueError(f"bench cuda_model: {kernel.name} has no loop with products and exponentials")
     return min(found, key=lambda loop: loop.last - loop.first)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from . import cubin, cuda_gate
+from . import cubin
 from .cuda_model import ALU, CLOCK_GHZ, EXPONENTIALS, FMA, LINE, MULTIPROCESSORS, QUERIES, SHUFFLES, products_of
 from .cuda_model_backward import walk
 from .static import ASSUMED, table
@@ -74,7 +74,7 @@ def step_of(kernel: cubin.Kernel, loop: cubin.Loop, steps: int) -> Step:
 
 def steps_of(kernel: cubin.Kernel, steps: int) -> list[Step]:
     """Of its inner loops with products of a warpgroup and exponentials."""
-    loops = [x for x in cuda_gate.loops_with_products(kernel) if x.mix["HGMMA"] and x.mix["MUFU.EX2"]]
+    loops = [x for x in cubin.loops_with_products(kernel) if x.mix["HGMMA"] and x.mix["MUFU.EX2"]]
     return [step_of(kernel, loop, steps) for loop in loops]
 
 

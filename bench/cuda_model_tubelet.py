@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from vivit_kernels.tubelet_embedding import tiles
 
-from . import cubin, cuda_gate
+from . import cubin
 from .cuda_model import (
     ALU,
     CLOCK_GHZ,
@@ -89,7 +89,7 @@ def step_of(name: str, kernel: cubin.Kernel) -> Step:
         raise ValueError(f"bench cuda_model: {name} does not say pixels and columns as gathering_tubelet_forward does")
     word, pixel_bytes, columns = found[1], PIXEL_BYTES.get(found[2], 2), int(found[3] or 0)
     steps = 1 if word == VIDEO else STEPS
-    loops = cuda_gate.loops_with_products(kernel)
+    loops = cubin.loops_with_products(kernel)
     if not loops:
         raise ValueError(f"bench cuda_model: {kernel.name} has no loop with products")
     loop = min(loops, key=lambda x: x.last - x.first)

@@ -51,10 +51,12 @@ class Compiled:
     @property
     def complaints(self) -> list[str]:
         """What is wrong with it: it could not be launched, or was written to keep in registers what is not."""
+        return self.complaints_but_for()
+
+    def complaints_but_for(self, stack: int = 0) -> list[str]:
+        """The same, but for so many bytes of local memory a thread outside of loops that multiply."""
         limit = cubin.ARCHS[self.kernel.arch]
-        found = [f"spills: {self.kernel.spills} loads and stores of local memory"] if self.kernel.spills else []
-        if self.kernel.stack or self.kernel.local:
-            found.append(f"local memory: {self.kernel.stack + self.kernel.local} bytes a thread")
+        found = cubin.local_memory(self.kernel, stack)
         if early := cubin.overwritten(self.kernel.sass) if self.kernel.mix["HGMMA"] else []:
             found.append(f"race: {len(early)} writes of what a product may still read, first {early[0]}")
         if self.tensor_columns > limit.tensor_columns:

@@ -140,16 +140,16 @@ def test_a_kernel_that_does_not_fit_is_noticed(planted):
 def test_local_memory_is_allowed_outside_of_loops_that_multiply(planted):
     (inside, found), (outside, others) = (planted[f"packed_products<{word}>"] for word in ("true", "false"))
     assert inside.stack == outside.stack == 64 and outside.spills
-    (loop,) = cuda_gate.loops_with_products(inside)
+    (loop,) = cubin.loops_with_products(inside)
     count = loop.mix["LDL"] + loop.mix["STL"]
     assert count and f"spills: {count} loads and stores of local memory in the loop at {loop.first:#06x}" in found
-    assert len(cuda_gate.loops_with_products(outside)) == 1 < len(cubin.loops(outside.sass))
+    assert len(cubin.loops_with_products(outside)) == 1 < len(cubin.loops(outside.sass))
     assert (
         not any(line.startswith("spills") for line in others)
         and f"local memory: 64 bytes a thread, {cuda_gate.MOST_STACK} at most" in others
     )
     smaller = dataclasses.replace(outside, stack=cuda_gate.MOST_STACK)
-    assert not cuda_gate.local_memory(smaller)
+    assert not cubin.local_memory(smaller, cuda_gate.MOST_STACK)
 
 
 LOOPS = """
@@ -173,12 +173,12 @@ def test_loops_are_found_by_branches_back():
     first, second, outer = cubin.loops(LOOPS)
     assert [(loop.first, loop.last) for loop in (first, second, outer)] == [(0x30, 0x40), (0x60, 0x70), (0x20, 0x80)]
     assert first.mix == {"HMMA": 1, "BRA": 1} and outer.mix == {"HMMA": 2, "BRA": 3, "LDL": 1, "STL": 1}
-    assert cuda_gate.loops_with_products(kernel) == [first, second] and cuda_gate.local_memory(kernel) == []
-    inside = dataclasses.replace(kernel, sass=LOOPS.replace("@P0 BRA 0x30", "@P0 BRA 0x20"))
-    assert cuda_gate.local_memory(inside) == ["spills: 1 loads and stores of local memory in the loop at 0x0020"]
     most = cuda_gate.MOST_STACK
+    assert cubin.loops_with_products(kernel) == [first, second] and cubin.local_memory(kernel, most) == []
+    inside = dataclasses.replace(kernel, sass=LOOPS.replace("@P0 BRA 0x30", "@P0 BRA 0x20"))
+    assert cubin.local_memory(inside, most) == ["spills: 1 loads and stores of local memory in the loop at 0x0020"]
     many = dataclasses.replace(kernel, stack=most, local=4)
-    assert cuda_gate.local_memory(many) == [f"local memory: {most + 4} bytes a thread, {most} at most"]
+    assert cubin.local_memory(many, most) == [f"local memory: {most + 4} bytes a thread, {most} at most"]
 
 
 PIPELINED = """
@@ -265,7 +265,7 @@ def test_kernels_are_what_they_were_written_to_be(part, cubins):
 @pytest.mark.full
 def test_every_kernel_is_in_one_of_the_parts_and_there_for_every_gpu(cubins):
     library = {(arch, name) for arch, name in cubin.resources(_library.library_path()) if arch in cubin.ARCHS}
-    of_cubin = {path: int(path.suffixes[-2].removeprefix(".sm_")) for path in cubins}
+    of_cubin = {path: int(path.suffixes[-2].removeprefix(".sm_").rstrip("af")) for path in cubins}
     assert library == {
         (arch, name) for path, arch in of_cubin.items() if arch in cubin.ARCHS for _, name in cubin.resources(path)
     }

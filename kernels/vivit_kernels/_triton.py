@@ -12,6 +12,10 @@ from ._dispatch import Call, Refusal
 
 _OLDEST = 80  # bfloat16 products and asynchronous copies
 
+# An option of every launch, also of those that do not go through Launch: a product with a sum behind it stays one
+# instruction, which from Triton 3.10 on has to be asked for
+FUSED = {"enable_fp_fusion": True}
+
 compiling_for: int | None = None  # the architecture, where kernels on CPU tensors are compiled and not launched
 
 
@@ -38,7 +42,7 @@ class Launch:
     """
 
     def __init__(self, kernel: Any, programs: int, reusable: bool, **options: int) -> None:
-        self._kernel, self._programs, self._reusable, self._options = kernel, programs, reusable, options
+        self._kernel, self._programs, self._reusable, self._options = kernel, programs, reusable, FUSED | options
         self._compiled: Any = None
 
     def take(self, x: Any) -> Any:

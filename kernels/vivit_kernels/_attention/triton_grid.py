@@ -20,7 +20,7 @@ from .options import Options
 from .triton_device import Rules, Sizes, View
 from .triton_packed import packed_bwd, packed_fwd
 from .triton_streaming import streaming_bwd_keys, streaming_bwd_queries, streaming_fwd
-from .triton_tiles import PACKED, STREAMING, Axis, Tiles, columns, power_of_two, statistics
+from .triton_tiles import PACKED, STREAMING, Axis, Tiles, columns, has_narrow_piece, power_of_two, statistics
 
 _LOG2E = math.log2(math.e)
 _MOST_PROGRAMS = 2**31 - 1  # of a one-dimensional sizes, and what the kernels' 32-bit numbers of sequences count to
@@ -194,16 +194,17 @@ def _counted(op: str, q: Tensor, programs: int) -> int:
     return programs
 
 
-def _tail(n: int, size: int, rows: bool) -> int:
-    """The last block of n in blocks of `size`, 0 if it is whole: 16, or as small as may be where it is no tile's rows:
-    products of 32 rows take the tensor cores of before Hopper, and more registers."""
-    if n % size == 0:
+def _tail(n: int, size: int, kept: bool, whole: bool) -> int:
+    """The last block of n in blocks of `size`, 0 if it is like the others: 16, or as small as may be where no tile
+    keeps it, since 32 rows of a product take the tensor cores of before Hopper, and more registers. whole: what a tile
+    keeps is always like the others."""
+    if n % size == 0 or (kept and whole):
         return 0
     least = power_of_two(n % size)
-    return size if rows and least > 16 else least
+    return size if kept and least > 16 else least
 
 
-def _axis(axis: Axis | None, N: int, N_k: int, keys_first: bool = False) -> tuple | None:
+def _axis(axis: Axis | None, N: int, N_k: int, whole: bool, keys_first: bool = False) -> tuple | None:
     """The constants of an axis for a kernel: (regime, N if packed, rows of a block, keys of a block, a power of two
     that holds all keys if one block does, rows of the last block of queries, keys of the last block of keys); 0 where
     there is nothing to say, and where the last block is like the others."""
@@ -213,7 +214,7 @@ def _axis(axis: Axis | None, N: int, N_k: int, keys_first: bool = False) -> tupl
         return PACKED, N, axis.rows, 0, 0, 0, 0
     block = axis.keys
     only = power_of_two(N_k) if N_k <= block else 0
-    tails = _tail(N, axis.rows, not keys_first), _tail(N_k, block, keys_first)
+    tails = _tail(N, axis.rows, not keys_first, whole), _tail(N_k, block, keys_first, whole)
     return STREAMING, 0, axis.rows, block, only, *tails
 
 
@@ -263,17 +264,28 @@ def _flat(options: Options) -> Options:
     return options
 
 
-def _constants(tile: Tiles, q: Tensor, k: Tensor, options: Options, unit: int) -> dict[str, Any]:
-    D = q.shape[-1]
-    return {"COLS": columns(D, tile.split, options.cos is not None), "UNIT": unit, "PRECISION": precision(q.dtype)}
+def _constants(tile: Tiles, q: Tensor, options: Options, unit: int) -> dict[str, Any]:
+    return {"COLS": _columns(tile, q, options), "UNIT": unit, "PRECISION": precision(q.dtype)}
 
 
-def _axes(tile: Tiles, q: Tensor, k: Tensor, temporal_heads: int, op: str) -> tuple[int, dict[str, Any]]:
+def _columns(tile: Tiles, q: Tensor, options: Options) -> tuple[tuple[int, int, int], ...]:
+    return columns(q.shape[-1], tile.split, options.cos is not None)
+
+
+def _keeps_whole(tile: Tiles, q: Tensor, options: Options) -> bool:
+    """Whether a tile's last rows are as many as the others': see triton_tiles.py."""
+    return has_narrow_piece(_columns(tile, q, options)) and q.dtype != torch.float32
+
+
+def _axes(
+    tile: Tiles, q: Tensor, k: Tensor, temporal_heads: int, options: Options, op: str
+) -> tuple[int, dict[str, Any]]:
     """(programs, what a kernel of both axes is told of them)."""
     B, T, S, H, _ = q.shape
     time = _programs(tile.time, B * S * temporal_heads, T)
     programs = _counted(op, q, time + _programs(tile.space, B * T * (H - temporal_heads), S))
-    axes = {"TIME": _axis(tile.time, T, T), "SPACE": _axis(tile.space, S, k.shape[2])}
+    whole = _keeps_whole(tile, q, options)
+    axes = {"TIME": _axis(tile.time, T, T, whole), "SPACE": _axis(tile.space, S, k.shape[2], whole)}
     return programs, {"temporal_heads": temporal_heads, "time_programs": time, **axes}
 
 
@@ -295,10 +307,10 @@ def launch_fwd(
     plan = _PLANS.get(key) if remember else None
     if plan is None:
         tile, unit = choose("forward"), _unit(q, k, v)
-        programs, axes = _axes(tile, q, k, temporal_heads, op)
+        programs, axes = _axes(tile, q, k, temporal_heads, options, op)
         launch = Launch(grid_fwd, programs, remember and q.is_cuda, num_warps=tile.warps, num_stages=tile.stages)
         strides = {name: _strides(x, unit) for name, x in zip("qkvo", (q, k, v, o), strict=True)}
-        after = axes | _constants(tile, q, k, options, unit)
+        after = axes | _constants(tile, q, options, unit)
         plan = _Plan(launch, strides, _rules(options, q.dtype), {"sizes": _sizes(q, k)}, after)
         if remember:
             _PLANS.keep(key, plan)
@@ -347,10 +359,10 @@ def _plans_bwd(op, tensors, temporal_heads: int, options: Options, tile: Tiles, 
     strides = {name: None if x is None else _strides(x, unit) for name, x in tensors.items()}
     if not tile.keeps_output and not emit:
         strides["o"] = None
-    programs, axes = _axes(tile, q, k, temporal_heads, op)
+    programs, axes = _axes(tile, q, k, temporal_heads, options, op)
     reusable, rules, before = remember and q.is_cuda, _rules(options, q.dtype), {"sizes": _sizes(q, k)}
     launch = Launch(grid_bwd, programs, reusable, num_warps=tile.warps, num_stages=tile.stages)
-    after = axes | {"EMIT": emit} | _constants(tile, q, k, options, unit)
+    after = axes | {"EMIT": emit} | _constants(tile, q, options, unit)
     plans = [_Plan(launch, strides, rules, before, after)]
     if tile.keys is None:
         return plans
@@ -363,6 +375,7 @@ def _plans_bwd(op, tensors, temporal_heads: int, options: Options, tile: Tiles, 
             programs = _counted(op, q, sequences * heads * -(-N_k // axis.keys))
             launch = Launch(grid_bwd_keys, programs, reusable, num_warps=tile.keys.warps, num_stages=tile.keys.stages)
             after = {"first_head": first, "heads": heads, "N": N, "N_k": N_k, "OVER_TIME": over_time}
-            after |= {"AXIS": _axis(axis, N, N_k, True)} | _constants(tile.keys, q, k, options, unit)
+            constants = _axis(axis, N, N_k, _keeps_whole(tile.keys, q, options), keys_first=True)
+            after |= {"AXIS": constants} | _constants(tile.keys, q, options, unit)
             plans.append(_Plan(launch, strides, rules, before, after))
     return plans

@@ -99,6 +99,14 @@ class Override:
 # 4, and (128, 64) 172 instead of 121, 1 instead of 2. What such a loop hides, the ends of a tile, the other blocks hide
 # now.
 #
+# Why the last block of rows that a tile keeps has 16 where that will do, but is whole for heads with a piece of 16
+# channels (compiled for sm_90, not measured): there the branch of 16 rows takes more registers than all the rest.
+# 196 tokens a frame, registers (warps of a multiprocessor), 16 rows -> whole, Triton 3.6:
+#   D = 80   forward 220 (8) -> 125 (12)   dq 218 (8) -> 110 (16)   dk, dv 255 (8) -> 158 (12)
+#   D = 40   forward 136 (12) -> 127 (16)  dq 170 (8) -> 92 (20)    dk, dv 178 (8) -> 112 (16)
+#   D = 144  all three spill -> 170, 176, 232
+# For 3.25 blocks' work of each sequence it does 4; of long sequences next to nothing more. Other heads gain no warps.
+#
 # Why dq has a pass of its own and no atomic variant beside it (computed, not measured): in blocks of 64 keys these 8 x
 # 3136 tokens add 49 times to each of 19 million sums, 944 million reductions of 4 bytes. An H100's L2, taken as 96
 # slices at 1.7 GHz, retires them in 5.8 ms at one a cycle and slice, in 1.4 ms at a sector of eight in two cycles; one
@@ -134,7 +142,8 @@ def tiles(direction: str, D: int, itemsize: int, time: tuple[int, int] | None, s
     first = Tiles(direction, over_time, over_space, warps, stages)
     if direction == "forward" or not first.keeps_output:
         return first
-    second = Axis(STREAMING, streamed.keys if D <= 128 else 16, streamed.rows)  # 32 queries spill
+    queries = 32 if D < 128 else streamed.keys if D == 128 else 16  # 64 spill from 104 to 120, 32 above 128
+    second = Axis(STREAMING, queries, streamed.rows)
     if itemsize == 4:  # the blocks of the first pass: see triton_streaming.py
         second = streamed
     over_time, over_space = (second if axis is streamed else None for axis in (over_time, over_space))
@@ -182,6 +191,11 @@ def columns(D: int, split: bool, halves: bool) -> tuple[tuple[int, int, int], ..
         found.append((first, width, min(width, D - first)))
         first += width
     return tuple(found)
+
+
+def has_narrow_piece(pieces: tuple[tuple[int, int, int], ...]) -> bool:
+    """Of COLS: a last piece of 16 channels behind a wider one, as heads of 40, 48, 72, 80, 136 and 144 have."""
+    return len(pieces) > 1 and pieces[-1][1] == 16 < pieces[0][1]
 
 
 def alternatives(choice: Tiles) -> list[Tiles]:

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._triton import FUSED
 from .passes import Norm, Normed, add, cast_like
 
 _MOST_PROGRAMS = 512  # that keep sums: 4 a multiprocessor of an H100, and 3 MB of partial sums at E = 768
@@ -126,7 +127,7 @@ def norm_forward(x: Tensor, branch: Tensor | None, norm: Norm, dtype: torch.dtyp
         norm_fwd[(triton.cdiv(rows, tile.rows),)](
             x_ptr=x, branch_ptr=branch, sum_ptr=None if branch is None else total, n_ptr=n, weight_ptr=norm.weight,
             bias_ptr=norm.bias, mean_ptr=mean, rstd_ptr=rstd, rows=rows, E=E, eps=norm.eps,
-            ROWS=tile.rows, COLS=tile.columns, num_warps=tile.warps, num_stages=1,
+            ROWS=tile.rows, COLS=tile.columns, num_warps=tile.warps, num_stages=1, **FUSED,
         )  # fmt: skip
     return Normed(total, n, mean, rstd)
 
@@ -144,7 +145,7 @@ def norm_backward(
         norm_bwd[(programs,)](
             dn_ptr=dn, dsum_ptr=dsum if needs[0] else None, x_ptr=x, weight_ptr=norm.weight, mean_ptr=found.mean,
             rstd_ptr=found.rstd, dx_ptr=dx, sums_ptr=sums, rows=rows, E=E, tiles=tiles,
-            ROWS=tile.rows, COLS=tile.columns, num_warps=tile.warps, num_stages=1,
+            ROWS=tile.rows, COLS=tile.columns, num_warps=tile.warps, num_stages=1, **FUSED,
         )  # fmt: skip
     dweight, dbias = (None, None) if sums is None else sums.sum(0).unbind(0)
     return (
@@ -214,6 +215,6 @@ def gelu_backward(
         gelu_bwd[(parts * blocks,)](
             dactive_ptr=dactive, hidden_ptr=hidden, active_ptr=active, dhidden_ptr=dactive, sums_ptr=sums, rows=rows,
             M=M, blocks=blocks, tiles=tiles, TANH=approximate == "tanh", ROWS=tile.rows, COLS=tile.columns,
-            num_warps=tile.warps, num_stages=1,
+            num_warps=tile.warps, num_stages=1, **FUSED,
         )  # fmt: skip
     return active, dactive, None if sums is None else sums.sum(0)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .._attention.triton_tiles import power_of_two
 from .._rows.passes import Norm, Normed, layer_norm_backward
-from .._triton import arch_of, precision
+from .._triton import FUSED, arch_of, precision
 from .._triton_device import waited_for
 from . import tiles
 
@@ -171,7 +171,7 @@ def _constants(direction: str, x: Tensor, heads: int) -> tuple[int, dict]:
     return -(-B * S // (tile.rows // T)), {
         "B": B, "S": S, "heads": heads, "scale": D**-0.5, "E": E, "D": D, "T": T, "ROWS": tile.rows,
         "COLS": power_of_two(D), "STEP": tile.step, "PRECISION": precision(x.dtype),
-        "num_warps": tile.warps, "num_stages": tile.stages,
+        "num_warps": tile.warps, "num_stages": tile.stages, **FUSED,
     }  # fmt: skip
 
 
