@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -293,38 +294,90 @@ def test_modules_of_others_are_reached(has_kernels, taken):
     assert judge(out, exact, plain).ok
 
 
+def doubled(attention):
+    return lambda q, k, v: attention(q * 2, k, v)
+
+
+def compiled(tensors: list[Tensor]) -> tuple[Tensor, list[str]]:
+    """The output of what is compiled now, and all that its graphs call, that of the backward once it has run."""
+    called: list[str] = []
+
+    def compiler(graph, _):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler, inference_compiler=compiler)
+    torch._dynamo.reset()
+    return torch.compile(doubled(F.scaled_dot_product_attention), fullgraph=True, backend=backend)(*tensors), called
+
+
+def calls_ours(called: list[str]) -> bool:
+    assert any("attention" in target for target in called), called
+    return any("joint_attention" in target for target in called)
+
+
 @pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd:UserWarning")
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_what_is_compiled_within_keeps_it(mode, has_kernels):
     """Also after a compilation outside of it, and one after it is PyTorch's again."""
-
-    def by(attention):
-        return lambda q, k, v: attention(q * 2, k, v)
-
-    def compiled() -> tuple[Tensor, list[str]]:
-        called: list[str] = []
-
-        def compiler(graph, _):
-            called.extend(str(node.target) for node in graph.graph.nodes)
-            return graph
-
-        backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler, inference_compiler=compiler)
-        torch._dynamo.reset()
-        return torch.compile(by(F.scaled_dot_product_attention), fullgraph=True, backend=backend)(*tensors), called
-
     tensors = qkv(has_kernels, requires_grad=mode is torch.enable_grad)
     with mode():
-        before = compiled()[1]
+        before = compiled(tensors)[1]
         with sdpa_override():
-            out, called = compiled()
-        after = compiled()[1]
-    assert before and after and not any("joint_attention" in target for target in before + after)
-    exact, eager = (by(textbook)(*(x.detach().to(t) for x in tensors)) for t in (torch.float64, torch.float32))
+            out, called = compiled(tensors)
+        after = compiled(tensors)[1]
+    assert not calls_ours(before) and not calls_ours(after)
+    exact, eager = (doubled(textbook)(*(x.detach().to(t) for x in tensors)) for t in (torch.float64, torch.float32))
     assert judge(out.detach().cpu(), exact.cpu(), eager.cpu(), row=D).ok
     if out.requires_grad:
         out.sum().backward()
     wanted = ["joint_attention_fwd", *(["joint_attention_bwd"] if out.requires_grad else [])]
     assert [sum(name in target for target in called) for name in wanted] == [1] * len(wanted), called
+
+
+@pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd:UserWarning")
+def test_what_another_thread_compiles_meanwhile_stays_pytorchs(has_kernels):
+    """Its graph goes to PyTorch's caches as one from outside."""
+    tensors, found = qkv(has_kernels), []
+    with sdpa_override():
+        thread = threading.Thread(target=lambda: found.append(compiled(tensors)[1]))
+        thread.start()
+        thread.join()
+        within = compiled(tensors)[1]
+    assert len(found) == 1 and not calls_ours(found[0]) and calls_ours(within)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor compiles C++")
+def test_pytorchs_caches_keep_graphs_apart(tmp_path):
+    """A process that compiles what another one compiled within the context has PyTorch's, and the other way round."""
+    if not _native.AVAILABLE:
+        pytest.skip(f"without kernels it stays PyTorch's: {_native.WHY}")
+    script = """
+import contextlib, sys, torch, torch.nn.functional as F
+from torch.profiler import profile
+within = sys.argv[1] == "within"
+if within:
+    from vivit_kernels import sdpa_override
+tensors = [torch.ones(2, 4, 128, 64) for _ in range(3)]
+with torch.no_grad(), sdpa_override() if within else contextlib.nullcontext():
+    called = torch.compile(lambda q, k, v: F.scaled_dot_product_attention(q * 2, k, v), fullgraph=True)
+    called(*tensors)
+    with profile() as found:
+        called(*tensors)
+hits = torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"]
+print("ours" if any("joint_attention" in event.key for event in found.key_averages()) else "PyTorch's", hits)
+"""
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_AUTOGRAD_CACHE": "1"}
+
+    def run(how: str) -> str:
+        command = [sys.executable, "-c", script, how]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()[-1]
+
+    found = [run(how) for how in ("within", "outside", "within", "outside")]
+    assert found == ["ours 0", "PyTorch's 0", "ours 1", "PyTorch's 1"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._guards import TracingContext
+from torch.compiler import config as compiler_config
 from torch.nn import attention as registry
 from torch.overrides import has_torch_function
 
+from .. import _environment, _native
 from ..accelerate import NO_RECORD, Left, Replacement, swap_class
 from ..explain import explain
 from ..joint_attention.api import joint_attention
@@ -195,6 +198,7 @@ def _activate() -> _Handle:
             and (scale is None or -_INFINITE < scale < _INFINITE)
             and torch.backends.cuda.flash_sdp_enabled()
             and not transformed()
+            and not _compiled_by_others()
         ):
             mask = None if attn_mask is None else attn_mask[:, 0, 0].expand(key.shape[0], key.shape[2])
             return _ours(query, key, value, mask, dropout_p, scale)
@@ -235,6 +239,21 @@ def _is_key_mask(q: Tensor, k: Tensor, mask: Tensor) -> bool:
     return shared and mask.shape[3] == k.shape[2] and mask.device == q.device
 
 
+def _tagged() -> str:
+    """What keeps graphs of this context and of others apart in PyTorch's caches on disk: they are looked up by the code
+    that was compiled, which is a call of scaled_dot_product_attention in both."""
+    ops = torch.ops.vivit_kernels
+    facts = _environment.RESTRICTED, _native.AVAILABLE, ops.joint_attention_fwd.default._schema
+    made = f"{NAME} {facts}"
+    before = compiler_config.cache_key_tag
+    return before if made in before else f"{before} {made}".strip()
+
+
+def _compiled_by_others() -> bool:
+    """A graph that a thread outside of the context compiles meanwhile, which PyTorch would keep without the tag."""
+    return TracingContext.try_get() is not None and compiler_config.cache_key_tag != _tagged()
+
+
 _contexts: list[list[str | None]] = []  # those entered and not left: what was active before each
 _lock = threading.Lock()
 
@@ -260,7 +279,8 @@ def sdpa_override() -> Iterator[None]:
 
     It holds for all threads of the process until the last has left it, since PyTorch's registry of flash attention
     implementations has one switch: another implementation, such as FlashAttention 4, is inactive within it and active
-    again after it. What is compiled within it keeps joint_attention; what was compiled before keeps PyTorch's. Its name
+    again after it. What is compiled within it keeps joint_attention; what was compiled before, or is meanwhile by a
+    thread that has not entered it, keeps PyTorch's, also in PyTorch's caches on disk. Its name
     in PyTorch's `torch.nn.attention.list_flash_attention_impls()` is "vivit_kernels", from the first use on; importing
     this package changes nothing.
 
@@ -273,7 +293,8 @@ def sdpa_override() -> Iterator[None]:
         registry.activate_flash_attention_impl(NAME)
         _contexts.append(before)
     try:
-        yield
+        with compiler_config.patch(cache_key_tag=_tagged()):
+            yield
     finally:
         with _lock:
             _leave(before)
