@@ -250,7 +250,7 @@ def _tagged() -> str:
 
 
 def _compiled_by_others() -> bool:
-    """A graph that a thread outside of the context compiles meanwhile, which PyTorch would keep without the tag."""
+    """A graph that a thread compiles meanwhile without the tag, as one from outside of the context would be kept."""
     return TracingContext.try_get() is not None and compiler_config.cache_key_tag != _tagged()
 
 
@@ -279,8 +279,8 @@ def sdpa_override() -> Iterator[None]:
 
     It holds for all threads of the process until the last has left it, since PyTorch's registry of flash attention
     implementations has one switch: another implementation, such as FlashAttention 4, is inactive within it and active
-    again after it. What is compiled within it keeps joint_attention; what was compiled before, or is meanwhile by a
-    thread that has not entered it, keeps PyTorch's, also in PyTorch's caches on disk. Its name
+    again after it. What is compiled within it keeps joint_attention, what was compiled before keeps PyTorch's, also in
+    PyTorch's caches on disk; a thread that has not entered it may compile either. Its name
     in PyTorch's `torch.nn.attention.list_flash_attention_impls()` is "vivit_kernels", from the first use on; importing
     this package changes nothing.
 
