@@ -272,9 +272,8 @@ def _columns(tile: Tiles, q: Tensor, options: Options) -> tuple[tuple[int, int, 
     return columns(q.shape[-1], tile.split, options.cos is not None)
 
 
-def _keeps_whole(tile: Tiles, q: Tensor, options: Options) -> bool:
-    """Whether a tile's last rows are as many as the others': see triton_tiles.py."""
-    return has_narrow_piece(_columns(tile, q, options)) and q.dtype != torch.float32
+def _ends_whole(tile: Tiles, q: Tensor, options: Options) -> bool:
+    return tile.whole and has_narrow_piece(_columns(tile, q, options))
 
 
 def _axes(
@@ -284,7 +283,7 @@ def _axes(
     B, T, S, H, _ = q.shape
     time = _programs(tile.time, B * S * temporal_heads, T)
     programs = _counted(op, q, time + _programs(tile.space, B * T * (H - temporal_heads), S))
-    whole = _keeps_whole(tile, q, options)
+    whole = _ends_whole(tile, q, options)
     axes = {"TIME": _axis(tile.time, T, T, whole), "SPACE": _axis(tile.space, S, k.shape[2], whole)}
     return programs, {"temporal_heads": temporal_heads, "time_programs": time, **axes}
 
@@ -375,7 +374,7 @@ def _plans_bwd(op, tensors, temporal_heads: int, options: Options, tile: Tiles, 
             programs = _counted(op, q, sequences * heads * -(-N_k // axis.keys))
             launch = Launch(grid_bwd_keys, programs, reusable, num_warps=tile.keys.warps, num_stages=tile.keys.stages)
             after = {"first_head": first, "heads": heads, "N": N, "N_k": N_k, "OVER_TIME": over_time}
-            constants = _axis(axis, N, N_k, _keeps_whole(tile.keys, q, options), keys_first=True)
+            constants = _axis(axis, N, N_k, _ends_whole(tile.keys, q, options), keys_first=True)
             after |= {"AXIS": constants} | _constants(tile.keys, q, options, unit)
             plans.append(_Plan(launch, strides, rules, before, after))
     return plans

@@ -26,6 +26,7 @@ class Tiles:
     """One launch: time and space (None where no head attends along it), and what both share.
 
     split: head sizes that are no power of two are two pieces (80 = 64 + 16), else padded to one.
+    whole: where the second piece is one of 16 channels, the last block of streamed rows is as large as the others.
     keys: of a backward, the second launch, for dk and dv of streamed sequences.
     """
 
@@ -35,6 +36,7 @@ class Tiles:
     warps: int
     stages: int
     split: bool = True
+    whole: bool = True
     keys: Tiles | None = None
 
     @property
@@ -139,7 +141,7 @@ def tiles(direction: str, D: int, itemsize: int, time: tuple[int, int] | None, s
     over_time, over_space = cut(time), cut(space)
     if alone:
         warps = 1 if itemsize == 2 and all(N <= 16 for N, _ in axes) else 4
-    first = Tiles(direction, over_time, over_space, warps, stages)
+    first = Tiles(direction, over_time, over_space, warps, stages, whole=itemsize == 2)
     if direction == "forward" or not first.keeps_output:
         return first
     queries = 32 if D < 128 else streamed.keys if D == 128 else 16  # 64 spill from 104 to 120, 32 above 128
@@ -147,7 +149,7 @@ def tiles(direction: str, D: int, itemsize: int, time: tuple[int, int] | None, s
     if itemsize == 4:  # the blocks of the first pass: see triton_streaming.py
         second = streamed
     over_time, over_space = (second if axis is streamed else None for axis in (over_time, over_space))
-    return replace(first, keys=Tiles(direction, over_time, over_space, warps, stages))
+    return replace(first, keys=replace(first, time=over_time, space=over_space))
 
 
 def _streamed(direction: str, D: int, itemsize: int, N: int) -> tuple[Axis, int, int]:
@@ -198,8 +200,9 @@ def has_narrow_piece(pieces: tuple[tuple[int, int, int], ...]) -> bool:
     return len(pieces) > 1 and pieces[-1][1] == 16 < pieces[0][1]
 
 
-def alternatives(choice: Tiles) -> list[Tiles]:
-    """Tiles worth trying beside the choice: blocks, warps and stages of streamed sequences, rows of packed ones."""
+def alternatives(choice: Tiles, D: int) -> list[Tiles]:
+    """Tiles worth trying beside the choice: blocks, warps, stages and last blocks of streamed sequences, rows of packed
+    ones."""
     found = []
 
     def varied(tile: Tiles, axis: Axis, warps: int, stages: int) -> Tiles:
@@ -219,4 +222,7 @@ def alternatives(choice: Tiles) -> list[Tiles]:
             if choice.keys is not None:
                 tile = replace(tile, keys=varied(choice.keys, Axis(STREAMING, keys, rows), warps, stages))
             found.append(tile)
+    if choice.whole and has_narrow_piece(columns(D, choice.split, halves=False)):
+        keys = None if choice.keys is None else replace(choice.keys, whole=False)
+        found.append(replace(choice, whole=False, keys=keys))
     return found

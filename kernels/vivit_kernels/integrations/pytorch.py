@@ -17,7 +17,6 @@ from torch.compiler import config as compiler_config
 from torch.nn import attention as registry
 from torch.overrides import has_torch_function
 
-from .. import _environment, _native
 from ..accelerate import NO_RECORD, Left, Replacement, swap_class
 from ..explain import explain
 from ..joint_attention.api import joint_attention
@@ -170,20 +169,25 @@ def _forget_dispatch() -> None:
     torch.ops.aten.scaled_dot_product_attention.default._dispatch_cache.clear()
 
 
+def _choices() -> dict[tuple[str, torch.dtype, bool], str]:
+    """The backend of a call, by its device, its dtype and whether a gradient is wanted."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return {
+        (device, dtype, needs_grad): _chosen(device, dtype, needs_grad=needs_grad)
+        for device in devices
+        for dtype in _DTYPES
+        for needs_grad in (False, True)
+    }
+
+
 def _activate() -> _Handle:
     """Puts joint_attention before scaled_dot_product_attention, on the devices that have kernels for it.
 
     Before its autograd, not before the kernels under it (_scaled_dot_product_flash_attention and others), as those of
     PyTorch's list do: a backward that runs after the context has ended is that of its own forward, then.
     """
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    able = {
-        (device, dtype, needs_grad)
-        for device in devices
-        for dtype in _DTYPES
-        for needs_grad in (False, True)
-        if _chosen(device, dtype, needs_grad=needs_grad) != "torch"
-    }
+    choices = _choices()
+    able = {call for call, backend in choices.items() if backend != "torch"}
 
     def attention(
         query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False
@@ -206,7 +210,7 @@ def _activate() -> _Handle:
         return default.decompose(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
     library = torch.library.Library("aten", "IMPL")
-    for device in devices:
+    for device in {device for device, *_ in choices}:
         for dispatch_key in _AUTOGRAD_KEYS[device]:
             library.impl("scaled_dot_product_attention", attention, dispatch_key)
     _forget_dispatch()
@@ -239,19 +243,22 @@ def _is_key_mask(q: Tensor, k: Tensor, mask: Tensor) -> bool:
     return shared and mask.shape[3] == k.shape[2] and mask.device == q.device
 
 
+_MARK = f"{NAME}.sdpa_override"
+
+
 def _tagged() -> str:
     """What keeps graphs of this context and of others apart in PyTorch's caches on disk: they are looked up by the code
     that was compiled, which is a call of scaled_dot_product_attention in both."""
-    ops = torch.ops.vivit_kernels
-    facts = _environment.RESTRICTED, _native.AVAILABLE, ops.joint_attention_fwd.default._schema
-    made = f"{NAME} {facts}"
     before = compiler_config.cache_key_tag
-    return before if made in before else f"{before} {made}".strip()
+    if _MARK in before:
+        return before
+    schema = torch.ops.vivit_kernels.joint_attention_fwd.default._schema
+    return f"{before} {_MARK} {_choices()} {schema}".strip()
 
 
 def _compiled_by_others() -> bool:
     """A graph that a thread compiles meanwhile without the tag, as one from outside of the context would be kept."""
-    return TracingContext.try_get() is not None and compiler_config.cache_key_tag != _tagged()
+    return TracingContext.try_get() is not None and _MARK not in compiler_config.cache_key_tag
 
 
 _contexts: list[list[str | None]] = []  # those entered and not left: what was active before each
