@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -151,6 +152,7 @@ def _no_kernels(weight: Tensor, head_size: int) -> str:
 
 _AUTOGRAD_KEYS = {"cpu": ("AutogradCPU", "CPU"), "cuda": ("AutogradCUDA", "CUDA")}  # with and without inference_mode
 _INFINITE = float("inf")
+Choices = dict[tuple[str, torch.dtype, bool], str]
 
 
 @dataclass
@@ -169,7 +171,7 @@ def _forget_dispatch() -> None:
     torch.ops.aten.scaled_dot_product_attention.default._dispatch_cache.clear()
 
 
-def _choices() -> dict[tuple[str, torch.dtype, bool], str]:
+def _choices() -> Choices:
     """The backend of a call, by its device, its dtype and whether a gradient is wanted."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return {
@@ -180,13 +182,12 @@ def _choices() -> dict[tuple[str, torch.dtype, bool], str]:
     }
 
 
-def _activate() -> _Handle:
+def _activate(choices: Choices) -> _Handle:
     """Puts joint_attention before scaled_dot_product_attention, on the devices that have kernels for it.
 
     Before its autograd, not before the kernels under it (_scaled_dot_product_flash_attention and others), as those of
     PyTorch's list do: a backward that runs after the context has ended is that of its own forward, then.
     """
-    choices = _choices()
     able = {call for call, backend in choices.items() if backend != "torch"}
 
     def attention(
@@ -246,14 +247,14 @@ def _is_key_mask(q: Tensor, k: Tensor, mask: Tensor) -> bool:
 _MARK = f"{NAME}.sdpa_override"
 
 
-def _tagged() -> str:
+def _tagged(choices: Choices) -> str:
     """What keeps graphs of this context and of others apart in PyTorch's caches on disk: they are looked up by the code
     that was compiled, which is a call of scaled_dot_product_attention in both."""
     before = compiler_config.cache_key_tag
     if _MARK in before:
         return before
     schema = torch.ops.vivit_kernels.joint_attention_fwd.default._schema
-    return f"{before} {_MARK} {_choices()} {schema}".strip()
+    return f"{before} {_MARK} {choices} {schema}".strip()
 
 
 def _compiled_by_others() -> bool:
@@ -294,13 +295,14 @@ def sdpa_override() -> Iterator[None]:
         with vivit_kernels.sdpa_override():
             logits = model(clip)
     """
+    choices = _choices()
     with _lock:
         before = [registry.current_flash_attention_impl()]
-        registry.register_flash_attention_impl(NAME, register_fn=_activate)
+        registry.register_flash_attention_impl(NAME, register_fn=partial(_activate, choices))
         registry.activate_flash_attention_impl(NAME)
         _contexts.append(before)
     try:
-        with compiler_config.patch(cache_key_tag=_tagged()):
+        with compiler_config.patch(cache_key_tag=_tagged(choices)):  # pyright: ignore[reportAttributeAccessIssue]
             yield
     finally:
         with _lock:
