@@ -36,7 +36,7 @@ class Tiles:
     warps: int
     stages: int
     split: bool = True
-    whole: bool = True
+    whole: bool = False
     keys: Tiles | None = None
 
     @property
@@ -141,7 +141,8 @@ def tiles(direction: str, D: int, itemsize: int, time: tuple[int, int] | None, s
     over_time, over_space = cut(time), cut(space)
     if alone:
         warps = 1 if itemsize == 2 and all(N <= 16 for N, _ in axes) else 4
-    first = Tiles(direction, over_time, over_space, warps, stages, whole=itemsize == 2)
+    whole = itemsize == 2 and has_narrow_piece(columns(D, split=True, halves=False))
+    first = Tiles(direction, over_time, over_space, warps, stages, whole=whole)
     if direction == "forward" or not first.keeps_output:
         return first
     queries = 32 if D < 128 else streamed.keys if D == 128 else 16  # 64 spill from 104 to 120, 32 above 128
@@ -200,7 +201,7 @@ def has_narrow_piece(pieces: tuple[tuple[int, int, int], ...]) -> bool:
     return len(pieces) > 1 and pieces[-1][1] == 16 < pieces[0][1]
 
 
-def alternatives(choice: Tiles, D: int) -> list[Tiles]:
+def alternatives(choice: Tiles) -> list[Tiles]:
     """Tiles worth trying beside the choice: blocks, warps, stages and last blocks of streamed sequences, rows of packed
     ones."""
     found = []
@@ -222,7 +223,7 @@ def alternatives(choice: Tiles, D: int) -> list[Tiles]:
             if choice.keys is not None:
                 tile = replace(tile, keys=varied(choice.keys, Axis(STREAMING, keys, rows), warps, stages))
             found.append(tile)
-    if choice.whole and has_narrow_piece(columns(D, choice.split, halves=False)):
+    if choice.whole:
         keys = None if choice.keys is None else replace(choice.keys, whole=False)
         found.append(replace(choice, whole=False, keys=keys))
     return found

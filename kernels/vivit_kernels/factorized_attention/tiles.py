@@ -22,7 +22,7 @@ def choose(direction: str, T: int, S: int, H: int, temporal_heads: int, D: int, 
 
 
 def candidates(direction: str, T: int, S: int, H: int, temporal_heads: int, D: int, itemsize: int) -> list[Tiles]:
-    return alternatives(choose(direction, T, S, H, temporal_heads, D, itemsize), D)
+    return alternatives(choose(direction, T, S, H, temporal_heads, D, itemsize))
 
 
 def current(direction: str, T: int, S: int, H: int, temporal_heads: int, D: int, itemsize: int) -> Tiles:

@@ -19,7 +19,7 @@ def choose(direction: str, S: int, D: int, itemsize: int) -> Tiles:
 
 
 def candidates(direction: str, S: int, D: int, itemsize: int) -> list[Tiles]:
-    return alternatives(choose(direction, S, D, itemsize), D)
+    return alternatives(choose(direction, S, D, itemsize))
 
 
 def current(direction: str, S: int, D: int, itemsize: int, S_k: int | None = None) -> Tiles:
