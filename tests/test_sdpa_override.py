@@ -354,7 +354,7 @@ def test_what_another_thread_compiles_meanwhile_goes_to_the_caches_as_what_it_is
 
 
 @pytest.mark.full
-@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor writes C++ for a CPU, and there is no g++ to compile it")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ for the C++ that Inductor writes")
 def test_pytorchs_caches_keep_graphs_apart(tmp_path):
     """A process that compiles what another one compiled within the context has PyTorch's, and the other way round."""
     if not _native.AVAILABLE:
