@@ -24,10 +24,11 @@ _OPTIONS = "int temporal_heads, float scale, float softcap, float dropout_p, str
 _KEEP = "bool keep=True"  # o and lse for a backward; without one they need not be written
 _MODULES = {"torch": "composed"}  # of the other backends it is <backend>_kernels
 
-# Per backend, the shape of the fp32 `lse` that its backward reads beside the forward's o, from the shapes and dtype of
-# q and k (unpacked) and temporal_heads; None where it reads neither, as for those not named. What it holds is up to
-# them.
-SavedShape = Mapping[str, Callable[[tuple, tuple, torch.dtype, int], "tuple[int, ...] | None"]]
+# Per backend, the shape of the fp32 `lse` that its backward reads beside the forward's o, from the shapes of q and k
+# (unpacked), temporal_heads, dtype and device; None where it reads neither, as for those not named. What it holds is up
+# to them.
+Saved = tuple[int, ...] | None
+SavedShape = Mapping[str, Callable[[tuple, tuple, int, torch.dtype, torch.device], Saved]]
 
 
 def unpack(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,9 +138,9 @@ class _Steps:
         self._saved = saved
         self._module = functools.cache(lambda backend: importlib.import_module(f"{package}.{_module_name(backend)}"))
 
-    def saved_shape(self, q, k, v, temporal_heads: int, backend: str) -> tuple[int, ...] | None:
+    def saved_shape(self, q, k, v, temporal_heads: int, backend: str) -> Saved:
         rule = self._saved.get(backend)
-        return None if rule is None else rule(*_shapes(q, k), q.dtype, temporal_heads)
+        return None if rule is None else rule(*_shapes(q, k), temporal_heads, q.dtype, q.device)
 
     def fwd(self, q, k, v, mask, seed, cos, sin, temporal_heads, scale, softcap, dropout_p, backend, keep=True):
         options = Options(scale, softcap, dropout_p, mask, seed, cos, sin)

@@ -1,7 +1,7 @@
 """Attention on the token grid by Triton: the kernels, one launch a direction wherever no sequence has to be streamed.
 
 The first programs take the heads that attend over time, the others those that attend within the frame; each axis has
-its own regime (packed or streaming). joint_attention is a grid of one frame.
+its own regime (packed, resident, streaming). joint_attention is a grid of one frame.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .options import Options
 from .triton_device import Rules, Sizes, View
 from .triton_packed import packed_bwd, packed_fwd
 from .triton_streaming import streaming_bwd_keys, streaming_bwd_queries, streaming_fwd
-from .triton_tiles import PACKED, STREAMING, Axis, Tiles, columns, has_narrow_piece, power_of_two, statistics
+from .triton_tiles import STREAMING, Axis, Tiles, columns, has_narrow_piece, power_of_two, statistics
 
 _LOG2E = math.log2(math.e)
 _MOST_PROGRAMS = 2**31 - 1  # of a one-dimensional sizes, and what the kernels' 32-bit numbers of sequences count to
@@ -37,7 +37,12 @@ def _axis_fwd(
 ):
     if AXIS[0] == "packed":
         packed_fwd(
-            program, q, k, v, o, sizes, rules, first_head, heads,
+            program, q, k, v, o, None, sizes, rules, first_head, heads,
+            OVER_TIME, AXIS[1], AXIS[2], COLS, UNIT, PRECISION,
+        )
+    elif AXIS[0] == "resident":
+        packed_fwd(
+            program, q, k, v, o, stats, sizes, rules, first_head, heads,
             OVER_TIME, AXIS[1], AXIS[2], COLS, UNIT, PRECISION,
         )
     else:
@@ -52,8 +57,8 @@ def grid_fwd(
     q, k, v, o, stats, sizes, rules, temporal_heads, time_programs,
     TIME: tl.constexpr, SPACE: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """o of every head, and of streamed sequences, where stats is not None, what a backward reads. TIME, SPACE: see
-    `_axis`, None where no head attends along it."""
+    """o of every head, and of all but packed sequences, where stats is not None, what a backward reads. TIME, SPACE:
+    see `_axis`, None where no head attends along it."""
     program = tl.program_id(0)
     if TIME is None:
         _axis_fwd(
@@ -84,7 +89,7 @@ def _axis_bwd(
     OVER_TIME: tl.constexpr, AXIS: tl.constexpr, EMIT: tl.constexpr,
     COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    if AXIS[0] == "packed":
+    if AXIS[0] != "streaming":
         packed_bwd(
             program, do, q, k, v, o, dq, dk, dv, sizes, rules, first_head, heads,
             EMIT, OVER_TIME, AXIS[1], AXIS[2], COLS, UNIT, PRECISION,
@@ -102,7 +107,7 @@ def grid_bwd(
     TIME: tl.constexpr, SPACE: tl.constexpr, EMIT: tl.constexpr,
     COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """dq, dk and dv of packed sequences, and o again if EMIT; dq and delta of streamed ones."""
+    """dq, dk and dv of packed and resident sequences, and o again if EMIT; dq and delta of streamed ones."""
     program = tl.program_id(0)
     if TIME is None:
         _axis_bwd(
@@ -180,9 +185,9 @@ def _sizes(q: Tensor, k: Tensor) -> Sizes:
 def _programs(axis: Axis | None, sequences: int, N: int) -> int:
     if axis is None:
         return 0
-    if axis.regime == PACKED:
-        return -(-sequences // (axis.rows // N))
-    return sequences * -(-N // axis.rows)
+    if axis.regime == STREAMING:
+        return sequences * -(-N // axis.rows)
+    return -(-sequences // (axis.rows // N))
 
 
 def _counted(op: str, q: Tensor, programs: int) -> int:
@@ -205,13 +210,13 @@ def _tail(n: int, size: int, kept: bool, whole: bool) -> int:
 
 
 def _axis(axis: Axis | None, N: int, N_k: int, whole: bool, keys_first: bool = False) -> tuple | None:
-    """The constants of an axis for a kernel: (regime, N if packed, rows of a block, keys of a block, a power of two
-    that holds all keys if one block does, rows of the last block of queries, keys of the last block of keys); 0 where
-    there is nothing to say, and where the last block is like the others."""
+    """The constants of an axis for a kernel: (regime, N unless streamed, rows of a block, keys of a block, a power of
+    two that holds all keys if one block does, rows of the last block of queries, keys of the last block of keys); 0
+    where there is nothing to say, and where the last block is like the others."""
     if axis is None:
         return None
-    if axis.regime == PACKED:
-        return PACKED, N, axis.rows, 0, 0, 0, 0
+    if axis.regime != STREAMING:
+        return axis.regime, N, axis.rows, 0, 0, 0, 0
     block = axis.keys
     only = power_of_two(N_k) if N_k <= block else 0
     tails = _tail(N, axis.rows, not keys_first, whole), _tail(N_k, block, keys_first, whole)
@@ -326,9 +331,9 @@ def launch_bwd(
     op: str, do, q, k, v, o, stats, dq, dk, dv, temporal_heads: int, options: Options,
     choose: Callable[[str], Tiles], remember: bool, o_again: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Writes dq, dk, dv; o and stats are the forward's, read where a sequence is not packed.
+    """Writes dq, dk, dv; o and stats are the forward's, read where a sequence is streamed.
 
-    o_again: packed sequences write o again, recomputed, into it."""
+    o_again: other sequences write o again, recomputed, into it."""
     if not q.numel():
         return
     do = do if do.stride(-1) == 1 or do.shape[-1] == 1 else do.contiguous()

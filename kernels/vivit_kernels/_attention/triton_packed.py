@@ -1,10 +1,10 @@
-"""Packed regime: sequences of up to 64 tokens, as many as fit in one tile of rows, all scores of a tile at once.
+"""Packed and resident regimes: whole sequences in one tile of rows, all scores of a tile at once.
 
 Row r of a tile is token r % N of its sequence r // N, so a tile of 64 rows holds four sequences of 16 tokens or two of
 25 with 14 rows to spare; scores between different sequences are masked. That multiplies more than needed, which costs
 nothing here: the time is that of reading and writing. Neighbouring sequences are heads of one position, whose rows lie
-side by side in memory. Softmax is exact in one pass; backward recomputes it and needs neither o nor lse, no workspace
-and no atomics.
+side by side in memory. A resident sequence has a tile of 128 rows to itself. Softmax is exact in one pass; backward
+recomputes it and needs neither o nor lse, no workspace and no atomics.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false
@@ -29,6 +29,7 @@ from .triton_device import (
     rotated,
     scaled_rows,
     store_rows,
+    store_stats,
     times_slope,
     zero_rows,
 )
@@ -57,23 +58,27 @@ def _place(program, sizes, first_head, heads, TIME: tl.constexpr, N: tl.constexp
 
 @triton.jit
 def _dropped(x, rules, rows, i, N: tl.constexpr, ROWS: tl.constexpr):
-    """`[ROWS, ROWS]`; where N is a multiple of four, so that fours of columns are fours of keys, by shared calls."""
-    if N % 4 == 0:
+    """`[ROWS, ROWS]`; where fours of columns are fours of keys, by shared calls."""
+    if ROWS // N == 1:
+        return dropped(x, rules, rows, tl.arange(0, ROWS), tl.arange(0, ROWS // 4))
+    elif N % 4 == 0:
         return dropped(x, rules, rows, i, tl.arange(0, ROWS // 4) % (N // 4))
     else:
         return dropped_by_key(x, rules, rows[:, None], i[None, :])
 
 
 @triton.jit
-def _probabilities(q, k, rules, within, allowed, PRECISION: tl.constexpr):
-    """Of all rows of a tile to all: (exponentials, their sums per row, slope of the soft-cap)."""
+def _probabilities(q, k, rules, within, allowed, SEVERAL: tl.constexpr, PRECISION: tl.constexpr):
+    """Of all rows of a tile to all: (exponentials, largest score and sum per row, slope of the soft-cap)."""
     scores, slope = capped(across(q, k, PRECISION), rules)
-    same = within[:, None] == within[None, :]
-    scores = tl.where(same & allowed[None, :], scores, float("-inf"))
+    attended = allowed[None, :]
+    if SEVERAL:  # sequences in the tile
+        attended = (within[:, None] == within[None, :]) & attended
+    scores = tl.where(attended, scores, float("-inf"))
     m = tl.max(scores, 1)
     m = tl.where(m == float("-inf"), 0.0, m)  # no key: the exponentials must vanish, not be NaN
     p = exponential(scores, m[:, None], rules)
-    return p, tl.sum(p, 1), slope
+    return p, m, tl.sum(p, 1), slope
 
 
 @triton.jit
@@ -94,18 +99,20 @@ def _read(q, k, v, sizes, rules, b, t, s, h, n, valid, COLS: tl.constexpr, UNIT:
 
 @triton.jit
 def packed_fwd(
-    program, q, k, v, o, sizes, rules, first_head, heads,
+    program, q, k, v, o, stats, sizes, rules, first_head, heads,
     TIME: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
     COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes o of the tile's sequences."""
+    """Writes o of the tile's sequences, and where stats is not None what a backward that streams reads of them."""
     within, i, valid, b, t, s, h = _place(program, sizes, first_head, heads, TIME, N, ROWS)
     n, rows = _query_rows(sizes, b, t, s, h)
     q_rows, k_rows, v_rows, allowed = _read(q, k, v, sizes, rules, b, t, s, h, n, valid, COLS, UNIT)
-    p, total, _ = _probabilities(q_rows, k_rows, rules, within, allowed, PRECISION)
+    p, m, total, _ = _probabilities(q_rows, k_rows, rules, within, allowed, ROWS // N > 1, PRECISION)
     p = _dropped(p, rules, rows, i, N, ROWS)
     sums = add_product(zero_rows(ROWS, COLS), p, v_rows, PRECISION)
     store_rows(o, offsets(o, b, t, s, h, UNIT), valid, scaled_rows(sums, reciprocal(total)[:, None]), COLS)
+    if stats is not None:
+        store_stats(stats, rows, valid, m, total, rules)
 
 
 @triton.jit
@@ -119,7 +126,7 @@ def packed_bwd(
     n, rows = _query_rows(sizes, b, t, s, h)
     q_rows, k_rows, v_rows, allowed = _read(q, k, v, sizes, rules, b, t, s, h, n, valid, COLS, UNIT)
     do_rows = load_rows(do, offsets(do, b, t, s, h, UNIT), valid, COLS)
-    p, total, slope = _probabilities(q_rows, k_rows, rules, within, allowed, PRECISION)
+    p, _, total, slope = _probabilities(q_rows, k_rows, rules, within, allowed, ROWS // N > 1, PRECISION)
     p = p * reciprocal(total)[:, None]
     kept = _dropped(p, rules, rows, i, N, ROWS)
     if EMIT:

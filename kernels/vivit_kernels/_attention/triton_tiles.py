@@ -6,14 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-PACKED, STREAMING = "packed", "streaming"
+PACKED, RESIDENT, STREAMING = "packed", "resident", "streaming"
+RESIDENT_ROWS = 128  # of a tile, which one sequence fills at least half
+RESIDENT_CHANNELS = {"forward": 128, "backward": 64}  # of a head, at most
 
 
 @dataclass(frozen=True)
 class Axis:
     """How the sequences along one axis are cut.
 
-    rows: of a tile; packed: as many whole sequences as fit, else a block of queries. keys: streaming: of a block.
+    rows: of a tile; packed: as many whole sequences as fit; resident: one whole sequence; streaming: a block of
+        queries. keys: streaming: of a block.
     """
 
     regime: str
@@ -96,6 +99,20 @@ class Override:
 # heads of 64, single calls with the caches flushed, time on the device, at most 0.24 of the error budget; forward /
 # backward: along time 60 / 99, within frames 101 / 283, half of the heads each way 85 / 208, all tokens 584 / -
 #
+# Why sequences of 65 to 128 are resident, one a tile, where a product reads its operands from shared memory (compiled
+# for sm_90 by Triton 3.6, not measured): 128 tokens, heads of 64, instructions that a scheduler issues for a sequence,
+# registers (warps of a multiprocessor):
+#   forward   resident 1,980, 110 (16)   streamed 2,900, 116 (16)
+#   backward  resident 3,420, 160 (8)    streamed 6,980, 94 (20) and 137 (12), and 12 tensors' traffic instead of 7
+# Of 70 tokens, 1,660 and 2,980 against 2,000 and 4,200: what a streamed block saves by ending early is little. A
+# backward of 80 channels still fits, but not with a rotary embedding (255, spilled). On sm_80, whose products hold
+# their operands in registers: forward 190 (8), backward spills.
+#
+# Why not longer ones (the same): a resident forward of 196 was timed above. A backward that keeps all of K, V, dK and
+# dV, 196 tokens in 256 rows, 32 queries a step, takes 255 registers of 8 warps, alone on its multiprocessor, for
+# 14,300 instructions a scheduler, where streaming takes 16,400 with 16 warps there. As 3 x 64 + 16 or 128 + 64 + 16
+# rows it spills. csrc/cuda/resident.cuh, which lays out shared memory itself, keeps such sequences.
+#
 # Why a block takes one tile and is done (compiled for sm_90 by Triton 3.6, not measured): in a persistent loop over
 # tiles the forward of (64, 64) takes 202 registers instead of 117, so that 2 blocks share a multiprocessor instead of
 # 4, and (128, 64) 172 instead of 121, 1 instead of 2. What such a loop hides, the ends of a tile, the other blocks hide
@@ -116,40 +133,48 @@ class Override:
 # tokens: 129 TFLOP/s with tl.atomic_add, 324 with the additions left out (triton-lang/triton, issue 4717).
 
 
-def _packed(N: int, itemsize: int, alone: bool) -> Axis:
-    """alone: nothing else in the launch wants more warps."""
-    if itemsize == 4:
-        return Axis(PACKED, power_of_two(N))
-    return Axis(PACKED, 16 if N <= 16 and alone else 64)
+def _regime(direction: str, N: int, N_k: int, D: int, itemsize: int, arch: int) -> str:
+    """What a sequence of N queries and N_k keys is cut by, if its launch has nothing else."""
+    if N == N_k <= (64 if itemsize == 2 else 32):
+        return PACKED
+    from_shared_memory = arch // 10 in (9, 10)  # the operands of a product
+    if itemsize == 2 and from_shared_memory and D <= RESIDENT_CHANNELS[direction] and N == N_k <= RESIDENT_ROWS:
+        return RESIDENT
+    return STREAMING
 
 
-def _is_packed(N: int, N_k: int, itemsize: int) -> bool:
-    return N == N_k <= (64 if itemsize == 2 else 32)
-
-
-def tiles(direction: str, D: int, itemsize: int, time: tuple[int, int] | None, space: tuple[int, int] | None) -> Tiles:
+def tiles(
+    direction: str, D: int, itemsize: int, arch: int, time: tuple[int, int] | None, space: tuple[int, int] | None
+) -> Tiles:
     """The launches of a direction; time, space: (queries, keys) of a sequence, None where no head attends along it."""
     axes = [axis for axis in (time, space) if axis is not None]
-    alone = all(_is_packed(*axis, itemsize) for axis in axes)
+    regimes = {_regime(direction, *axis, D, itemsize, arch) for axis in axes}
+    packed_alone, shortest = regimes <= {PACKED}, 64
     streamed, warps, stages = _streamed(direction, D, itemsize, max((N for N, _ in axes), default=0))
+    longer = streamed  # whatever is not packed is cut alike: a resident axis would take the warps of a streamed one
+    if packed_alone:
+        warps, shortest = 1 if itemsize == 2 and all(N <= 16 for N, _ in axes) else 4, 16
+    elif STREAMING not in regimes:
+        longer, warps = Axis(RESIDENT, RESIDENT_ROWS), 8
 
     def cut(axis: tuple[int, int] | None) -> Axis | None:
         if axis is None:
             return None
-        return _packed(axis[0], itemsize, alone) if _is_packed(*axis, itemsize) else streamed
+        if _regime(direction, *axis, D, itemsize, arch) != PACKED:
+            return longer
+        if itemsize == 4:
+            return Axis(PACKED, power_of_two(axis[0]))
+        return Axis(PACKED, shortest if axis[0] <= 16 else 64)
 
-    over_time, over_space = cut(time), cut(space)
-    if alone:
-        warps = 1 if itemsize == 2 and all(N <= 16 for N, _ in axes) else 4
     whole = itemsize == 2 and has_narrow_piece(columns(D, split=True, halves=False))
-    first = Tiles(direction, over_time, over_space, warps, stages, whole=whole)
+    first = Tiles(direction, cut(time), cut(space), warps, stages, whole=whole)
     if direction == "forward" or not first.keeps_output:
         return first
     queries = 32 if D < 128 else streamed.keys if D == 128 else 16  # 64 spill from 104 to 120, 32 above 128
     second = Axis(STREAMING, queries, streamed.rows)
     if itemsize == 4:  # the blocks of the first pass: see triton_streaming.py
         second = streamed
-    over_time, over_space = (second if axis is streamed else None for axis in (over_time, over_space))
+    over_time, over_space = (second if axis is streamed else None for axis in (first.time, first.space))
     return replace(first, keys=replace(first, time=over_time, space=over_space))
 
 
@@ -213,8 +238,11 @@ def alternatives(choice: Tiles) -> list[Tiles]:
         }
         return replace(tile, **kept, warps=warps, stages=stages)
 
+    axes = [axis for axis in (choice.time, choice.space) if axis is not None]
+    if any(axis.regime == RESIDENT for axis in axes):
+        return [replace(choice, warps=warps) for warps in (4, 16)]
     if not choice.keeps_output:
-        least = max(axis.rows for axis in (choice.time, choice.space) if axis is not None)
+        least = max(axis.rows for axis in axes)
         sizes = ((16, 1), (32, 2), (64, 4), (64, 8), (128, 8))
         return [varied(choice, Axis(PACKED, rows), warps, choice.stages) for rows, warps in sizes if rows >= least]
     for rows, keys, warps in ((64, 32, 4), (64, 64, 4), (128, 64, 8), (128, 64, 4), (64, 128, 4)):

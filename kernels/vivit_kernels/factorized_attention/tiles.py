@@ -16,14 +16,16 @@ def chosen() -> bool:
     return not _override.active
 
 
-def choose(direction: str, T: int, S: int, H: int, temporal_heads: int, D: int, itemsize: int) -> Tiles:
+def choose(direction: str, T: int, S: int, H: int, temporal_heads: int, D: int, itemsize: int, arch: int) -> Tiles:
     time, space = (T, T) if temporal_heads else None, (S, S) if temporal_heads < H else None
-    return tiles(direction, D, itemsize, time, space)
+    return tiles(direction, D, itemsize, arch, time, space)
 
 
-def candidates(direction: str, T: int, S: int, H: int, temporal_heads: int, D: int, itemsize: int) -> list[Tiles]:
-    return alternatives(choose(direction, T, S, H, temporal_heads, D, itemsize))
+def candidates(
+    direction: str, T: int, S: int, H: int, temporal_heads: int, D: int, itemsize: int, arch: int
+) -> list[Tiles]:
+    return alternatives(choose(direction, T, S, H, temporal_heads, D, itemsize, arch))
 
 
-def current(direction: str, T: int, S: int, H: int, temporal_heads: int, D: int, itemsize: int) -> Tiles:
-    return _override.of(direction) or choose(direction, T, S, H, temporal_heads, D, itemsize)
+def current(direction: str, T: int, S: int, H: int, temporal_heads: int, D: int, itemsize: int, arch: int) -> Tiles:
+    return _override.of(direction) or choose(direction, T, S, H, temporal_heads, D, itemsize, arch)

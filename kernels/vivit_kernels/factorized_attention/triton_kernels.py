@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._attention import triton_grid
 from .._attention.options import Options
+from .._triton import arch_of
 from . import tiles
 from .tiles import Tiles
 
@@ -16,7 +17,7 @@ _OP = "factorized_attention"
 
 def _tile(q: Tensor, temporal_heads: int) -> Callable[[str], Tiles]:
     _, T, S, H, D = q.shape
-    return lambda direction: tiles.current(direction, T, S, H, temporal_heads, D, q.dtype.itemsize)
+    return lambda direction: tiles.current(direction, T, S, H, temporal_heads, D, q.dtype.itemsize, arch_of(q.device))
 
 
 def launch_fwd(q: Tensor, k: Tensor, v: Tensor, temporal_heads: int, options: Options, keep: bool = False):

@@ -3,8 +3,9 @@
 import torch
 
 from .._attention import cpu_grid
-from .._attention.registration import register
+from .._attention.registration import Saved, register
 from .._attention.triton_tiles import statistics
+from .._triton import arch_of
 from . import tiles
 
 
@@ -13,19 +14,19 @@ def _flops(q: tuple, k: tuple, _: int) -> int:
     return 4 * B * H * N * k[1] * D
 
 
-def _triton_saves(q: tuple, k: tuple, dtype: torch.dtype, _: int) -> tuple[int, ...] | None:
+def _triton_saves(q: tuple, k: tuple, _: int, dtype: torch.dtype, device: torch.device) -> Saved:
     B, N, H, D = q
-    tile = tiles.current("backward", N, D, dtype.itemsize, k[1])
+    tile = tiles.current("backward", N, D, dtype.itemsize, arch_of(device), k[1])
     return (statistics(dtype.itemsize), B, H, N) if tile.keeps_output else None
 
 
-def _cpu_saves(q: tuple, k: tuple, dtype: torch.dtype, _: int) -> tuple[int, ...] | None:
+def _cpu_saves(q: tuple, k: tuple, _: int, dtype: torch.dtype, *__) -> Saved:
     B, N, H, _ = q
     count = cpu_grid.statistics(dtype, 1, N, k[1], H, 0)
     return (count, B, H, N) if count else None
 
 
-def _lse(q: tuple, k: tuple, dtype: torch.dtype, _: int) -> tuple[int, ...]:
+def _lse(q: tuple, k: tuple, *_) -> Saved:
     """Logsumexp of each row of scores: of others' kernels natural, one form for all of them; of `cuda` to base 2."""
     B, N, H, _ = q
     return B, H, N

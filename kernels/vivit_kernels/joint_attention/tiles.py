@@ -14,14 +14,14 @@ def chosen() -> bool:
     return not _override.active
 
 
-def choose(direction: str, S: int, D: int, itemsize: int) -> Tiles:
-    return tiles(direction, D, itemsize, None, (S, S))
+def choose(direction: str, S: int, D: int, itemsize: int, arch: int) -> Tiles:
+    return tiles(direction, D, itemsize, arch, None, (S, S))
 
 
-def candidates(direction: str, S: int, D: int, itemsize: int) -> list[Tiles]:
-    return alternatives(choose(direction, S, D, itemsize))
+def candidates(direction: str, S: int, D: int, itemsize: int, arch: int) -> list[Tiles]:
+    return alternatives(choose(direction, S, D, itemsize, arch))
 
 
-def current(direction: str, S: int, D: int, itemsize: int, S_k: int | None = None) -> Tiles:
+def current(direction: str, S: int, D: int, itemsize: int, arch: int, S_k: int | None = None) -> Tiles:
     """S, S_k: tokens of the queries and, where they differ, of the keys."""
-    return _override.of(direction) or tiles(direction, D, itemsize, None, (S, S if S_k is None else S_k))
+    return _override.of(direction) or tiles(direction, D, itemsize, arch, None, (S, S if S_k is None else S_k))

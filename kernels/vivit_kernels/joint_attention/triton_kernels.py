@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._attention import triton_grid
 from .._attention.options import Options
+from .._triton import arch_of
 from . import tiles
 from .tiles import Tiles
 
@@ -15,7 +16,8 @@ _OP = "joint_attention"
 
 
 def _tile(q: Tensor, k: Tensor) -> Callable[[str], Tiles]:
-    return lambda direction: tiles.current(direction, q.shape[1], q.shape[3], q.dtype.itemsize, k.shape[1])
+    N, D, itemsize = q.shape[1], q.shape[3], q.dtype.itemsize
+    return lambda direction: tiles.current(direction, N, D, itemsize, arch_of(q.device), k.shape[1])
 
 
 def _frame(*tensors: Tensor | None) -> list:
