@@ -8,10 +8,12 @@ from allocations import scratch
 from parity_grid import grid
 
 from vivit_kernels import factorized_attention, joint_attention
+from vivit_kernels._attention import triton_tiles
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 pytestmark = pytest.mark.interpreted
+BOTH = ("forward", "backward")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SIZES = [16, 32, 40, 64, 72, 80, 96, 128, 160]  # of heads
 # Interpreted programs cost a second each: few sequences. Lengths around blocks of 16, 32 and 64, and what users have.
@@ -31,6 +33,42 @@ JOINT = joint.AXES | {
     "N_k": ["same", 1, 33, 129],
 }
 CROSSES = [["dtype", "grid"], ["dtype", "D"], ["dtype", "mask", "dropout_p", "extra"]]
+
+
+@pytest.mark.parametrize(
+    "direction, N, N_k, D, itemsize, arch, regime",
+    [
+        *(("forward", N, N, 64, 2, 90, "packed") for N in (1, 16, 64)),
+        *((direction, N, N, 64, 2, arch, "resident") for N in (65, 128) for arch in (90, 100) for direction in BOTH),
+        ("forward", 100, 100, 128, 2, 90, "resident"),
+        ("backward", 100, 100, 72, 2, 90, "streaming"),
+        ("forward", 100, 100, 136, 2, 90, "streaming"),
+        *((direction, 100, 100, 64, 2, arch, "streaming") for arch in (80, 89, 120) for direction in BOTH),
+        *((direction, *lengths, 64, 2, 90, "streaming") for lengths in ((129, 129), (64, 65)) for direction in BOTH),
+        *(
+            (direction, N, N, 64, 4, 90, regime)
+            for N, regime in ((32, "packed"), (33, "streaming"))
+            for direction in BOTH
+        ),
+    ],
+)
+def test_which_sequences_are_cut_how(direction, N, N_k, D, itemsize, arch, regime):
+    tile = triton_tiles.tiles(direction, D, itemsize, arch, None, (N, N_k))
+    assert tile.space.regime == regime
+    assert (tile.keys is not None) == ((direction, regime) == ("backward", "streaming")), "a launch for dk and dv"
+
+
+def test_both_axes_of_a_launch_share_its_warps():
+    """A short axis is packed whatever lies beside it; a resident one beside a streamed one is streamed, too."""
+
+    def regimes(T, S, direction="backward"):
+        tile = triton_tiles.tiles(direction, 64, 2, 90, (T, T), (S, S))
+        return tile.time.regime, tile.space.regime, tile.warps
+
+    assert regimes(16, 100) == ("packed", "resident", 8)
+    assert regimes(100, 196) == ("streaming", "streaming", 4)
+    assert regimes(16, 196) == ("packed", "streaming", 4)
+    assert regimes(16, 16) == ("packed", "packed", 1)
 
 
 @pytest.mark.parametrize("case", grid(FACTORIZED, CROSSES, EVERY_RUN))
@@ -59,7 +97,8 @@ def test_the_same_bits_every_time(T, S, temporal_heads, device):
     "T, S, temporal_heads", [(16, 5, 2), (5, 16, 0), (8, 7, 1), (2, 67, 0), (8, 65, 1), (1, 130, 0), (2, 129, 1)]
 )
 def test_what_is_allocated_and_not_returned(T, S, temporal_heads, device):
-    """Nothing by packed and resident sequences; by streamed ones delta, four bytes a query and head, between backward's passes."""
+    """Nothing by packed and resident sequences; by streamed ones delta, four bytes a query and head, between
+    backward's passes."""
     qkv = torch.randn(1, T, S, 3, 2, 16, dtype=torch.bfloat16, device=device).requires_grad_()
     do = torch.randn(1, T, S, 2, 16, dtype=torch.bfloat16, device=device)
 

@@ -137,10 +137,9 @@ def _regime(direction: str, N: int, N_k: int, D: int, itemsize: int, arch: int) 
     """What a sequence of N queries and N_k keys is cut by, if its launch has nothing else."""
     if N == N_k <= (64 if itemsize == 2 else 32):
         return PACKED
-    from_shared_memory = arch // 10 in (9, 10)  # the operands of a product
-    if itemsize == 2 and from_shared_memory and D <= RESIDENT_CHANNELS[direction] and N == N_k <= RESIDENT_ROWS:
-        return RESIDENT
-    return STREAMING
+    if N_k != N or itemsize != 2 or arch // 10 not in (9, 10):  # others' products hold their operands in registers
+        return STREAMING
+    return RESIDENT if N <= RESIDENT_ROWS and RESIDENT_CHANNELS[direction] >= D else STREAMING
 
 
 def tiles(
