@@ -1,5 +1,7 @@
 """Backend `triton` of both attention ops: the grids of the `torch` backend, and what only a kernel can get wrong."""
 
+from dataclasses import replace
+
 import pytest
 import test_factorized_attention as factorized
 import test_joint_attention as joint
@@ -9,8 +11,14 @@ from parity_grid import grid
 
 from vivit_kernels import factorized_attention, joint_attention
 from vivit_kernels._attention import triton_tiles
+from vivit_kernels.factorized_attention import tiles as factorized_tiles
+from vivit_kernels.joint_attention import tiles as joint_tiles
 
 pytest.importorskip("triton", reason="Triton is not installed")
+
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from vivit_kernels._attention import triton_grid
 
 pytestmark = pytest.mark.interpreted
 BOTH = ("forward", "backward")
@@ -79,6 +87,54 @@ def test_factorized_parity(case, device):
 
 @pytest.mark.parametrize("case", grid(JOINT, [["dtype", "N", "N_k"]], {"D": [16, 40, 64, 80], "N": [1, 17, 65, 100]}))
 def test_joint_parity(case, device):
+    joint.check_case(case, device, "triton", 1 if case["mask"] != "a clip has none" else 2)
+
+
+@pytest.mark.parametrize("layout", ["packed", "separate", "expanded", "narrow", "rotary", "40 channels"])
+def test_keys_by_tma_are_the_same_keys(layout, device, monkeypatch):
+    """Whole blocks of keys by descriptors, where rows allow it: the same bits as by addresses."""
+    made = []
+    monkeypatch.setattr(triton_grid, "TensorDescriptor", lambda *given: made.append(given) or TensorDescriptor(*given))
+    B, N, H, D = 2, 150, 2, 40 if layout == "40 channels" else 64
+    qkv = torch.randn(B, N, 3, H, D + 4 * (layout == "narrow"), dtype=torch.bfloat16, device=device)[..., :D]
+    given = [qkv] if layout == "packed" else list(qkv.unbind(2))
+    if layout == "expanded":
+        given[1] = given[1][:1].expand(B, N, H, D)
+    options = {"rotary": tuple(torch.randn(2, N, D // 2, device=device))} if layout == "rotary" else {}
+    found = []
+    for described in (False, True):
+        tile = replace(triton_tiles.tiles("forward", D, 2, 90, None, (N, N)), described=described)
+        with joint_tiles.forced(tile):
+            found.append(joint_attention(*given, backend="triton", **options))
+    assert torch.equal(*found)
+    assert len(made) == (2 if layout in ("packed", "separate") else 0)
+
+
+def test_keys_of_every_frame_by_tma(device):
+    q, k, v = torch.randn(3, 2, 3, 70, 2, 64, dtype=torch.bfloat16, device=device)
+    plain = triton_tiles.tiles("forward", 64, 2, 80, (3, 3), (70, 70))
+    found = []
+    for described in (False, True):
+        with factorized_tiles.forced(replace(plain, described=described)):
+            found.append(factorized_attention(q, k, v, temporal_heads=1, backend="triton"))
+    assert torch.equal(*found)
+
+
+def test_long_sequences_come_by_tma():
+    def described(D, itemsize, arch, N):
+        return triton_tiles.tiles("forward", D, itemsize, arch, None, (N, N)).described
+
+    assert described(64, 2, 90, 1024) and described(128, 2, 90, 3137)
+    assert not described(64, 2, 90, 1023) and not described(64, 2, 100, 3136)
+    assert not described(80, 2, 90, 4096) and not described(64, 4, 90, 4096)
+
+
+MANY = {"N": [17], "N_k": [1090], "D": [64, 128], "dtype": DTYPES[:2], "mask": JOINT["mask"][:2]}
+MANY = {name: values[:1] for name, values in JOINT.items()} | MANY
+
+
+@pytest.mark.parametrize("case", grid(MANY, [["dtype", "D"]]))
+def test_joint_parity_with_keys_by_tma(case, device):
     joint.check_case(case, device, "triton", 1 if case["mask"] != "a clip has none" else 2)
 
 

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .._triton import Launch, Plans, aligned, precision
 from .options import Options
@@ -32,7 +33,7 @@ _MOST_PROGRAMS = 2**31 - 1  # of a one-dimensional sizes, and what the kernels' 
 
 @triton.jit
 def _axis_fwd(
-    program, q, k, v, o, stats, sizes, rules, first_head, heads, N, N_k,
+    program, q, k, v, o, stats, keys, sizes, rules, first_head, heads, N, N_k,
     OVER_TIME: tl.constexpr, AXIS: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):
     if AXIS[0] == "packed":
@@ -47,37 +48,41 @@ def _axis_fwd(
         )
     else:
         streaming_fwd(
-            program, q, k, v, o, stats, sizes, rules, first_head, heads, N, N_k,
+            program, q, k, v, o, stats, keys, sizes, rules, first_head, heads, N, N_k,
             OVER_TIME, AXIS[2], AXIS[3], AXIS[5], AXIS[6], COLS, UNIT, PRECISION,
         )
 
 
 @triton.jit
 def grid_fwd(
-    q, k, v, o, stats, sizes, rules, temporal_heads, time_programs,
+    q, k, v, o, stats, k_blocks, v_blocks, sizes, rules, temporal_heads, time_programs,
     TIME: tl.constexpr, SPACE: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """o of every head, and of all but packed sequences, where stats is not None, what a backward reads. TIME, SPACE:
     see `_axis`, None where no head attends along it."""
     program = tl.program_id(0)
+    if k_blocks is None:
+        keys = None
+    else:
+        keys = (k_blocks, v_blocks)
     if TIME is None:
         _axis_fwd(
-            program, q, k, v, o, stats, sizes, rules, 0, sizes.H, sizes.S, sizes.S_k,
+            program, q, k, v, o, stats, keys, sizes, rules, 0, sizes.H, sizes.S, sizes.S_k,
             False, SPACE, COLS, UNIT, PRECISION,
         )
     elif SPACE is None:
         _axis_fwd(
-            program, q, k, v, o, stats, sizes, rules, 0, sizes.H, sizes.T, sizes.T,
+            program, q, k, v, o, stats, None, sizes, rules, 0, sizes.H, sizes.T, sizes.T,
             True, TIME, COLS, UNIT, PRECISION,
         )
     elif program < time_programs:
         _axis_fwd(
-            program, q, k, v, o, stats, sizes, rules, 0, temporal_heads, sizes.T, sizes.T,
+            program, q, k, v, o, stats, None, sizes, rules, 0, temporal_heads, sizes.T, sizes.T,
             True, TIME, COLS, UNIT, PRECISION,
         )
     else:
         _axis_fwd(
-            program - time_programs, q, k, v, o, stats, sizes, rules,
+            program - time_programs, q, k, v, o, stats, keys, sizes, rules,
             temporal_heads, sizes.H - temporal_heads, sizes.S, sizes.S_k,
             False, SPACE, COLS, UNIT, PRECISION,
         )
@@ -229,13 +234,15 @@ def _axis(axis: Axis | None, N: int, N_k: int, whole: bool, keys_first: bool = F
 class _Plan(NamedTuple):
     """A launch as it is prepared for all calls that differ in their tensors only.
 
-    strides: of the kernel's views, by name, None for one that it does without."""
+    strides: of the kernel's views, by name, None for one that it does without. described: of k and v where TMA loads
+    their blocks, as `_described` has it."""
 
     launch: Launch
     strides: Mapping[str, tuple | None]
     rules: Rules
     before: dict[str, Any]
     after: dict[str, Any]
+    described: tuple[tuple, tuple] | None = None
 
     def __call__(self, tensors: dict[str, Tensor], options: Options, **others: Any) -> None:
         """tensors: of the views, by name; others: statistics and the like, which come after the views."""
@@ -293,6 +300,18 @@ def _axes(
     return programs, {"temporal_heads": temporal_heads, "time_programs": time, **axes}
 
 
+def _described(tile: Tiles, x: Tensor, columns: tuple) -> tuple[list[int], list[int], list[int]] | None:
+    """Shape, strides and block of a descriptor of k or v `[B, T, S, H, D]`, if it can have one: addresses at multiples
+    of 16 bytes, a stride wherever there is more than one row, a head that is a power of two wide."""
+    (_, width, used), *more = columns
+    units = 16 // x.element_size()
+    strides = [stride if size > 1 else units for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
+    whole = not more and width == used and not x.data_ptr() % 16 and x.stride(-1) == 1
+    if not whole or any(stride % units or stride <= 0 for stride in strides):
+        return None
+    return list(x.shape), [*strides, 1], [1, 1, tile.space.keys, 1, width]
+
+
 def launch_fwd(
     op: str, q: Tensor, k: Tensor, v: Tensor, temporal_heads: int, options: Options,
     choose: Callable[[str], Tiles], remember: bool, keep: bool,
@@ -315,11 +334,20 @@ def launch_fwd(
         launch = Launch(grid_fwd, programs, remember and q.is_cuda, num_warps=tile.warps, num_stages=tile.stages)
         strides = {name: _strides(x, unit) for name, x in zip("qkvo", (q, k, v, o), strict=True)}
         after = axes | _constants(tile, q, options, unit)
-        plan = _Plan(launch, strides, _rules(options, q.dtype), {"sizes": _sizes(q, k)}, after)
+        described = None
+        if tile.described:
+            ways = [_described(tile, x, after["COLS"]) for x in (k, v)]
+            described = None if None in ways else tuple(ways)
+        plan = _Plan(launch, strides, _rules(options, q.dtype), {"sizes": _sizes(q, k)}, after, described)
         if remember:
             _PLANS.keep(key, plan)
+    blocks = {"k_blocks": None, "v_blocks": None}
+    if plan.described is not None:
+        of_k, of_v = plan.described
+        blocks = {"k_blocks": TensorDescriptor(k, *of_k), "v_blocks": TensorDescriptor(v, *of_v)}
     with torch.cuda.device_of(q):
-        plan({"q": q, "k": k, "v": v, "o": o}, options, stats=None if stats is None else _parts(stats, plan))
+        given = None if stats is None else _parts(stats, plan)
+        plan({"q": q, "k": k, "v": v, "o": o}, options, stats=given, **blocks)
     return o, stats
 
 

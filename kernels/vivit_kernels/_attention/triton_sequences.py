@@ -54,3 +54,10 @@ def block_rows(
     if TURN:
         rows = rotated(rows, rules, n, valid, 1, COLS)
     return rows, valid, n
+
+
+@triton.jit
+def described_rows(x, b, g, h, start, COUNT: tl.constexpr, COLS: tl.constexpr):
+    """Rows of tokens start, start + 1, ... within frame g; x: a descriptor of the grid, of blocks of them."""
+    at = [b.to(tl.int32), g.to(tl.int32), start, h.to(tl.int32), 0]
+    return (tl.reshape(x.load(at), [COUNT, COLS[0][1]]),)

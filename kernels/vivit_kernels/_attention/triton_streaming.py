@@ -35,7 +35,7 @@ from .triton_device import (
     weights,
     zero_rows,
 )
-from .triton_sequences import block_rows, sequence_place, token_offsets
+from .triton_sequences import block_rows, described_rows, sequence_place, token_offsets
 
 
 @triton.jit
@@ -56,13 +56,15 @@ def _dropped(x, rules, rows, start, COUNT: tl.constexpr):
 
 @triton.jit
 def _step(
-    q_rows, k, v, sizes, rules, b, g, h, rows, start, N_k, m, total, sums, WHOLE: tl.constexpr, TIME: tl.constexpr,
-    BLOCK_K: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    q_rows, k, v, keys, sizes, rules, b, g, h, rows, start, N_k, m, total, sums, WHOLE: tl.constexpr,
+    TIME: tl.constexpr, BLOCK_K: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of keys of the forward: (largest score, sum of exponentials, weighted sum of V) with it."""
     k_rows, valid, n = block_rows(
         k, sizes, rules, b, g, h, start, N_k, sizes.S_k, True, WHOLE, TIME, BLOCK_K, COLS, UNIT
     )
+    if keys is not None:
+        k_rows = described_rows(keys[0], b, g, h, start, BLOCK_K, COLS)
     s, _ = capped(across(q_rows, k_rows, PRECISION), rules)
     s = _forbid(s, rules, b * sizes.T * sizes.S_k + n, valid, WHOLE)
     new_m = tl.maximum(m, tl.max(s, 1))
@@ -74,13 +76,15 @@ def _step(
     shrink = exponential(m, safe, rules)
     total = total * shrink + tl.sum(p, 1)
     v_rows, _, _ = block_rows(v, sizes, rules, b, g, h, start, N_k, sizes.S_k, False, WHOLE, TIME, BLOCK_K, COLS, UNIT)
+    if keys is not None:
+        v_rows = described_rows(keys[1], b, g, h, start, BLOCK_K, COLS)
     kept = _dropped(p, rules, rows, start, BLOCK_K)
     return new_m, total, add_product(scaled_rows(sums, shrink[:, None]), kept, v_rows, PRECISION)
 
 
 @triton.jit
 def _attend(
-    q, k, v, o, stats, sizes, rules, b, g, h, first, N, N_k,
+    q, k, v, o, stats, keys, sizes, rules, b, g, h, first, N, N_k,
     TIME: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_K: tl.constexpr,
     COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -93,12 +97,12 @@ def _attend(
     whole = N_k // BLOCK_K * BLOCK_K
     for start in range(0, whole, BLOCK_K):
         m, total, sums = _step(
-            q_rows, k, v, sizes, rules, b, g, h, rows, start, N_k, m, total, sums, True, TIME,
+            q_rows, k, v, keys, sizes, rules, b, g, h, rows, start, N_k, m, total, sums, True, TIME,
             BLOCK_K, COLS, UNIT, PRECISION,
         )  # fmt: skip
     if TAIL_K:
         m, total, sums = _step(
-            q_rows, k, v, sizes, rules, b, g, h, rows, whole, N_k, m, total, sums, False, TIME,
+            q_rows, k, v, None, sizes, rules, b, g, h, rows, whole, N_k, m, total, sums, False, TIME,
             TAIL_K, COLS, UNIT, PRECISION,
         )  # fmt: skip
     i = (first + tl.arange(0, BLOCK_Q)).to(tl.int64)
@@ -110,27 +114,29 @@ def _attend(
 
 @triton.jit
 def streaming_fwd(
-    program, q, k, v, o, stats, sizes, rules, first_head, heads, N, N_k,
+    program, q, k, v, o, stats, keys, sizes, rules, first_head, heads, N, N_k,
     TIME: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_Q: tl.constexpr, TAIL_K: tl.constexpr,
     COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes o of one block of queries, and where stats is not None what a backward reads of them."""
+    """Writes o of one block of queries, and where stats is not None what a backward reads of them.
+
+    keys: descriptors of k and v, by which TMA loads whole blocks of them, or None."""
     blocks = tl.cdiv(N, BLOCK_Q)
     b, g, h = sequence_place(program // blocks, sizes, first_head, heads, TIME)
     first = program % blocks * BLOCK_Q
     if TAIL_Q == 0 or TAIL_Q == BLOCK_Q:
         _attend(
-            q, k, v, o, stats, sizes, rules, b, g, h, first, N, N_k,
+            q, k, v, o, stats, keys, sizes, rules, b, g, h, first, N, N_k,
             TIME, BLOCK_Q, BLOCK_K, TAIL_K, COLS, UNIT, PRECISION,
         )  # fmt: skip
     elif program % blocks == blocks - 1:
         _attend(
-            q, k, v, o, stats, sizes, rules, b, g, h, first, N, N_k,
+            q, k, v, o, stats, keys, sizes, rules, b, g, h, first, N, N_k,
             TIME, TAIL_Q, BLOCK_K, TAIL_K, COLS, UNIT, PRECISION,
         )  # fmt: skip
     else:
         _attend(
-            q, k, v, o, stats, sizes, rules, b, g, h, first, N, N_k,
+            q, k, v, o, stats, keys, sizes, rules, b, g, h, first, N, N_k,
             TIME, BLOCK_Q, BLOCK_K, TAIL_K, COLS, UNIT, PRECISION,
         )  # fmt: skip
 

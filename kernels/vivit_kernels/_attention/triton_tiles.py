@@ -30,6 +30,7 @@ class Tiles:
 
     split: head sizes that are no power of two are two pieces (80 = 64 + 16), else padded to one.
     whole: where the second piece is one of 16 channels, the last block of streamed rows is as large as the others.
+    described: of a forward, whole blocks of keys of a frame's streamed sequences come by TMA, where rows allow it.
     keys: of a backward, the second launch, for dk and dv of streamed sequences.
     """
 
@@ -40,6 +41,7 @@ class Tiles:
     stages: int
     split: bool = True
     whole: bool = False
+    described: bool = False
     keys: Tiles | None = None
 
     @property
@@ -88,7 +90,8 @@ class Override:
 #   forward, 1536 x 196 x 64: (64, 64) 4, 3: 92   (64, 32) 4, 3: 95   (128, 64) 8, 3: 99   resident, 128 + 64 + 16: 96
 #   forward, 24 x 3136 x 64: (64, 64) 4, 3: 154   4 stages: 161   (128, 64) 8, 3: 171   (128, 128) 8, 4: 201
 #     with 1, 2 or 3 of every four exponentials as polynomials of degree 3 on the FMA pipes: 166, 182, 197
-#     with TMA descriptors (24 x 3072 x 64): 402 instead of 391 TFLOP/s; with Triton's warp specialisation: 164
+#     with TMA descriptors (24 x 3072 x 64): 402 instead of 391 TFLOP/s, although their barriers take the 56 bytes that
+#       a fourth block of a multiprocessor lacks; with Triton's warp specialisation: 164
 #   forward, 24 x 3136 x 128: (128, 64) 8, 3: 286   (64, 64) 4, 3: 304
 #   forward, 2048 x 256 x 80: (64, 64) 4, 3: 174   4, 2: 194   (64, 32) 4, 3: 185   padded to 128 columns: 294
 #   backward, dq (rows, keys) and dk, dv (rows, keys): 1536 x 196 x 64: (64, 32), (32, 64), 3 stages: 260
@@ -167,7 +170,10 @@ def tiles(
 
     whole = itemsize == 2 and has_narrow_piece(columns(D, split=True, halves=False))
     first = Tiles(direction, cut(time), cut(space), warps, stages, whole=whole)
-    if direction == "forward" or not first.keeps_output:
+    if direction == "forward":
+        many = space is not None and space[1] >= 1024
+        return replace(first, described=many and arch == 90 and itemsize == 2 and D in (64, 128))
+    if not first.keeps_output:
         return first
     queries = 32 if D < 128 else streamed.keys if D == 128 else 16  # 64 spill from 104 to 120, 32 above 128
     second = Axis(STREAMING, queries, streamed.rows)
@@ -250,6 +256,8 @@ def alternatives(choice: Tiles) -> list[Tiles]:
             if choice.keys is not None:
                 tile = replace(tile, keys=varied(choice.keys, Axis(STREAMING, keys, rows), warps, stages))
             found.append(tile)
+    if choice.direction == "forward":
+        found.append(replace(choice, described=not choice.described))
     if choice.whole:
         keys = None if choice.keys is None else replace(choice.keys, whole=False)
         found.append(replace(choice, whole=False, keys=keys))
