@@ -164,6 +164,11 @@ def _all():
         yield AttentionCase("spatial", f"timesformer_b.b{clips}", clips, 8, 197, 12, 64)
         yield AttentionCase("temporal", f"videoprism_b.b{clips}", clips, 16, 256, 12, 64, softcap=50.0)
         yield AttentionCase("spatial", f"videoprism_b.b{clips}", clips, 16, 256, 12, 64, softcap=50.0)
+    # frames of 160 x 160; and image towers of 72 and 80 channels, whose last block of tokens has one
+    for op in ("spatial", "dot_product"):
+        yield AttentionCase(op, "vivit_b_16x2_160px.b8", 8, 16, 100, 12, 64, rank=2)
+    yield AttentionCase("spatial", "so400m_14_384px.b1", 1, 16, 729, 16, 72, rank=2)
+    yield AttentionCase("spatial", "vit_h_14_cls.b1", 1, 16, 257, 16, 80, rank=2)
     # diffusion: two clips, one with and one without the prompt (classifier-free guidance), at the largest resolution
     yield AttentionCase("temporal", "animatediff.b2", 2, 16, 4096, 8, 40)
     yield AttentionCase("temporal", "latte.b2", 2, 16, 1024, 16, 72)

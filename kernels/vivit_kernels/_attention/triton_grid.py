@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .. import _triton
 from .._triton import Launch, Plans, aligned, precision
 from .options import Options
 from .triton_device import Rules, Sizes, View
@@ -261,8 +262,8 @@ _PLANS = Plans()
 def _key(q: Tensor, k: Tensor, temporal_heads: int, options: Options, tensors: Iterable[Tensor | None]) -> tuple:
     """All that decides how a call is launched, but for a forced tile."""
     strides = tuple(None if x is None else x.stride() for x in tensors)
-    scalars = q.shape, k.shape, q.dtype, q.device, temporal_heads, *options[:3], precision(q.dtype)
-    return *scalars, strides, aligned(*options[3:], *tensors)
+    numbers = temporal_heads, *options[:3], precision(q.dtype), _triton.compiling_for
+    return q.shape, k.shape, q.dtype, q.device, *numbers, strides, aligned(*options[3:], *tensors)
 
 
 def _flat(options: Options) -> Options:
