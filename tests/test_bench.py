@@ -267,7 +267,7 @@ def test_the_most_important_comes_first_and_what_does_not_fit_is_left_out():
     assert [group.direction for group in groups[:3]] == list(cases.DIRECTIONS)
     both = plan.order([one for one in cases.CASES if one.B == 1], ["bfloat16", "float32"], ["forward"])
     assert [group.case.rank + (group.dtype == "float32") for group in both] == (
-        [0] * 5 + [1] * (8 + 5) + [2] * (20 + 8) + [3] * 20
+        [0] * 5 + [1] * (8 + 5) + [2] * (22 + 8) + [3] * 22
     )
     assert plan.fitting(groups[:4], [5.0, 20.0, 3.0, 3.0], 11.0) == [True, False, True, True]
     assert plan.fitting(groups[:2], [5.0, 20.0], None) == [True, True]

@@ -6,7 +6,6 @@ its own regime (packed, resident, streaming). joint_attention is a grid of one f
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -19,12 +18,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .. import _triton
 from .._triton import Launch, Plans, aligned, precision
 from .options import Options
-from .triton_device import Rules, Sizes, View
+from .triton_arguments import as_read, descriptors_of, rules_of, sizes_of, strides_of, unit_of
+from .triton_device import Rules, View
 from .triton_packed import packed_bwd, packed_fwd
 from .triton_streaming import streaming_bwd_keys, streaming_bwd_queries, streaming_fwd
 from .triton_tiles import STREAMING, Axis, Tiles, columns, has_narrow_piece, power_of_two, statistics
 
-_LOG2E = math.log2(math.e)
 _MOST_PROGRAMS = 2**31 - 1  # of a one-dimensional sizes, and what the kernels' 32-bit numbers of sequences count to
 
 
@@ -154,40 +153,6 @@ def grid_bwd_keys(
 # ---- what a kernel is told ----
 
 
-def _rules(options: Options, dtype: torch.dtype) -> Rules:
-    scale, softcap, dropout_p, mask, seed, cos, sin = options
-    plain = scale > 0 and not softcap
-    threshold = min(math.ceil(dropout_p * 2**32), 2**32 - 1)  # p = 1 keeps a pair in 4e9, times 0
-    return Rules(
-        unit=scale * _LOG2E if plain else _LOG2E,
-        exact=1 if dtype == torch.float32 else None,
-        scale=None if plain else (scale / softcap if softcap else scale),
-        slope=scale,
-        cap=softcap or None,
-        mask=mask,
-        seed=seed,
-        threshold=None if seed is None else threshold,
-        keep=None if seed is None else (1 / (1 - dropout_p) if dropout_p < 1 else 0.0),
-        cos=cos,
-        sin=sin,
-    )
-
-
-def _unit(*tensors: Tensor | None) -> int:
-    """8 where every row begins at a multiple of 8 elements (16 bytes in 16 bits), which the compiler is told so."""
-    strides = [stride for x in tensors if x is not None for stride in x.stride()[:-1]]
-    return 8 if all(stride % 8 == 0 for stride in strides) else 1
-
-
-def _strides(x: Tensor, unit: int) -> tuple:
-    return tuple(stride // unit for stride in x.stride()[:4])
-
-
-def _sizes(q: Tensor, k: Tensor) -> Sizes:
-    B, T, S, H, _ = q.shape
-    return Sizes(B, T, S, k.shape[2], H)
-
-
 def _programs(axis: Axis | None, sequences: int, N: int) -> int:
     if axis is None:
         return 0
@@ -236,14 +201,14 @@ class _Plan(NamedTuple):
     """A launch as it is prepared for all calls that differ in their tensors only.
 
     strides: of the kernel's views, by name, None for one that it does without. described: of k and v where TMA loads
-    their blocks, as `_described` has it."""
+    their blocks, as `descriptors_of` has it."""
 
     launch: Launch
     strides: Mapping[str, tuple | None]
     rules: Rules
     before: dict[str, Any]
     after: dict[str, Any]
-    described: tuple[tuple, tuple] | None = None
+    described: tuple | None = None
 
     def __call__(self, tensors: dict[str, Tensor], options: Options, **others: Any) -> None:
         """tensors: of the views, by name; others: statistics and the like, which come after the views."""
@@ -264,17 +229,6 @@ def _key(q: Tensor, k: Tensor, temporal_heads: int, options: Options, tensors: I
     strides = tuple(None if x is None else x.stride() for x in tensors)
     numbers = temporal_heads, *options[:3], precision(q.dtype), _triton.compiling_for
     return q.shape, k.shape, q.dtype, q.device, *numbers, strides, aligned(*options[3:], *tensors)
-
-
-def _flat(options: Options) -> Options:
-    """Masks, seeds and tables as the kernels read them: without gaps, a mask as bytes."""
-    if options.mask is not None:
-        options = options._replace(mask=options.mask.contiguous().view(torch.uint8))
-    if options.seed is not None:
-        options = options._replace(seed=options.seed.contiguous())
-    if options.cos is not None and options.sin is not None:
-        options = options._replace(cos=options.cos.contiguous(), sin=options.sin.contiguous())
-    return options
 
 
 def _constants(tile: Tiles, q: Tensor, options: Options, unit: int) -> dict[str, Any]:
@@ -301,18 +255,6 @@ def _axes(
     return programs, {"temporal_heads": temporal_heads, "time_programs": time, **axes}
 
 
-def _described(tile: Tiles, x: Tensor, columns: tuple) -> tuple[list[int], list[int], list[int]] | None:
-    """Shape, strides and block of a descriptor of k or v `[B, T, S, H, D]`, if it can have one: addresses at multiples
-    of 16 bytes, a stride wherever there is more than one row, a head that is a power of two wide."""
-    (_, width, used), *more = columns
-    units = 16 // x.element_size()
-    strides = [stride if size > 1 else units for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
-    whole = not more and width == used and not x.data_ptr() % 16 and x.stride(-1) == 1
-    if not whole or any(stride % units or stride <= 0 for stride in strides):
-        return None
-    return list(x.shape), [*strides, 1], [1, 1, tile.space.keys, 1, width]
-
-
 def launch_fwd(
     op: str, q: Tensor, k: Tensor, v: Tensor, temporal_heads: int, options: Options,
     choose: Callable[[str], Tiles], remember: bool, keep: bool,
@@ -320,7 +262,7 @@ def launch_fwd(
     """q `[B, T, S, H, D]`, k, v `[B, T, S_k, H, D]` -> o, and if `keep` the statistics `[1 or 2, B, H, T * S]`.
 
     choose: the tile of a direction. remember: it follows from the call, so that the launch may be made again."""
-    (B, T, S, H, _), options = q.shape, _flat(options)
+    (B, T, S, H, _), options = q.shape, as_read(options)
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     stats = None
     if keep:
@@ -330,16 +272,13 @@ def launch_fwd(
     key = (op, "forward", keep, _key(q, k, temporal_heads, options, (q, k, v)))
     plan = _PLANS.get(key) if remember else None
     if plan is None:
-        tile, unit = choose("forward"), _unit(q, k, v)
+        tile, unit = choose("forward"), unit_of(q, k, v)
         programs, axes = _axes(tile, q, k, temporal_heads, options, op)
         launch = Launch(grid_fwd, programs, remember and q.is_cuda, num_warps=tile.warps, num_stages=tile.stages)
-        strides = {name: _strides(x, unit) for name, x in zip("qkvo", (q, k, v, o), strict=True)}
+        strides = {name: strides_of(x, unit) for name, x in zip("qkvo", (q, k, v, o), strict=True)}
         after = axes | _constants(tile, q, options, unit)
-        described = None
-        if tile.described:
-            ways = [_described(tile, x, after["COLS"]) for x in (k, v)]
-            described = None if None in ways else tuple(ways)
-        plan = _Plan(launch, strides, _rules(options, q.dtype), {"sizes": _sizes(q, k)}, after, described)
+        described = descriptors_of(tile.space, (k, v), after["COLS"]) if tile.described else None
+        plan = _Plan(launch, strides, rules_of(options, q.dtype), {"sizes": sizes_of(q, k)}, after, described)
         if remember:
             _PLANS.keep(key, plan)
     blocks = {"k_blocks": None, "v_blocks": None}
@@ -366,7 +305,7 @@ def launch_bwd(
     if not q.numel():
         return
     do = do if do.stride(-1) == 1 or do.shape[-1] == 1 else do.contiguous()
-    (B, T, S, H, _), options = q.shape, _flat(options)
+    (B, T, S, H, _), options = q.shape, as_read(options)
     tensors = {"do": do, "q": q, "k": k, "v": v, "o": o if o_again is None else o_again, "dq": dq, "dk": dk, "dv": dv}
     key = (op, "backward", o_again is None, _key(q, k, temporal_heads, options, tensors.values()))
     plans = _PLANS.get(key) if remember else None
@@ -388,12 +327,12 @@ def _plans_bwd(op, tensors, temporal_heads: int, options: Options, tile: Tiles, 
     """The launches of a backward: of everything but the dk and dv of streamed sequences, and then of those per axis."""
     q, k = tensors["q"], tensors["k"]
     (B, T, S, H, _), S_k = q.shape, k.shape[2]
-    unit = _unit(*tensors.values())
-    strides = {name: None if x is None else _strides(x, unit) for name, x in tensors.items()}
+    unit = unit_of(*tensors.values())
+    strides = {name: None if x is None else strides_of(x, unit) for name, x in tensors.items()}
     if not tile.keeps_output and not emit:
         strides["o"] = None
     programs, axes = _axes(tile, q, k, temporal_heads, options, op)
-    reusable, rules, before = remember and q.is_cuda, _rules(options, q.dtype), {"sizes": _sizes(q, k)}
+    reusable, rules, before = remember and q.is_cuda, rules_of(options, q.dtype), {"sizes": sizes_of(q, k)}
     launch = Launch(grid_bwd, programs, reusable, num_warps=tile.warps, num_stages=tile.stages)
     after = axes | {"EMIT": emit} | _constants(tile, q, options, unit)
     plans = [_Plan(launch, strides, rules, before, after)]

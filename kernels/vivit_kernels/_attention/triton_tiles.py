@@ -136,11 +136,16 @@ class Override:
 # tokens: 129 TFLOP/s with tl.atomic_add, 324 with the additions left out (triton-lang/triton, issue 4717).
 
 
+def _multiplies_shared_memory(arch: int) -> bool:
+    """Whether products take their operands from there; of sm_80 and the consumers' cards they lie in registers."""
+    return arch // 10 in (9, 10)
+
+
 def _regime(direction: str, N: int, N_k: int, D: int, itemsize: int, arch: int) -> str:
     """What a sequence of N queries and N_k keys is cut by, if its launch has nothing else."""
     if N == N_k <= (64 if itemsize == 2 else 32):
         return PACKED
-    if N_k != N or itemsize != 2 or arch // 10 not in (9, 10):  # others' products hold their operands in registers
+    if N_k != N or itemsize != 2 or not _multiplies_shared_memory(arch):
         return STREAMING
     return RESIDENT if N <= RESIDENT_ROWS and RESIDENT_CHANNELS[direction] >= D else STREAMING
 
@@ -176,6 +181,8 @@ def tiles(
     if not first.keeps_output:
         return first
     queries = 32 if D < 128 else streamed.keys if D == 128 else 16  # 64 spill from 104 to 120, 32 above 128
+    if 64 < D < 104 and not _multiplies_shared_memory(arch):
+        queries = 16  # 32 spill at the end of 729 tokens
     second = Axis(STREAMING, queries, streamed.rows)
     if itemsize == 4:  # the blocks of the first pass: see triton_streaming.py
         second = streamed
