@@ -85,6 +85,17 @@ def test_factorized_parity(case, device):
     factorized.check_case(case | {"T": T, "S": S}, device, "triton", clips)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("N", [196, 197, 256, 257, 400, 576])
+@pytest.mark.parametrize("temporal_heads", [0, 1], ids=["frames", "time"])
+def test_lengths_that_models_have(N, temporal_heads, device):
+    """Frames of 14 x 14 patches to 24 x 24, with and without a class token; clips as long."""
+    T, S = (N, 1) if temporal_heads else (1, N)
+    case = {name: values[0] for name, values in FACTORIZED.items()}
+    case |= {"T": T, "S": S, "D": 64, "dtype": torch.bfloat16, "heads": (1, temporal_heads)}
+    factorized.check_case(case, device, "triton", 1)
+
+
 @pytest.mark.parametrize("case", grid(JOINT, [["dtype", "N", "N_k"]], {"D": [16, 40, 64, 80], "N": [1, 17, 65, 100]}))
 def test_joint_parity(case, device):
     joint.check_case(case, device, "triton", 1 if case["mask"] != "a clip has none" else 2)
@@ -118,6 +129,23 @@ def test_keys_of_every_frame_by_tma(device):
         with factorized_tiles.forced(replace(plain, described=described)):
             found.append(factorized_attention(q, k, v, temporal_heads=1, backend="triton"))
     assert torch.equal(*found)
+
+
+def candidates():
+    """(lengths, direction, tile): what `bench tune` tries; in every run what is no other size of the choice."""
+    for N, D in ((70, 32), (130, 40)):
+        for direction in BOTH:
+            choice = triton_tiles.tiles(direction, D, 2, 90, None, (N, N))
+            for i, tile in enumerate(triton_tiles.alternatives(choice)):
+                quick = tile.persistent or (tile.space.regime != choice.space.regime)
+                yield pytest.param(N, D, tile, id=f"{N}-{direction}-{i}", marks=[] if quick else [pytest.mark.full])
+
+
+@pytest.mark.parametrize("N, D, tile", list(candidates()))
+def test_what_is_tried_is_right(N, D, tile, device):
+    case = {name: values[0] for name, values in JOINT.items()} | {"N": N, "N_k": "same", "D": D}
+    with joint_tiles.forced(tile):
+        joint.check_case(case | {"dtype": torch.bfloat16}, device, "triton", 1)
 
 
 def test_long_sequences_come_by_tma():
@@ -256,16 +284,17 @@ def test_second_derivatives_are_refused(device):
         gradient.sum().backward()
 
 
-def test_output_again(device):
-    """The output that a packed backward recomputes for the projection's weight gradient is the forward's."""
+@pytest.mark.parametrize("S, heads, dtype", [(5, 2, torch.float32), (70, 0, torch.float16)], ids=["packed", "resident"])
+def test_output_again(S, heads, dtype, device):
+    """The output that such a backward recomputes for the projection's weight gradient is the forward's."""
     from vivit_kernels._attention.options import Options
     from vivit_kernels.factorized_attention import triton_kernels
 
-    q, k, v = torch.randn(3, 1, 16, 5, 2, 32, dtype=torch.float32, device=device)
+    q, k, v = torch.randn(3, 1, 16 if heads else 1, S, 2, 32, dtype=dtype, device=device)
     options = Options(0.2)
-    o, _ = triton_kernels.launch_fwd(q, k, v, 2, options)
+    o, _ = triton_kernels.launch_fwd(q, k, v, heads, options)
     again, *gradients = (torch.empty_like(q) for _ in range(4))
-    triton_kernels.launch_bwd(torch.randn_like(q), q, k, v, None, None, *gradients, 2, options, o_again=again)
+    triton_kernels.launch_bwd(torch.randn_like(q), q, k, v, None, None, *gradients, heads, options, o_again=again)
     torch.testing.assert_close(again, o)
 
 

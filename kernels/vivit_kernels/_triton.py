@@ -32,6 +32,18 @@ def arch_of(device: torch.device) -> int:
     return _arch_of(torch.cuda.current_device() if device.index is None else device.index)
 
 
+@functools.cache
+def _multiprocessors_of(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; where kernels are interpreted or only compiled 2, so that persistent ones go round their loop."""
+    if device.type != "cuda":
+        return 2
+    return _multiprocessors_of(torch.cuda.current_device() if device.index is None else device.index)
+
+
 class Launch:
     """A launch that is made again and again with other tensors.
 

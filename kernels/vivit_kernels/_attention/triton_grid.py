@@ -54,17 +54,11 @@ def _axis_fwd(
 
 
 @triton.jit
-def grid_fwd(
-    q, k, v, o, stats, k_blocks, v_blocks, sizes, rules, temporal_heads, time_programs,
+def _tile_fwd(
+    program, q, k, v, o, stats, keys, sizes, rules, temporal_heads, time_programs,
     TIME: tl.constexpr, SPACE: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """o of every head, and of all but packed sequences, where stats is not None, what a backward reads. TIME, SPACE:
-    see `_axis`, None where no head attends along it."""
-    program = tl.program_id(0)
-    if k_blocks is None:
-        keys = None
-    else:
-        keys = (k_blocks, v_blocks)
+    """One tile of either axis."""
     if TIME is None:
         _axis_fwd(
             program, q, k, v, o, stats, keys, sizes, rules, 0, sizes.H, sizes.S, sizes.S_k,
@@ -86,6 +80,30 @@ def grid_fwd(
             temporal_heads, sizes.H - temporal_heads, sizes.S, sizes.S_k,
             False, SPACE, COLS, UNIT, PRECISION,
         )
+
+
+@triton.jit
+def grid_fwd(
+    q, k, v, o, stats, k_blocks, v_blocks, sizes, rules, temporal_heads, time_programs, tiles,
+    TIME: tl.constexpr, SPACE: tl.constexpr, COLS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """o of every head, and of all but packed sequences, where stats is not None, what a backward reads. TIME, SPACE:
+    see `_axis`, None where no head attends along it. tiles: their number, if a program takes one after the other."""
+    if k_blocks is None:
+        keys = None
+    else:
+        keys = (k_blocks, v_blocks)
+    if tiles is None:
+        _tile_fwd(
+            tl.program_id(0), q, k, v, o, stats, keys, sizes, rules, temporal_heads, time_programs,
+            TIME, SPACE, COLS, UNIT, PRECISION,
+        )
+    else:
+        for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+            _tile_fwd(
+                tile, q, k, v, o, stats, keys, sizes, rules, temporal_heads, time_programs,
+                TIME, SPACE, COLS, UNIT, PRECISION,
+            )
 
 
 @triton.jit
@@ -245,14 +263,14 @@ def _ends_whole(tile: Tiles, q: Tensor, options: Options) -> bool:
 
 def _axes(
     tile: Tiles, q: Tensor, k: Tensor, temporal_heads: int, options: Options, op: str
-) -> tuple[int, dict[str, Any]]:
-    """(programs, what a kernel of both axes is told of them)."""
+) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """(programs; how a kernel tells both axes apart, and their constants)."""
     B, T, S, H, _ = q.shape
     time = _programs(tile.time, B * S * temporal_heads, T)
     programs = _counted(op, q, time + _programs(tile.space, B * T * (H - temporal_heads), S))
     whole = _ends_whole(tile, q, options)
     axes = {"TIME": _axis(tile.time, T, T, whole), "SPACE": _axis(tile.space, S, k.shape[2], whole)}
-    return programs, {"temporal_heads": temporal_heads, "time_programs": time, **axes}
+    return programs, {"temporal_heads": temporal_heads, "time_programs": time}, axes
 
 
 def launch_fwd(
@@ -273,11 +291,12 @@ def launch_fwd(
     plan = _PLANS.get(key) if remember else None
     if plan is None:
         tile, unit = choose("forward"), unit_of(q, k, v)
-        programs, axes = _axes(tile, q, k, temporal_heads, options, op)
-        launch = Launch(grid_fwd, programs, remember and q.is_cuda, num_warps=tile.warps, num_stages=tile.stages)
+        programs, split, axes = _axes(tile, q, k, temporal_heads, options, op)
+        launched = min(programs, tile.persistent * _triton.multiprocessors(q.device)) if tile.persistent else programs
+        launch = Launch(grid_fwd, launched, remember and q.is_cuda, num_warps=tile.warps, num_stages=tile.stages)
         strides = {name: strides_of(x, unit) for name, x in zip("qkvo", (q, k, v, o), strict=True)}
-        after = axes | _constants(tile, q, options, unit)
-        described = descriptors_of(tile.space, (k, v), after["COLS"]) if tile.described else None
+        after = split | {"tiles": programs if tile.persistent else None} | axes | _constants(tile, q, options, unit)
+        described = descriptors_of(tile.space, (k, v), _columns(tile, q, options)) if tile.described else None
         plan = _Plan(launch, strides, rules_of(options, q.dtype), {"sizes": sizes_of(q, k)}, after, described)
         if remember:
             _PLANS.keep(key, plan)
@@ -331,10 +350,10 @@ def _plans_bwd(op, tensors, temporal_heads: int, options: Options, tile: Tiles, 
     strides = {name: None if x is None else strides_of(x, unit) for name, x in tensors.items()}
     if not tile.keeps_output and not emit:
         strides["o"] = None
-    programs, axes = _axes(tile, q, k, temporal_heads, options, op)
+    programs, split, axes = _axes(tile, q, k, temporal_heads, options, op)
     reusable, rules, before = remember and q.is_cuda, rules_of(options, q.dtype), {"sizes": sizes_of(q, k)}
     launch = Launch(grid_bwd, programs, reusable, num_warps=tile.warps, num_stages=tile.stages)
-    after = axes | {"EMIT": emit} | _constants(tile, q, options, unit)
+    after = split | axes | {"EMIT": emit} | _constants(tile, q, options, unit)
     plans = [_Plan(launch, strides, rules, before, after)]
     if tile.keys is None:
         return plans

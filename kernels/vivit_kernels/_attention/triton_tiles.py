@@ -31,6 +31,7 @@ class Tiles:
     split: head sizes that are no power of two are two pieces (80 = 64 + 16), else padded to one.
     whole: where the second piece is one of 16 channels, the last block of streamed rows is as large as the others.
     described: of a forward, whole blocks of keys of a frame's streamed sequences come by TMA, where rows allow it.
+    persistent: of a forward, blocks of a multiprocessor that take one tile after the other; 0: a block for each tile.
     keys: of a backward, the second launch, for dk and dv of streamed sequences.
     """
 
@@ -42,6 +43,7 @@ class Tiles:
     split: bool = True
     whole: bool = False
     described: bool = False
+    persistent: int = 0
     keys: Tiles | None = None
 
     @property
@@ -116,10 +118,11 @@ class Override:
 # 14,300 instructions a scheduler, where streaming takes 16,400 with 16 warps there. As 3 x 64 + 16 or 128 + 64 + 16
 # rows it spills. csrc/cuda/resident.cuh, which lays out shared memory itself, keeps such sequences.
 #
-# Why a block takes one tile and is done (compiled for sm_90 by Triton 3.6, not measured): in a persistent loop over
-# tiles the forward of (64, 64) takes 202 registers instead of 117, so that 2 blocks share a multiprocessor instead of
-# 4, and (128, 64) 172 instead of 121, 1 instead of 2. What such a loop hides, the ends of a tile, the other blocks hide
-# now.
+# Why a block takes one tile and is done (compiled for sm_90 by Triton 3.6, not measured): what a persistent loop over
+# tiles hides, their ends, the other blocks of a multiprocessor hide, too; left is the start of a block, and the loop
+# takes registers: the forward of (64, 64) by addresses 170 instead of 117, 2 blocks a multiprocessor instead of 4. By
+# TMA it takes 112 instead of 106, with as many blocks, of 3,136 tokens; of 3,137, whose last blocks are other code, 191
+# instead of 96. `bench tune` tries it.
 #
 # Why the last block of rows that a tile keeps has 16 where that will do, but is whole for heads with a piece of 16
 # channels (compiled for sm_90, not measured): there the branch of 16 rows takes more registers than all the rest.
@@ -240,32 +243,47 @@ def has_narrow_piece(pieces: tuple[tuple[int, int, int], ...]) -> bool:
 
 def alternatives(choice: Tiles) -> list[Tiles]:
     """Tiles worth trying beside the choice: blocks, warps, stages and last blocks of streamed sequences, rows of packed
-    ones."""
-    found = []
-
-    def varied(tile: Tiles, axis: Axis, warps: int, stages: int) -> Tiles:
-        kept = {
-            name: axis if (old := getattr(tile, name)) is not None and old.regime == axis.regime else old
-            for name in ("time", "space")
-        }
-        return replace(tile, **kept, warps=warps, stages=stages)
-
+    ones, resident ones streamed."""
     axes = [axis for axis in (choice.time, choice.space) if axis is not None]
     if any(axis.regime == RESIDENT for axis in axes):
-        return [replace(choice, warps=warps) for warps in (4, 16)]
+        return _beside_resident(choice)
     if not choice.keeps_output:
         least = max(axis.rows for axis in axes)
         sizes = ((16, 1), (32, 2), (64, 4), (64, 8), (128, 8))
-        return [varied(choice, Axis(PACKED, rows), warps, choice.stages) for rows, warps in sizes if rows >= least]
+        return [_varied(choice, Axis(PACKED, rows), warps, choice.stages) for rows, warps in sizes if rows >= least]
+    found = []
     for rows, keys, warps in ((64, 32, 4), (64, 64, 4), (128, 64, 8), (128, 64, 4), (64, 128, 4)):
         for stages in (2, 3, 4):
-            tile = varied(choice, Axis(STREAMING, rows, keys), warps, stages)
+            tile = _varied(choice, Axis(STREAMING, rows, keys), warps, stages)
             if choice.keys is not None:
-                tile = replace(tile, keys=varied(choice.keys, Axis(STREAMING, keys, rows), warps, stages))
+                tile = replace(tile, keys=_varied(choice.keys, Axis(STREAMING, keys, rows), warps, stages))
             found.append(tile)
     if choice.direction == "forward":
         found.append(replace(choice, described=not choice.described))
+        found += [replace(choice, stages=stages, persistent=blocks) for stages, blocks in ((2, 4), (3, 3))]
     if choice.whole:
         keys = None if choice.keys is None else replace(choice.keys, whole=False)
         found.append(replace(choice, whole=False, keys=keys))
     return found
+
+
+def _varied(tile: Tiles, axis: Axis, warps: int, stages: int, regime: str | None = None) -> Tiles:
+    """The tile with this axis wherever it had one of the regime, the axis' own if none is named."""
+
+    def cut(old: Axis | None) -> Axis | None:
+        return axis if old is not None and old.regime == (regime or axis.regime) else old
+
+    return replace(tile, time=cut(tile.time), space=cut(tile.space), warps=warps, stages=stages)
+
+
+def _beside_resident(choice: Tiles) -> list[Tiles]:
+    """Other warps; streamed as `_streamed` has it for heads of 64."""
+    found = [replace(choice, warps=warps) for warps in (4, 16)]
+    if choice.direction == "forward":
+        return [*found, _varied(choice, Axis(STREAMING, 64, 64), 4, 3, RESIDENT)]
+    first = _varied(choice, Axis(STREAMING, 64, 32), 4, 3, RESIDENT)
+    second = _varied(first, Axis(STREAMING, 32, 64), 4, 3)
+    over_time, over_space = (
+        axis if axis is not None and axis.regime == STREAMING else None for axis in (second.time, second.space)
+    )
+    return [*found, replace(first, keys=replace(second, time=over_time, space=over_space))]
