@@ -295,7 +295,8 @@ def test_output_again(S, heads, dtype, device):
     o, _ = triton_kernels.launch_fwd(q, k, v, heads, options)
     again, *gradients = (torch.empty_like(q) for _ in range(4))
     triton_kernels.launch_bwd(torch.randn_like(q), q, k, v, None, None, *gradients, heads, options, o_again=again)
-    torch.testing.assert_close(again, o)
+    rounded = 2 ** -(24 if dtype == torch.float32 else 11)  # of every weight: once divided by the sum, once not
+    torch.testing.assert_close(again, o, rtol=4 * rounded, atol=4 * rounded)
 
 
 def test_more_sequences_than_a_grid_dimension(device):

@@ -120,8 +120,8 @@ class Override:
 #
 # Why a block takes one tile and is done (compiled for sm_90 by Triton 3.6, not measured): what a persistent loop over
 # tiles hides, their ends, the other blocks of a multiprocessor hide, too; left is the start of a block, and the loop
-# takes registers: the forward of (64, 64) by addresses 170 instead of 117, 2 blocks a multiprocessor instead of 4. By
-# TMA it takes 112 instead of 106, with as many blocks, of 3,136 tokens; of 3,137, whose last blocks are other code, 191
+# takes registers: the forward of (64, 64) by addresses 202 instead of 117, 2 blocks a multiprocessor instead of 4. By
+# TMA it takes 112 instead of 106, with as many blocks, of 3,136 tokens; of 3,137, whose last blocks are other code, 193
 # instead of 96. `bench tune` tries it.
 #
 # Why the last block of rows that a tile keeps has 16 where that will do, but is whole for heads with a piece of 16
