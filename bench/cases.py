@@ -184,6 +184,7 @@ SMALL: tuple[Case, ...] = (
     AttentionCase("spatial", "small.b2", 2, 3, 33, 2, 32, rank=2),
     AttentionCase("dot_product", "small.b2", 2, 8, 17, 4, 32, rank=2),
     AttentionCase("joint", "small.b2", 2, 1, 65, 2, 32, rank=2),
+    AttentionCase("joint", "small_streamed.b2", 2, 1, 130, 2, 32, rank=2),
     TubeletCase("tubelet", "small.b2", 2, 4, 32, 32, (2, 16, 16), 64, rank=2),
 )
 
