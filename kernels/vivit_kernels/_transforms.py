@@ -2,7 +2,8 @@
 jvp is zero without a word, and grad is an error that names no op.
 
 Here grad, vjp and jacrev run the kernels, vmap one call after another. Forward-mode and second derivatives are those
-of the op's definition in plain PyTorch, which has its N x N matrix.
+of the op's definition in plain PyTorch, which has its N x N matrix; so is torch.func's gradient within a graph of
+torch.compile, which knows no rule of ours (the gradient of a compiled function runs the kernels).
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ def active() -> bool:
 
 
 def beyond_kernels() -> bool:
-    """Within forward-mode AD, or two of torch.func's gradients: whose derivatives only plain PyTorch has."""
-    if not active():
-        return False
-    return forward_ad._current_level >= 0 or _levels().count("Grad") > 1
+    """Within forward-mode AD, or two of torch.func's gradients, of which a graph takes none: whose derivatives only
+    plain PyTorch has. A graph that this is traced into is guarded by both."""
+    most = 0 if torch.compiler.is_compiling() else 1
+    return forward_ad._current_level >= 0 or _levels().count("Grad") > most
 
 
 def asks_for_rules() -> bool:
@@ -46,16 +47,10 @@ def _levels() -> tuple[str, ...]:
 setattr(_levels, "_dynamo_marked_constant", True)  # noqa: B010  of a graph: those that it is traced in
 
 
-def _check_graph(op: str) -> None:
-    """Refuses a jvp that torch.compile traces into one graph: by torch.library alone it is zero."""
-    if torch.compiler.is_compiling() and "Jvp" in _levels():
-        raise _forward_mode(op)
-
-
 def _forward_mode(op: str) -> NotImplementedError:
     return NotImplementedError(
-        f"{op}: forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad) are not traced into a graph; "
-        "use torch.func.vjp or grad, or leave them out of torch.compile"
+        f"{op}: kernels have no forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad); "
+        "call the function of vivit_kernels, which then takes plain PyTorch, or use torch.func.vjp or grad"
     )
 
 
@@ -94,7 +89,6 @@ def registered(op: str, setup_context: Callable, backward: Callable, refuse: Cal
     def run(*arguments):
         if asks_for_rules():
             return ruled_fwd(*arguments)
-        _check_graph(op)
         return fwd(*arguments)
 
     def run_bwd(*arguments):
