@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from parity import F32_BUDGET, F64_BUDGET, assert_same
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from vivit import ViViT, ViViTConfig
@@ -399,6 +400,24 @@ def test_flops_are_counted_whatever_the_route():
     with FlopCounterMode(display=False) as counter:
         our_mlp(*tensors).sum().backward()
     assert counter.get_total_flops() == 6 * product
+
+
+@TAKEN
+@pytest.mark.parametrize("function", [linear, linear_gelu])
+def test_forward_mode_of_a_graph(function):
+    """Compiled before, where nobody asked for a derivative: its jvp is not a zero that is left over from then."""
+    x, weight, bias = layer(64, 96)
+
+    def tangent(f):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(f(forward_ad.make_dual(x, x.cos()))).tangent
+
+    torch._dynamo.reset()
+    graph = torch.compile(lambda x: function(x, weight, bias), backend="eager")
+    graph(x)
+    expected = tangent(lambda x: function(x, weight, bias))
+    for found in (tangent(graph), torch.func.jvp(graph, (x,), (x.cos(),))[1]):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("train", [False, True])

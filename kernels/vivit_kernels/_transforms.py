@@ -18,10 +18,11 @@ from torch.autograd import forward_ad
 
 
 def active() -> bool:
-    """Within torch.func's transformations (vmap, jvp, ...) or a level of forward-mode AD."""
-    if torch.compiler.is_compiling():
-        return False
-    return functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+    """Within torch.func's transformations (vmap, jvp, ...) or a level of forward-mode AD, which alone counts in a
+    graph: that is guarded by it, and traces the others away."""
+    if forward_ad._current_level >= 0:
+        return True
+    return not torch.compiler.is_compiling() and functorch.maybe_current_level() is not None
 
 
 def beyond_kernels() -> bool:
@@ -32,8 +33,9 @@ def beyond_kernels() -> bool:
 
 
 def asks_for_rules() -> bool:
-    """The same, but for functionalize, which knows ops of torch.library and not an autograd.Function."""
-    if not active():
+    """Within a transformation for which an op needs its rules here: in no graph, and not functionalize, which knows ops
+    of torch.library and no autograd.Function."""
+    if torch.compiler.is_compiling() or not active():
         return False
     top = functorch.peek_interpreter_stack()
     return top is None or top.key() != functorch.TransformType.Functionalize
