@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import signal
 
 import torch
 
@@ -85,4 +86,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends this like any other command
     main()
