@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vivit_kernels._attention import triton_grid
+from vivit_kernels._attention import triton_arguments, triton_grid
 
 pytestmark = pytest.mark.interpreted
 BOTH = ("forward", "backward")
@@ -119,6 +119,19 @@ def test_keys_by_tma_are_the_same_keys(layout, device, monkeypatch):
             found.append(joint_attention(*given, backend="triton", **options))
     assert torch.equal(*found)
     assert len(made) == (2 if layout in ("packed", "separate") else 0)
+
+
+def test_strides_of_a_descriptor():
+    qkv = torch.empty(2, 1, 150, 3, 1, 64, dtype=torch.bfloat16)  # one frame, one head
+    axis, columns = triton_tiles.Axis("streaming", 64, 32), ((0, 64, 64),)
+    k, v = qkv[..., 1, :, :], torch.empty(2, 1, 150, 1, 64, dtype=torch.bfloat16)
+    of_k, of_v = triton_arguments.descriptors_of(axis, (k, v), columns)
+    assert of_k == ([2, 1, 150, 1, 64], [150 * 192, 150 * 192, 192, 64, 1], [1, 1, 32, 1, 64])
+    assert of_v[1] == [150 * 64, 150 * 64, 64, 64, 1]
+    assert triton_arguments.descriptors_of(axis, (k, v[:1].expand(2, 1, 150, 1, 64)), columns) is None
+    assert triton_arguments.descriptors_of(axis, (k, v), ((0, 64, 56),)) is None
+    assert triton_arguments.descriptors_of(axis, (k, v), ((0, 64, 64), (64, 16, 16))) is None
+    assert triton_arguments.descriptors_of(axis, (qkv.flatten()[1:-191].view(-1, 1, 1, 1, 64)[:2], v), columns) is None
 
 
 def test_keys_of_every_frame_by_tma(device):

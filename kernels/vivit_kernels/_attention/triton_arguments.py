@@ -67,9 +67,20 @@ def descriptors_of(axis: Axis | None, keys: tuple[Tensor, Tensor], columns: tupl
         return None
     found = []
     for x in keys:
-        units = 16 // x.element_size()
-        strides = [stride if size > 1 else units for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
-        if x.data_ptr() % 16 or x.stride(-1) != 1 or any(stride % units or stride <= 0 for stride in strides):
+        strides = _described_strides(x)
+        if strides is None or x.data_ptr() % 16 or x.stride(-1) != 1:
             return None
-        found.append((list(x.shape), [*strides, 1], [1, 1, axis.keys, 1, width]))
+        found.append((list(x.shape), strides, [1, 1, axis.keys, 1, width]))
     return tuple(found)
+
+
+def _described_strides(x: Tensor) -> list[int] | None:
+    """Of one row, which has none that counts, as if the next lay behind it."""
+    units, strides, extent = 16 // x.element_size(), [1], x.shape[-1]
+    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+        stride = stride if size > 1 else extent
+        if stride % units or stride <= 0:
+            return None
+        strides.insert(0, stride)
+        extent = size * stride
+    return strides
