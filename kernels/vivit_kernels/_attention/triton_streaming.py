@@ -63,6 +63,7 @@ def _step(
     k_rows, valid, n = block_rows(
         k, sizes, rules, b, g, h, start, N_k, sizes.S_k, True, WHOLE, TIME, BLOCK_K, COLS, UNIT
     )
+    # what is loaded by addresses and then by TMA, the compiler loads once: nothing uses the first
     if keys is not None:
         k_rows = described_rows(keys[0], b, g, h, start, BLOCK_K, COLS)
     s, _ = capped(across(q_rows, k_rows, PRECISION), rules)

@@ -92,8 +92,8 @@ class Override:
 #   forward, 1536 x 196 x 64: (64, 64) 4, 3: 92   (64, 32) 4, 3: 95   (128, 64) 8, 3: 99   resident, 128 + 64 + 16: 96
 #   forward, 24 x 3136 x 64: (64, 64) 4, 3: 154   4 stages: 161   (128, 64) 8, 3: 171   (128, 128) 8, 4: 201
 #     with 1, 2 or 3 of every four exponentials as polynomials of degree 3 on the FMA pipes: 166, 182, 197
-#     with TMA descriptors (24 x 3072 x 64): 402 instead of 391 TFLOP/s, although their barriers take the 56 bytes that
-#       a fourth block of a multiprocessor lacks; with Triton's warp specialisation: 164
+#     with TMA descriptors (24 x 3072 x 64): 402 instead of 391 TFLOP/s; with Triton's warp specialisation: 164
+#       (as compiled now, the barriers of 3 stages take 56 bytes that a fourth block of a multiprocessor lacks)
 #   forward, 24 x 3136 x 128: (128, 64) 8, 3: 286   (64, 64) 4, 3: 304
 #   forward, 2048 x 256 x 80: (64, 64) 4, 3: 174   4, 2: 194   (64, 32) 4, 3: 185   padded to 128 columns: 294
 #   backward, dq (rows, keys) and dk, dv (rows, keys): 1536 x 196 x 64: (64, 32), (32, 64), 3 stages: 260
