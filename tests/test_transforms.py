@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from parity import F32_BUDGET, assert_same
 from torch.autograd import forward_ad
 
 from vivit_kernels import factorized_attention, joint_attention, temporal_block, tubelet_embedding
@@ -43,11 +44,6 @@ def test_reverse_mode_and_vmap_are_autograds(case):
     assert torch.equal(torch.func.functionalize(function)(x), function(x))
 
 
-def assert_near(found, expected):
-    """float32, one product in another order: of the largest value."""
-    torch.testing.assert_close(found, expected, rtol=0.0, atol=2e-6 * float(expected.abs().max()))
-
-
 def by_dual_numbers(function, x, tangent):
     with forward_ad.dual_level():
         return forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent))).tangent
@@ -66,7 +62,7 @@ def test_within_a_graph_derivatives_are_right(case, fullgraph):
     for derivative in (*forward, torch.func.grad(loss), twice):
         torch._dynamo.reset()
         found = torch.compile(derivative, backend="eager", fullgraph=fullgraph)(x)
-        assert_near(found, derivative(x))
+        assert_same(found, derivative(x), F32_BUDGET)
     several, graph = torch.stack([x, 2 * x]), torch.compile(torch.func.vmap(function), backend="eager", fullgraph=True)
     assert torch.equal(graph(several)[1], function(2 * x))
 
@@ -77,8 +73,9 @@ def test_derivatives_of_a_graph_are_right(case):
     torch._dynamo.reset()
     graph = torch.compile(loss, backend="eager")
     assert torch.equal(graph(x), loss(x))
-    assert_near(by_dual_numbers(graph, x, x.cos()), by_dual_numbers(loss, x, x.cos()))
-    assert_near(torch.func.jvp(graph, (x,), (x.cos(),))[1], torch.func.jvp(loss, (x,), (x.cos(),))[1])
+    assert_same(by_dual_numbers(graph, x, x.cos()), by_dual_numbers(loss, x, x.cos()), F32_BUDGET)
+    found, expected = (torch.func.jvp(f, (x,), (x.cos(),))[1] for f in (graph, loss))
+    assert_same(found, expected, F32_BUDGET)
     assert torch.equal(gradient(graph, x), gradient(loss, x))
 
 

@@ -13,6 +13,7 @@ from vivit_kernels import factorized_attention, joint_attention
 from vivit_kernels._attention import triton_tiles
 from vivit_kernels.factorized_attention import tiles as factorized_tiles
 from vivit_kernels.joint_attention import tiles as joint_tiles
+from vivit_kernels.numerics import judge
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -299,7 +300,7 @@ def test_second_derivatives_are_refused(device):
 
 @pytest.mark.parametrize("S, heads, dtype", [(5, 2, torch.float32), (70, 0, torch.float16)], ids=["packed", "resident"])
 def test_output_again(S, heads, dtype, device):
-    """The output that such a backward recomputes for the projection's weight gradient is the forward's."""
+    """The output that such a backward recomputes for the projection's weight gradient is as good as the forward's."""
     from vivit_kernels._attention.options import Options
     from vivit_kernels.factorized_attention import triton_kernels
 
@@ -308,8 +309,9 @@ def test_output_again(S, heads, dtype, device):
     o, _ = triton_kernels.launch_fwd(q, k, v, heads, options)
     again, *gradients = (torch.empty_like(q) for _ in range(4))
     triton_kernels.launch_bwd(torch.randn_like(q), q, k, v, None, None, *gradients, heads, options, o_again=again)
-    rounded = 2 ** -(24 if dtype == torch.float32 else 11)  # of every weight: once divided by the sum, once not
-    torch.testing.assert_close(again, o, rtol=4 * rounded, atol=4 * rounded)
+    plain = {"temporal_heads": heads, "scale": options.scale, "backend": "torch"}
+    exact, eager = (factorized_attention(*given, **plain) for given in ([x.double() for x in (q, k, v)], (q, k, v)))
+    assert judge(o, exact, eager).ok and judge(again, exact, eager).ok
 
 
 def test_more_sequences_than_a_grid_dimension(device):
