@@ -25,6 +25,7 @@ using vivit::cpu::Grid;
 using vivit::cpu::Isa;
 using vivit::cpu::LinearParams;
 using vivit::cpu::LinearWork;
+using vivit::cpu::Matrix;
 using vivit::cpu::Pixel;
 using vivit::cpu::TubeletKernels;
 using vivit::cpu::TubeletParams;
@@ -262,27 +263,32 @@ void tubelet_video_gradient(const Tensor& d_out, const Tensor& weight, const Ten
     share_out(p, kernels.video_gradient);
 }
 
-void* rows_of_linear(const Tensor& x, int64_t rows, int64_t columns, const char* name) {
-    const bool fits = x.dim() == 2 && x.is_cpu() && x.scalar_type() == ScalarType::BFloat16 && x.size(0) == rows &&
-                      x.size(1) == columns && x.stride(1) == 1;
-    STD_TORCH_CHECK(fits, "vivit_kernels_native: ", name, " must be [", rows, ", ", columns,
-                    "] in bfloat16 on the CPU, elements of a row neighbours");
-    return x.data_ptr();
+// [rows, columns] in the call's dtype: one of the two dimensions has neighbours.
+Matrix matrix_of(const Tensor& x, DType dtype, int64_t rows, int64_t columns, const char* name) {
+    const bool fits = x.dim() == 2 && x.is_cpu() && dtype_of(x) == dtype && x.size(0) == rows && x.size(1) == columns;
+    const bool straight = fits && (x.stride(1) == 1 || columns == 1), across = fits && (x.stride(0) == 1 || rows == 1);
+    STD_TORCH_CHECK(straight || across, "vivit_kernels_native: ", name, " must be [", rows, ", ", columns,
+                    "] of x's dtype on the CPU, elements of a row or of a column neighbours");
+    return {x.data_ptr(), straight ? x.stride(0) : x.stride(1), !straight};
 }
 
-// y [M, N] of x [M, K], weight [N, K] and bias [N].
-void linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& y, bool tanh_gelu,
+// y [M, N] = x [M, K] * weight [N, K]^T + bias [N]; either operand may be the transposed view of a tensor.
+void linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& y, int64_t activation,
             int64_t isa) {
     const LinearWork& work = kernels_of(isa, vivit::cpu::linear_kernels);
+    STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "vivit_kernels_native: x and weight must have two dimensions");
+    STD_TORCH_CHECK(activation >= 0 && activation < vivit::cpu::kActivationCount,
+                    "vivit_kernels_native: no activation ", activation);
     LinearParams p;
-    p.M = x.size(0), p.K = x.size(1), p.N = weight.size(0);
+    p.M = x.size(0), p.K = x.size(1), p.N = weight.size(0), p.dtype = dtype_of(x);
     STD_TORCH_CHECK(p.M > 0 && p.K > 0 && p.N > 0, "vivit_kernels_native: a linear layer of nothing");
-    p.x = rows_of_linear(x, p.M, p.K, "x"), p.weight = rows_of_linear(weight, p.N, p.K, "weight");
-    p.y = rows_of_linear(y, p.M, p.N, "y");
-    p.bias = flat<const void>(bias, ScalarType::BFloat16, p.N, "bias");
-    p.x_stride = x.stride(0), p.weight_stride = weight.stride(0), p.y_stride = y.stride(0);
-    p.activation = tanh_gelu ? Activation::kTanhGelu : Activation::kNone;
-    vivit::cpu::expect_writes(p.y, 2 * ((p.M - 1) * p.y_stride + p.N));
+    p.x = matrix_of(x, p.dtype, p.M, p.K, "x"), p.weight = matrix_of(weight, p.dtype, p.N, p.K, "weight");
+    const Matrix rows = matrix_of(y, p.dtype, p.M, p.N, "y");
+    STD_TORCH_CHECK(!rows.across, "vivit_kernels_native: elements of y's rows must be neighbours");
+    p.y = y.data_ptr(), p.y_stride = rows.stride;
+    p.bias = flat<const void>(bias, x.scalar_type(), p.N, "bias");
+    p.activation = static_cast<Activation>(activation);
+    vivit::cpu::expect_writes(p.y, ((p.M - 1) * p.y_stride + p.N) * (p.dtype == DType::kFloat32 ? 4 : 2));
     share_out(p, work);
 }
 
@@ -311,7 +317,7 @@ STABLE_TORCH_LIBRARY(vivit_kernels_native, m) {
     m.def(
         "tubelet_weight_gradient(Tensor d_out, Tensor pixels, Tensor(a!) dweight, Tensor(b!) sums, "
         "Tensor? pixel_scale, Tensor? pixel_shift, float factor, Tensor? scale, Tensor? shift, int isa) -> ()");
-    m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) y, bool tanh_gelu, int isa) -> ()");
+    m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) y, int activation, int isa) -> ()");
     m.def("tubelet_video_gradient(Tensor d_out, Tensor weight, Tensor(a!) d_pixels, Tensor? scale, int isa) -> ()");
 }
 

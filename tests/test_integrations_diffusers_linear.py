@@ -58,7 +58,8 @@ def test_outputs_and_gradients(family, convolves):
 @pytest.mark.parametrize("tiles", [False, True])
 def test_they_stay_where_none_is_faster(tiles, monkeypatch):
     monkeypatch.setattr(routes, "_CONVOLVES", False)
-    monkeypatch.setattr(routes, "_has_tiles", lambda: tiles)
+    monkeypatch.setattr(routes.native, "_LACKING", ())
+    monkeypatch.setattr(routes.native, "has_tiles", lambda: tiles)
     report = accelerate(make("latte"), only="diffusers")
     assert report.replaced and any(entry.what == "Linear" for entry in report.replaced) == tiles
 

@@ -88,7 +88,7 @@ def test_linear_layers_where_convolutions_are_faster(family, monkeypatch):
 
 def test_linear_layers_stay_where_none_is_faster(monkeypatch):
     monkeypatch.setattr(routes, "_CONVOLVES", False)
-    monkeypatch.setattr(routes, "_TILES", None)
+    monkeypatch.setattr(routes.native, "OP", None)
     report = accelerate(make("vivit"), only="transformers")
     assert report.replaced and not [entry for entry in report.replaced if entry.what == "Linear"]
 

@@ -21,6 +21,7 @@ namespace vivit::cpu {
     namespace isa {                           \
     extern const AttentionKernels kAttention; \
     extern const TubeletKernels kTubelets;    \
+    extern const LinearWork kLinear;          \
     }
 VIVIT_KERNELS_OF(portable)
 #if defined(__x86_64__)
@@ -39,6 +40,7 @@ namespace {
 struct Kernels {
     const AttentionKernels* attention = nullptr;
     const TubeletKernels* tubelets = nullptr;
+    const LinearWork* linear = nullptr;
 };
 
 #if defined(__x86_64__)
@@ -53,17 +55,17 @@ const TubeletKernels& amx_tubelets() {
 Kernels kernels_of(Isa isa) {
     switch (isa) {
         case Isa::kPortable:
-            return {&portable::kAttention, &portable::kTubelets};
+            return {&portable::kAttention, &portable::kTubelets, &portable::kLinear};
 #if defined(__x86_64__)
         case Isa::kAvx2:
-            return {&avx2::kAttention, &avx2::kTubelets};
+            return {&avx2::kAttention, &avx2::kTubelets, &avx2::kLinear};
         case Isa::kAvx512:
-            return {&avx512::kAttention, &avx512::kTubelets};
+            return {&avx512::kAttention, &avx512::kTubelets, &avx512::kLinear};
         case Isa::kAvx512Bf16:
-            return {&avx512_bf16::kAttention, &avx512_bf16::kTubelets};
+            return {&avx512_bf16::kAttention, &avx512_bf16::kTubelets, &avx512_bf16::kLinear};
         case Isa::kAvx512Amx:
             if (avx512_amx::kAttention.name == nullptr) return {};  // the compiler had no AMX
-            return {&avx512_amx::kAttention, &amx_tubelets()};
+            return {&avx512_amx::kAttention, &amx_tubelets(), &avx512_amx::kLinear};
 #endif
         default:
             return {};
@@ -94,13 +96,7 @@ const AttentionKernels* attention_kernels(Isa isa) { return kernels_of(isa).atte
 
 const TubeletKernels* tubelet_kernels(Isa isa) { return kernels_of(isa).tubelets; }
 
-const LinearWork* linear_kernels(Isa isa) {
-#if defined(__x86_64__)
-    if (isa == Isa::kAvx512Amx && avx512_amx::kAttention.name != nullptr) return &avx512_amx::kLinear;
-#endif
-    (void)isa;
-    return nullptr;
-}
+const LinearWork* linear_kernels(Isa isa) { return kernels_of(isa).linear; }
 
 Isa best_isa() {
 #if defined(__x86_64__)

@@ -1,6 +1,6 @@
 // The CPU kernels for AMX: attention in bfloat16 whose sequences fill tiles, tubelets in bfloat16 forward, and linear
-// layers; what else there is, avx512_bf16 does. The build compiles this file with AMX's flags where the compiler knows
-// them; else it has no kernels, and no name.
+// layers in bfloat16; what else there is, avx512_bf16 does. The build compiles this file with AMX's flags where the
+// compiler knows them; else it has no kernels, and no name.
 #define VIVIT_ISA avx512_amx
 #include "attention.h"
 #include "linear.h"
@@ -16,6 +16,7 @@ namespace vivit::cpu {
 namespace avx512_bf16 {
 extern const AttentionKernels kAttention;
 extern const TubeletKernels kTubelets;
+extern const LinearWork kLinear;
 }  // namespace avx512_bf16
 
 namespace avx512_amx {
@@ -87,6 +88,28 @@ void tubelets(const TubeletParams& p, int64_t first, int64_t end) {
     Tubelet::run(p, first, end);
 }
 
+bool in_tiles(const LinearParams& p) { return p.dtype == DType::kBFloat16 && !p.x.across && !p.weight.across; }
+
+int64_t linear_bytes(const LinearParams& p) {
+    return in_tiles(p) ? LinearInTiles::shared_bytes(p) : avx512_bf16::kLinear.shared_bytes(p);
+}
+
+int64_t linear_panels(const LinearParams& p) {
+    return in_tiles(p) ? LinearInTiles::pack_units(p) : avx512_bf16::kLinear.units[0](p);
+}
+
+void linear_pack(const LinearParams& p, int64_t first, int64_t end) {
+    in_tiles(p) ? LinearInTiles::pack(p, first, end) : avx512_bf16::kLinear.run[0](p, first, end);
+}
+
+int64_t linear_blocks(const LinearParams& p) {
+    return in_tiles(p) ? LinearInTiles::units(p) : avx512_bf16::kLinear.units[1](p);
+}
+
+void linear_rows(const LinearParams& p, int64_t first, int64_t end) {
+    in_tiles(p) ? LinearInTiles::run(p, first, end) : avx512_bf16::kLinear.run[1](p, first, end);
+}
+
 }  // namespace
 
 extern const TubeletWork kTubeletForward;
@@ -96,7 +119,7 @@ extern const AttentionKernels kAttention;
 const AttentionKernels kAttention = {"avx512_amx", forward_units, forward, backward_units, backward};
 
 extern const LinearWork kLinear;
-const LinearWork kLinear = kLinearInTiles;
+const LinearWork kLinear = {linear_bytes, {linear_panels, linear_blocks}, {linear_pack, linear_rows}};
 
 }  // namespace avx512_amx
 }  // namespace vivit::cpu

@@ -5,23 +5,32 @@
 
 namespace vivit::cpu {
 
-enum class Activation : int32_t { kNone = 0, kTanhGelu = 1 };
+enum class Activation : int32_t { kNone = 0, kTanhGelu = 1, kGelu = 2 };
+constexpr int32_t kActivationCount = 3;
 
-// y [M, N] = activation(x [M, K] * weight [N, K]^T + bias [N]), all in bfloat16. Elements of a row are neighbours.
+// A matrix whose rows' elements are neighbours, or whose columns' are ("across").
+struct Matrix {
+    const void* data = nullptr;
+    int64_t stride = 0;  // from row to row, or from column to column
+    bool across = false;
+};
+
+// y [M, N] = activation(x [M, K] * weight [N, K]^T + bias [N]), all of one dtype. That is also a layer's input
+// gradient, of a weight that lies across, and its weight gradient, of two such operands.
 struct LinearParams {
     int64_t M = 0, N = 0, K = 0;
-    const void* x = nullptr;
-    const void* weight = nullptr;
+    DType dtype = DType::kFloat32;
+    Matrix x, weight;
     const void* bias = nullptr;  // or none
     void* y = nullptr;
-    int64_t x_stride = 0, weight_stride = 0, y_stride = 0;
+    int64_t y_stride = 0;
     Activation activation = Activation::kNone;
     void* shared = nullptr;  // memory of `shared_bytes` of the call
 };
 
 using LinearWork = TwoSteps<LinearParams>;
 
-// Of an instruction set, or null: without a matrix unit there is none, as libraries do as well.
+// Of an instruction set, or null where it is not compiled in.
 const LinearWork* linear_kernels(Isa isa);
 
 }  // namespace vivit::cpu

@@ -3,22 +3,13 @@
 #pragma once
 
 #include "gather.h"
-#include "linear.h"
+#include "gelu.h"
 #include "scratch.h"
 #include "tiles.h"
 
 namespace vivit::cpu::VIVIT_ISA {
 
 #if defined(__AMX_BF16__)
-// x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) as x / (1 + e^(-2 ...)).
-VIVIT_INLINE Floats tanh_gelu(Floats x) {
-    constexpr float kLinear = -2.302208198f, kCubic = kLinear * 0.044715f;  // -2 * log2(e) * sqrt(2 / pi)
-    const Floats power = x * (x * x * kCubic + kLinear);
-    // 2^128 is infinity, which divides any x to zero; of a NaN the second operand is taken
-    const Floats bounded = larger(all(-126.f), -larger(all(-128.f), -power));
-    return x / (exp2<true>(bounded, 1.f, 0.f) + 1.f);
-}
-
 class LinearInTiles {
     using E = BFloat16;
     static constexpr int64_t kColumns = 32, kTile = 256;  // of a panel; words of a tile
@@ -81,7 +72,7 @@ class LinearInTiles {
         for (int64_t k = 0; k < p_.K; k += 32, to += 2 * kTile) {
             Words tile[kLanes];
             for (int64_t i = 0; i < kLanes; ++i) {
-                tile[i] = n + i < p_.N ? words(row(p_.weight, p_.weight_stride, n + i) + k, p_.K - k) : Words{};
+                tile[i] = n + i < p_.N ? words(row(p_.weight.data, p_.weight.stride, n + i) + k, p_.K - k) : Words{};
             }
             transpose(tile);
             for (int64_t i = 0; i < kLanes; ++i) store(to + i * kLanes, tile[i]);
@@ -93,7 +84,9 @@ class LinearInTiles {
         pack_rows(first, smallest(end, p_.M));
         for (int64_t panel = 0; panel < panels_; ++panel) {
             multiply(end - first, panel);
-            finish(first, smallest(end, p_.M), panel * kColumns);
+            with_activation(p_.activation, [&](auto activation) {
+                finish<decltype(activation)::kValue>(first, smallest(end, p_.M), panel * kColumns);
+            });
         }
     }
 
@@ -101,7 +94,7 @@ class LinearInTiles {
     void pack_rows(int64_t first, int64_t end) {
         for (int64_t i = first; i < end; ++i) {
             uint32_t* to = rows_ + (i - first) / 16 * steps_ * kTile + (i - first) % 16 * kLanes;
-            const E* from = row(p_.x, p_.x_stride, i);
+            const E* from = row(p_.x.data, p_.x.stride, i);
             for (int64_t k = 0; k < p_.K; k += 32, to += kTile) store(to, words(from + k, p_.K - k));
         }
     }
@@ -158,14 +151,14 @@ class LinearInTiles {
     }
 
     // Rows [first, end) and columns from n on of the result.
+    template <Activation kActivation>
     void finish(int64_t first, int64_t end, int64_t n) const {
         for (int64_t v = n; v < smallest(n + kColumns, p_.N); v += kLanes) {
             const int64_t count = p_.N - v;
             const Floats bias = p_.bias == nullptr ? Floats{} : load_some(static_cast<const E*>(p_.bias) + v, count);
             const float* from = sums_ + v - n;
             for (int64_t i = first; i < end; ++i, from += kColumns) {
-                Floats x = load<Floats>(from) + bias;
-                if (p_.activation == Activation::kTanhGelu) x = tanh_gelu(x);
+                const Floats x = activated<kActivation>(load<Floats>(from) + bias);
                 store_some(static_cast<E*>(p_.y) + i * p_.y_stride + v, x, count);
             }
         }
@@ -176,9 +169,6 @@ class LinearInTiles {
     uint32_t* rows_ = nullptr;      // [rows of a block / 16][steps] tiles
     float* sums_ = nullptr;         // [rows of a block][kColumns]
 };
-inline constexpr LinearWork kLinearInTiles = {LinearInTiles::shared_bytes,
-                                              {LinearInTiles::pack_units, LinearInTiles::units},
-                                              {LinearInTiles::pack, LinearInTiles::run}};
 #endif
 
 }  // namespace vivit::cpu::VIVIT_ISA

@@ -101,7 +101,7 @@ struct Packing {
             const E* row = from.row(first + r);
             const E* next = kPack == 2 && r + 1 < count ? from.row(first + r + 1) : nullptr;
             for (int64_t d = 0; d < columns; d += kLanes) {
-                const int here = static_cast<int>(smallest<int64_t>(kLanes, D - d));
+                const int here = static_cast<int>(d < D ? smallest<int64_t>(kLanes, D - d) : 0);
                 store(to + d,
                       here == kLanes ? pair<false>(row + d, next, d, kLanes) : pair<true>(row + d, next, d, here));
             }

@@ -80,7 +80,7 @@ VIVIT_INLINE T round_up(T x, T step) {
     return (x + step - 1) / step * step;
 }
 
-// 2^(x * (unit + rest)) for x * unit <= 0; 1 at 0 and 0 far below. Range reduction to [-1/2, 1/2] and a polynomial
+// 2^(x * (unit + rest)) for x * unit <= 128; 1 at 0 and 0 far below. Range reduction to [-1/2, 1/2] and a polynomial
 // nearly the best in relative error: 2e-8 with kExact, where the product is not rounded either, else 2.8e-6, a
 // hundredth of a rounding to bfloat16.
 template <bool kExact>

@@ -14,13 +14,12 @@ On an Intel, MKL runs 512 bits wide and bfloat16 has AMX: no convolution there. 
 four layers at 1569 tokens, F.linear or its gradient -> by a convolution, ms: float32 forward 164 -> 170, weight
 gradient 158 -> 412; bfloat16 forward 31 -> 37, input gradient 32 -> 40. What is left there:
 
-- float32: the GELU of an MLP's first layer in place. At 3137 tokens the layer, tanh GELU behind it, takes 159 ms, as
-  the epilogue of oneDNN's product 167, in place 123: 38 MB less of fresh memory.
-- bfloat16 with AMX, without gradients: the product of csrc/cpu/linear_in_tiles.h, whose epilogue is the tanh GELU.
-  Layers of width 768 at 3137 tokens in ms, F.linear -> here, in turns: 768 to 768 7.3 -> 6.6, to 3072 with the GELU
-  31.0 -> 26.4; while AMX went at a quarter of its rate, 17.7 -> 13.0 and 66 -> 48. From 3072 to 768 nothing is gained.
-
-(2026-11-27, busy machine, times of the process.)
+- float32: the GELU of an MLP's first layer, as the epilogue of the native library's product. At 3137 tokens the layer
+  with a tanh GELU behind it takes @@ ms, the GELU in place @@, as the epilogue @@.
+- bfloat16 with AMX, without gradients: the native library's product in tiles. Layers of width 768 at 3137 tokens in
+  ms, F.linear -> here, in turns: 768 to 768 7.3 -> 6.6, to 3072 with the GELU 31.0 -> 26.4; while AMX went at a quarter
+  of its rate, 17.7 -> 13.0 and 66 -> 48. From 3072 to 768 nothing is gained. (2026-11-27, busy machine.)
+- bfloat16 and float16 without products of them in hardware: all of it, four times as fast and more (_linear_native.py).
 """
 
 from __future__ import annotations
@@ -34,15 +33,15 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from . import _native
+from . import _linear_native as native
 from ._dispatch import autocast_dtype as autocast_dtype  # these two for integrations, too
 from ._dispatch import traced
 from ._transforms import active as transformed
 
 # Fewer rows do not pay for the weight's blocks: level from 200 to 800 rows, at one row bfloat16 takes 2.5 times as long
 _FEWEST_ROWS = 512
+_FEWEST_ROWS_IN_VECTORS = 16  # level at 8
 _FEWEST_COLUMNS = 16  # the strides of narrower rows leave open which layout a convolution sees
-_WIDEST_IN_TILES = 1024
 
 _ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 _BFLOAT16 = _ONEDNN and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
@@ -57,7 +56,6 @@ def _is_amd() -> bool:
 
 
 _CONVOLVES = _ONEDNN and _is_amd()  # whether convolutions are the faster products
-_TILES = getattr(torch.ops.vivit_kernels_native, "linear", None) if _native.AVAILABLE else None
 # Private names without autograd, taken only where they are there: the same results come without them
 _MATMUL = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if _ONEDNN else None
 _CONVOLUTION = getattr(torch.ops.mkldnn, "_convolution_pointwise", None) if _ONEDNN else None
@@ -78,15 +76,14 @@ class Linear(nn.Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: x `[..., K]`, weight `[N, K]`, bias `[N]` or None -> `[..., N]`; backward any number of times.
 
-    It is F.linear for every call that a CPU does not run faster another way: on other devices and other CPUs than an
-    AMD's with AVX-512 or, in bfloat16 without gradients, one with AMX; in other dtypes than float32 and bfloat16 (that
-    of autocast counts), of few rows, and in a model that is exported. Raises what F.linear raises.
+    It is F.linear for every call that a CPU does not run faster another way. Some do: float32 and bfloat16 on an AMD
+    with AVX-512, bfloat16 without gradients on one with AMX, bfloat16 and float16 on one that has no products of them.
+    The dtype of autocast counts. Not of few rows, nor in a model that is exported. Raises what F.linear raises.
 
         y = linear(x, layer.weight, layer.bias)
     """
     needs_grad = _needs_grad(x, weight, bias)
-    gains = _CONVOLVES or (not needs_grad and _in_tiles(x, weight, bias))
-    if not (gains and _takes(x, (weight, bias))):
+    if not (_gains(x, needs_grad) and _takes(x, (weight, bias))):
         return F.linear(x, weight, bias)
     rows, weight, bias = _prepared(x, weight, bias)
     y = _Linear.apply(rows, weight, bias) if needs_grad else _product(rows, weight, bias)
@@ -116,9 +113,10 @@ def mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear, approximate: str = "tanh") ->
         y = mlp(x, fc1, fc2)
     """
     needs_grad = _needs_grad(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-    if (needs_grad and not _CONVOLVES) or not _takes(x, (fc1.weight, fc1.bias), (fc2.weight, fc2.bias)):
-        hidden = F.gelu(F.linear(x, fc1.weight, fc1.bias), approximate=approximate)
-        return F.linear(hidden, fc2.weight, fc2.bias)
+    convolves = _convolves(_dtype(x))
+    if (needs_grad and not convolves) or not _takes(x, (fc1.weight, fc1.bias), (fc2.weight, fc2.bias)):
+        hidden = F.gelu(linear(x, fc1.weight, fc1.bias), approximate=approximate)
+        return linear(hidden, fc2.weight, fc2.bias)
     rows, weight1, bias1 = _prepared(x, fc1.weight, fc1.bias)
     _, weight2, bias2 = _prepared(rows, fc2.weight, fc2.bias)
     if needs_grad:
@@ -130,25 +128,27 @@ def mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear, approximate: str = "tanh") ->
 
 def input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
     """dy @ weight, dy `[M, N]`, weight `[N, K]`, both of one dtype -> `[M, K]`: what `linear` gives its input."""
-    is_faster_here = _CONVOLVES and _takes(dy, (weight.t(), None))
+    is_faster_here = _gains(dy, needs_grad=True) and _takes(dy, (weight.t(), None))
     return _input_gradient(dy, None, weight.contiguous()) if is_faster_here else dy @ weight
 
 
 def weight_gradient(dy: Tensor, rows: Tensor) -> Tensor:
     """dy.T @ rows, dy `[M, N]`, rows `[M, K]`, both of one dtype -> `[N, K]`: what `linear` gives its weight."""
-    many = _CONVOLVES and len(rows) >= _FEWEST_ROWS and min(dy.shape[1], rows.shape[1]) >= _FEWEST_COLUMNS
-    return _weight_gradient(dy, rows) if many and rows.device.type == "cpu" else dy.t() @ rows
+    many = len(rows) >= _fewest_rows(dy.dtype) and min(dy.shape[1], rows.shape[1]) >= _FEWEST_COLUMNS
+    is_faster_here = many and rows.device.type == "cpu" and _gains(dy, needs_grad=True) and _seen_by_nobody(dy, rows)
+    return _weight_gradient(dy, rows) if is_faster_here else dy.t() @ rows
 
 
 def gelu_again(rows: int, width: int, hidden: int, dtype: torch.dtype) -> bool:
     """Whether `mlp` of so many rows on a CPU keeps no output of its GELU for backward, but makes it again."""
-    runs = _ONEDNN if dtype == torch.float32 else _BFLOAT16 and dtype == torch.bfloat16
-    return _CONVOLVES and runs and rows >= _FEWEST_ROWS and min(width, hidden) >= _FEWEST_COLUMNS
+    return _convolves(dtype) and rows >= _FEWEST_ROWS and min(width, hidden) >= _FEWEST_COLUMNS
 
 
-def is_faster() -> bool:
-    """Whether `linear` has a faster product than F.linear on this processor, for some calls."""
-    return _CONVOLVES or _has_tiles()
+def faster_dtypes() -> list[torch.dtype]:
+    """Those in which `linear` has a faster product than F.linear on this processor, for some calls."""
+    tiles = [torch.bfloat16] if native.has_tiles() and not _CONVOLVES else []
+    every = (torch.float32, torch.bfloat16, torch.float16)
+    return [dtype for dtype in every if _convolves(dtype) or native.in_vectors(dtype) or dtype in tiles]
 
 
 def unwatched(*modules: nn.Module) -> bool:
@@ -171,20 +171,44 @@ def _dtype(x: Tensor) -> torch.dtype:
     return narrow or x.dtype
 
 
-def _takes(x: Tensor, *layers: tuple[Tensor, Tensor | None]) -> bool:
-    """Whether oneDNN can compute these layers, one (weight, bias) after the other, and is not slower.
+def _convolves(dtype: torch.dtype) -> bool:
+    """Whether a convolution is the faster product of this dtype, forward and backward."""
+    return _CONVOLVES and (dtype == torch.float32 or (_BFLOAT16 and dtype == torch.bfloat16))
 
-    Not of a model that is exported or traced: it is to run anywhere, and with any number of clips. Not of a weight of
-    another class, which has a product of its own, nor within a transformation, which looks into it.
-    """
+
+def _in_tiles(dtype: torch.dtype, width: int) -> bool:
+    return native.in_tiles(dtype, width) and not _CONVOLVES and not torch.compiler.is_compiling()
+
+
+def _gains(x: Tensor, needs_grad: bool) -> bool:
+    """Whether some other product than F.linear's is faster for x."""
+    dtype = _dtype(x)
+    if _convolves(dtype) or native.in_vectors(dtype):
+        return True
+    return not needs_grad and x.dim() > 0 and _in_tiles(dtype, x.shape[-1])
+
+
+def _fewest_rows(dtype: torch.dtype) -> int:
+    return _FEWEST_ROWS_IN_VECTORS if native.in_vectors(dtype) else _FEWEST_ROWS
+
+
+def _seen_by_nobody(*tensors: Tensor) -> bool:
+    """Not of a model that is exported or traced: it is to run anywhere, and with any number of clips. Not of a weight
+    of another class, which has a product of its own, nor within a transformation, which looks into it."""
     if torch.compiler.is_exporting() or traced() or transformed():
         return False
-    if any(type(t) not in (Tensor, nn.Parameter) for layer in ((x, None), *layers) for t in _given(*layer)):
+    return all(type(t) in (Tensor, nn.Parameter) for t in tensors)
+
+
+def _takes(x: Tensor, *layers: tuple[Tensor, Tensor | None]) -> bool:
+    """Whether other products than PyTorch's can compute these layers, one (weight, bias) after the other, and pay."""
+    if not _seen_by_nobody(x, *(t for layer in layers for t in _given(*layer))):
         return False
     dtype, width = _dtype(x), x.shape[-1] if x.dim() else 0
-    if not (_ONEDNN if dtype == torch.float32 else _BFLOAT16 and dtype == torch.bfloat16):
+    has_products = _ONEDNN if dtype == torch.float32 else _BFLOAT16 and dtype == torch.bfloat16
+    if not (has_products or native.in_vectors(dtype)):
         return False
-    if width < _FEWEST_COLUMNS or x.numel() < _FEWEST_ROWS * width:
+    if width < _FEWEST_COLUMNS or x.numel() < _fewest_rows(dtype) * width:
         return False
     for weight, bias in layers:
         if weight.dim() != 2 or weight.shape[1] != width or weight.shape[0] < _FEWEST_COLUMNS:
@@ -232,49 +256,36 @@ def _convolved(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _rows(F.conv2d(_image(rows), weight[..., None, None], bias))
 
 
-def _has_tiles() -> bool:
-    return not _CONVOLVES and _TILES is not None and _native.isa_name() == "avx512_amx"
-
-
-def _in_tiles(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether csrc/cpu/linear_in_tiles.h takes x, and is faster: of plain tensors, seen by nobody else."""
-    if torch.compiler.is_compiling() or not _has_tiles() or _dtype(x) != torch.bfloat16 or x.dim() == 0:
-        return False
-    plain = all(type(t) in (Tensor, nn.Parameter) for t in _given(x, *others))
-    return plain and x.shape[-1] <= _WIDEST_IN_TILES
-
-
-def _multiplied_in_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None, tanh_gelu: bool = False) -> Tensor:
-    y = rows.new_empty(rows.shape[0], weight.shape[0])
-    assert _TILES is not None
-    _TILES(rows, weight, None if bias is None else bias.contiguous(), y, tanh_gelu, _native.isa())
-    return y
-
-
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Without gradients."""
-    if _CONVOLVES:
+    dtype = rows.dtype
+    if _convolves(dtype):
         return _convolved(rows, weight, bias)
-    tiles = _in_tiles(rows, weight, bias)
-    return _multiplied_in_tiles(rows, weight, bias) if tiles else F.linear(rows, weight, bias)
+    is_native = native.in_vectors(dtype) or _in_tiles(dtype, rows.shape[1])
+    return native.multiplied(rows, weight, bias) if is_native else F.linear(rows, weight, bias)
 
 
 def _with_gelu(rows: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     """The GELU as epilogue of a product where that was measured to gain, else in place. Without gradients."""
+    dtype = rows.dtype
+    if native.in_vectors(dtype):
+        return native.multiplied(rows, weight, bias, gelu=approximate)
     if torch.compiler.is_compiling():  # a compiler has passes for what it can see
         return F.gelu(_product(rows, weight, bias), approximate=approximate)
     if _CONVOLVES and _CONVOLUTION is not None and approximate == "tanh":
         kernel = weight[..., None, None]
         return _rows(_CONVOLUTION(_image(rows), kernel, bias, [0, 0], [1, 1], [1, 1], 1, "gelu", [], approximate))
-    if approximate == "tanh" and _in_tiles(rows, weight, bias):
-        return _multiplied_in_tiles(rows, weight, bias, tanh_gelu=True)
-    if not _CONVOLVES and _MATMUL is not None and rows.dtype == torch.bfloat16:
+    if not _CONVOLVES and (native.gains_by_a_gelu(dtype) or _in_tiles(dtype, rows.shape[1])):
+        return native.multiplied(rows, weight, bias, gelu=approximate)
+    if not _CONVOLVES and _MATMUL is not None and dtype == torch.bfloat16:
         return _MATMUL(rows, weight, bias, "gelu", [], approximate)
     return torch.ops.aten.gelu_(_product(rows, weight, bias), approximate=approximate)
 
 
 def _input_gradient(dy: Tensor, rows: Tensor | None, weight: Tensor) -> Tensor:
     """dy `[M, N]`, weight `[N, K]` -> `[M, K]`; `rows` only lend their shape."""
+    if not _convolves(dy.dtype):
+        return dy @ weight if _needs_grad(dy, weight) else native.multiplied(dy, weight.t(), None)
     rows = dy.new_empty(dy.shape[0], weight.shape[1]) if rows is None else rows
     found = torch.ops.aten.convolution_backward(
         _image(dy), _image(rows), weight[..., None, None], None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1,
@@ -289,8 +300,12 @@ def _weight_gradient(dy: Tensor, rows: Tensor) -> Tensor:
     float32 by oneDNN, the longer side as columns: 171..200 GFLOP/s against MKL's 182..205 on a Zen 4, where an AMD runs
     256 bits at once in any case; from Zen 5 on it runs 512, and oneDNN's product is 1.7 times MKL's.
     """
-    if _MATMUL is None or dy.dtype != torch.float32 or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return dy.t() @ rows  # with create_graph=True the gradient is differentiated
+    if _needs_grad(dy, rows):  # with create_graph=True the gradient is differentiated
+        return dy.t() @ rows
+    if not _convolves(dy.dtype):
+        return native.multiplied(dy.t(), rows.t(), None)
+    if _MATMUL is None or dy.dtype != torch.float32 or torch.compiler.is_compiling():
+        return dy.t() @ rows
     if dy.shape[1] > rows.shape[1]:
         return _MATMUL(rows.t(), dy.t(), None, "none", [], "").t().contiguous()
     return _MATMUL(dy.t(), rows.t(), None, "none", [], "")
@@ -299,7 +314,7 @@ def _weight_gradient(dy: Tensor, rows: Tensor) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _convolved(rows, weight, bias)
+        return _product(rows, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -354,7 +369,7 @@ def _convolution_flops(image: tuple, kernel: tuple, *_, **__) -> int:
 _FORMULAS: list[tuple[Any, Any]] = [
     (_MATMUL, _matmul_flops),
     (_CONVOLUTION, _convolution_flops),
-    (_TILES, _matmul_flops),
+    (native.OP, _matmul_flops),
 ]
 for _op, _formula in _FORMULAS:
     if _op is not None and _op not in flop_registry:
