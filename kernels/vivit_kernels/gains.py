@@ -14,6 +14,7 @@ A line is one comparison: a model of a host library as it comes, and the same on
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 
 FILE = Path(__file__).with_name("gains.jsonl")
+_THREADS = re.compile(r" \d+ threads$")  # at the end of a processor's name in a record
 
 
 @cache
@@ -50,7 +52,7 @@ def expected(host: str, family: str, module: nn.Module) -> str:
         and (record["dtype"] == dtype or (record["dtype"] == "autocast" and dtype == "float32"))
         and is_gpu(record) == (device == "cuda")
     ]
-    here = [record for record in found if name_of(device) in record["device"]] or found
+    here = [record for record in found if _THREADS.sub("", record["device"]) == name_of(device)] or found
     here = [record for record in here if all(record[name] == here[-1][name] for name in ("device", "model", "clock"))]
     if not here:
         return ""
@@ -73,11 +75,15 @@ def is_gpu(record: dict[str, Any]) -> bool:
 
 @cache
 def name_of(device: str) -> str:
-    """The first GPU's name, or the processor's model as Linux has it; what fits no record where neither is known."""
+    """The first GPU's name, or the processor's model as Linux has it and what PyTorch uses of it: clouds sell one model
+    with and without AMX. What fits no record where the model is not known."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    extras = (("AMX", "_is_amx_tile_supported"), ("bf16", "_is_avx512_bf16_supported"))
+    there = [extra for extra, is_supported in extras if getattr(torch.cpu, is_supported, bool)()]
+    return " ".join([model, torch.backends.cpu.get_cpu_capability(), *there])
