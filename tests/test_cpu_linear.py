@@ -289,6 +289,19 @@ def test_gradients_of_gradients_in_vectors(in_vectors):
     assert verdict.ok, str(verdict)
 
 
+def test_many_gradients_at_once_in_vectors(in_vectors):
+    """PyTorch's old vmap, for which the library has no rule."""
+    x, weight, bias = layer(64, 48, 64)
+    x.requires_grad_()
+    weight.requires_grad_()
+    y, several = linear(x, weight, bias), torch.randn(3, 64, 48).bfloat16()
+    found = torch.autograd.grad(y, (x, weight), several, is_grads_batched=True)
+    exact = several.double() @ weight.detach().double(), several.double().mT @ x.detach().double()
+    for one, truth in zip(found, exact, strict=True):
+        verdict = judge(one, truth, truth.bfloat16(), gradient=True, terms=64)
+        assert verdict.ok, str(verdict)
+
+
 @pytest.mark.parametrize("train", [False, True])
 def test_torch_compile_in_vectors(train, lacking):
     """In one graph, for inference and for training: the library's operator is part of it."""

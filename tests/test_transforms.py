@@ -44,6 +44,13 @@ def test_reverse_mode_and_vmap_are_autograds(case):
     assert torch.equal(torch.func.functionalize(function)(x), function(x))
 
 
+def test_pytorchs_old_vmap_is_refused(case):
+    name, _, function, x = case
+    y = function(x.requires_grad_())
+    with pytest.raises(NotImplementedError, match=f"{name}: kernels have no rule for is_grads_batched=True"):
+        torch.autograd.grad(y, x, torch.randn(3, *y.shape), is_grads_batched=True)
+
+
 def by_dual_numbers(function, x, tangent):
     with forward_ad.dual_level():
         return forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent))).tangent

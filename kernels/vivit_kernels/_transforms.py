@@ -3,7 +3,8 @@ jvp is zero without a word, and grad is an error that names no op.
 
 Here grad, vjp and jacrev run the kernels, vmap one call after another. Forward-mode and second derivatives are those
 of the op's definition in plain PyTorch, which has its N x N matrix; so is torch.func's gradient within a graph of
-torch.compile, which knows no rule of ours (the gradient of a compiled function runs the kernels).
+torch.compile, which knows no rule of ours (the gradient of a compiled function runs the kernels). PyTorch's old vmap,
+which autograd still uses for is_grads_batched=True, is refused.
 """
 
 from __future__ import annotations
@@ -39,6 +40,11 @@ def asks_for_rules() -> bool:
         return False
     top = functorch.peek_interpreter_stack()
     return top is None or top.key() != functorch.TransformType.Functionalize
+
+
+def batched_by_autograd(gradient: Tensor) -> bool:
+    """Whether a backward was called once for many gradients, by is_grads_batched=True."""
+    return not torch.compiler.is_compiling() and functorch.is_legacy_batchedtensor(gradient)
 
 
 def _levels() -> tuple[str, ...]:
@@ -94,6 +100,12 @@ def registered(op: str, setup_context: Callable, backward: Callable, refuse: Cal
         return fwd(*arguments)
 
     def run_bwd(*arguments):
+        if batched_by_autograd(arguments[0]):
+            raise NotImplementedError(
+                f"{op}: kernels have no rule for is_grads_batched=True (torch.autograd.grad; vectorize=True of "
+                "torch.autograd.functional), which is PyTorch's old vmap; use torch.func.vjp and torch.func.vmap, or "
+                "one call for each gradient"
+            )
         return (ruled_bwd if asks_for_rules() else bwd)(*arguments)
 
     return run, run_bwd

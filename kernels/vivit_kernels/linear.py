@@ -38,6 +38,7 @@ from . import _linear_native as native
 from ._dispatch import autocast_dtype as autocast_dtype  # these two for integrations, too
 from ._dispatch import traced
 from ._transforms import active as transformed
+from ._transforms import batched_by_autograd
 
 # Fewer rows do not pay for the weight's blocks: level from 200 to 800 rows, at one row bfloat16 takes 2.5 times as long
 _FEWEST_ROWS = 512
@@ -236,6 +237,11 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in _given(*tensors))
 
 
+def _differentiated(dy: Tensor, other: Tensor) -> bool:
+    """Whether a gradient is itself differentiated, with create_graph=True, or of many at once (is_grads_batched)."""
+    return _needs_grad(dy, other) or batched_by_autograd(dy)
+
+
 # ---- products ----
 
 
@@ -287,7 +293,7 @@ def _with_gelu(rows: Tensor, weight: Tensor, bias: Tensor | None, approximate: s
 def _input_gradient(dy: Tensor, rows: Tensor | None, weight: Tensor) -> Tensor:
     """dy `[M, N]`, weight `[N, K]` -> `[M, K]`; `rows` only lend their shape."""
     if not _convolves(dy.dtype):
-        return dy @ weight if _needs_grad(dy, weight) else native.multiplied(dy, weight.t(), None)
+        return dy @ weight if _differentiated(dy, weight) else native.multiplied(dy, weight.t(), None)
     rows = dy.new_empty(dy.shape[0], weight.shape[1]) if rows is None else rows
     found = torch.ops.aten.convolution_backward(
         _image(dy), _image(rows), weight[..., None, None], None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1,
@@ -302,7 +308,7 @@ def _weight_gradient(dy: Tensor, rows: Tensor) -> Tensor:
     float32 by oneDNN, the longer side as columns: 171..200 GFLOP/s against MKL's 182..205 on a Zen 4, where an AMD runs
     256 bits at once in any case; from Zen 5 on it runs 512, and oneDNN's product is 1.7 times MKL's.
     """
-    if _needs_grad(dy, rows):  # with create_graph=True the gradient is differentiated
+    if _differentiated(dy, rows):
         return dy.t() @ rows
     if not _convolves(dy.dtype):
         return native.multiplied(dy.t(), rows.t(), None)

@@ -107,7 +107,8 @@ def register(op: str, package: str, flops: Callable[..., int], saved: SavedShape
         if do is None:
             return nothing
         q, k, v, mask, seed, cos, sin, o, lse = ctx.saved_tensors
-        step = steps.bwd if not torch.is_grad_enabled() and plain(do, q, k, v) else registered_bwd
+        alone = not torch.is_grad_enabled() and plain(do, q, k, v) and not _transforms.batched_by_autograd(do)
+        step = steps.bwd if alone else registered_bwd
         gradients = step(do, q, k, v, o, lse, mask, seed, cos, sin, *ctx.options)
         return (*gradients, *nothing[len(gradients) :])
 
