@@ -54,6 +54,11 @@ def without_library() -> str:
     return f"{_native.WHY}; {_native.REMEDY}" if _native and not _native.AVAILABLE else ""
 
 
+def without_cuda() -> str:
+    """The same of the CUDA kernels of a library that is there."""
+    return f"{_native.NO_CUDA}; {_native.CUDA_REMEDY}" if _native and _native.NO_CUDA else ""
+
+
 def slug(name: str) -> str:
     """A file name for a device: `NVIDIA H100 80GB HBM3` -> `nvidia-h100-80gb-hbm3`."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -150,8 +150,9 @@ def explain(error: BaseException) -> tuple[str, str]:
     if "this release has no" in str(error):  # a backend of ours that is still to be written
         found = next(line for line in str(error).splitlines() if "this release has no" in line)
         return "missing", found.strip().partition("this")[1] + found.partition("this")[2]
-    if (why := device.without_library()) and why.partition("; ")[0] in str(error):
-        return "missing", why
+    for why in (device.without_library(), device.without_cuda()):
+        if why and why.partition("; ")[0] in str(error):
+            return "missing", why
     if isinstance(error, Refused | NotImplementedError) or "No available kernel" in text:
         return "refused", text
     return "crashed", f"{type(error).__name__}: {text[:200]}"

@@ -314,6 +314,15 @@ def test_a_backend_without_its_library_is_missing_and_says_what_to_do(monkeypatc
     assert explain(error.value)[0] == "refused"
 
 
+def test_cuda_kernels_that_a_library_has_not_are_missing(monkeypatch):
+    monkeypatch.setattr(_native, "AVAILABLE", True)
+    monkeypatch.setattr(_native, "CUDA", False)
+    monkeypatch.setattr(_native, "NO_CUDA", "the native library has no CUDA kernels, it is built for the CPU alone (x)")
+    with pytest.raises(NotImplementedError) as error:
+        spatial_attention(torch.zeros(1, 3, 4, 3, 2, 16), backend="cuda")
+    assert explain(error.value) == ("missing", f"{_native.NO_CUDA}; {_native.CUDA_REMEDY}")
+
+
 def test_a_forced_instruction_set_is_another_machine(monkeypatch):
     monkeypatch.setattr(_native, "FORCED", "avx2")
     assert " avx2 kernels " in device.device_name(CPU)
