@@ -36,16 +36,17 @@ struct Packing {
 
     static VIVIT_INLINE int64_t words(int64_t n) { return round_up((n + kPack - 1) / kPack, Arithmetic::kStep); }
 
+    // A vector of words, of whose elements `count` are there; the others are zero.
     static VIVIT_INLINE Words load_words(const E* from, int64_t count) {
-        if (count >= kLanes) {
+        if (count >= int64_t{kLanes} * kPack) {
             if constexpr (kNative)
                 return load<Words>(from);
             else
                 return bits<Words>(load_floats(from));
         }
         if constexpr (kNative) {
-            uint32_t copy[kLanes] = {};
-            __builtin_memcpy(copy, from, 4 * static_cast<uint64_t>(count));
+            E copy[kLanes * kPack] = {};
+            __builtin_memcpy(copy, from, sizeof(E) * static_cast<uint64_t>(count));
             return load<Words>(copy);
         } else {
             return bits<Words>(load_floats(from, static_cast<int>(count)));
@@ -54,12 +55,12 @@ struct Packing {
 
     // Rows as words, [rows, words(D)], contiguous; zero behind their elements.
     static void straight(uint32_t* to, const Rows<const E>& from, int64_t first, int64_t count, int64_t D) {
-        const int64_t width = words(D), own = (D + kPack - 1) / kPack;
+        const int64_t width = words(D);
         for (int64_t r = 0; r < count; ++r, to += width) {
             const E* row = from.row(first + r);
             for (int64_t w = 0; w < width; w += kLanes) {
                 const int64_t left = width - w;
-                const Words x = load_words(row + w * kPack, own - w);
+                const Words x = load_words(row + w * kPack, D - w * kPack);
                 if (left >= kLanes)
                     store(to + w, x);
                 else
@@ -71,19 +72,21 @@ struct Packing {
     // Transposed: to[word][lane] = word of row `first + lane`; lanes from `count` up to `lanes` are zero.
     static void transposed(uint32_t* to, const Rows<const E>& from, int64_t first, int64_t count, int64_t lanes,
                            int64_t D) {
-        const int64_t width = words(D), own = (D + kPack - 1) / kPack;
+        const int64_t width = words(D);
+        constexpr int64_t kWhole = int64_t{kLanes} * kPack;
         for (int64_t block = 0; block < lanes; block += kLanes) {
             for (int64_t w = 0; w < width; w += kLanes) {
+                const int64_t left = D - w * kPack;
                 Words tile[kLanes];
-                if (block + kLanes <= count && w + kLanes <= own) {
+                if (block + kLanes <= count && left >= kWhole) {
 #pragma GCC unroll 16
                     for (int lane = 0; lane < kLanes; ++lane) {
-                        tile[lane] = load_words(from.row(first + block + lane) + w * kPack, kLanes);
+                        tile[lane] = load_words(from.row(first + block + lane) + w * kPack, kWhole);
                     }
                 } else {
                     for (int lane = 0; lane < kLanes; ++lane) {
                         const bool there = block + lane < count;
-                        tile[lane] = there ? load_words(from.row(first + block + lane) + w * kPack, own - w) : Words{};
+                        tile[lane] = there ? load_words(from.row(first + block + lane) + w * kPack, left) : Words{};
                     }
                 }
                 transpose(tile);
