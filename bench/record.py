@@ -181,7 +181,8 @@ def source_files(op: str, backend: str) -> list[Path]:
         files += [path for path in shared if not any(map(path.match, (*others, *_CHOICE)))] + [package / "_philox.py"]
     if op == "model":
         files += [ROOT / "vivit" / "model.py", ROOT / "vivit" / "memory.py"]
-        files += [package / "linear.py", package / "low_memory.py", *sorted(package.glob("_rows/*.py"))]
+        files += [package / f"{name}.py" for name in ("linear", "_linear_native", "low_memory")]
+        files += sorted(package.glob("_rows/*.py"))
         if "triton" in backends:  # the only one by which a model takes it
             files += [package / "temporal_block" / f"{name}.py" for name in ("triton_kernels", "op", "tiles")]
     if native := _NATIVE.intersection(backends):
